@@ -1,0 +1,53 @@
+"""Attention over tensors of any order, without flattening them."""
+
+from tensorattn.averages import additive_part, interaction_residual, mode_averages, outer_sum
+from tensorattn.errors import (
+    DtypeError,
+    ModesError,
+    OptionError,
+    ShapeError,
+    TensorAttentionError,
+    WeightsError,
+)
+from tensorattn.modes import ModeSpec
+from tensorattn.nn import TensorAttention
+from tensorattn.operators import OPERATORS, AttentionResult, Claim, Operator, get_operator, register_operator
+from tensorattn.operators.additive import additive_attention
+from tensorattn.operators.axial import axial_attention
+from tensorattn.operators.flattened import flattened_attention
+from tensorattn.operators.kao_kv import kao_kv
+from tensorattn.operators.kao_qkv import kao_qkv
+from tensorattn.planning import Plan, plan
+from tensorattn.summary import Summary, summarize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPERATORS",
+    "AttentionResult",
+    "Claim",
+    "DtypeError",
+    "ModeSpec",
+    "ModesError",
+    "Operator",
+    "OptionError",
+    "Plan",
+    "ShapeError",
+    "Summary",
+    "TensorAttention",
+    "TensorAttentionError",
+    "WeightsError",
+    "additive_attention",
+    "additive_part",
+    "axial_attention",
+    "flattened_attention",
+    "get_operator",
+    "interaction_residual",
+    "kao_kv",
+    "kao_qkv",
+    "mode_averages",
+    "outer_sum",
+    "plan",
+    "register_operator",
+    "summarize",
+]

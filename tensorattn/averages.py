@@ -1,0 +1,167 @@
+r"""Mode averages and outer sum, the adjoint pair that every operator stands on; the additive part of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tensorattn.contraction import contract, expand
+from tensorattn.errors import ShapeError, retells
+from tensorattn.modes import GridShape, grid_shape
+from tensorattn.planning import main_effects
+from tensorattn.weights import Vector, check_floating, check_weights, normalized
+
+__all__ = ["additive_part", "interaction_residual", "mode_averages", "outer_sum"]
+
+
+@retells
+def mode_averages(
+    tensor: Tensor, *, order: int, weights: Sequence[Vector] | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    r"""Average a tensor over all modes but one, for every mode.
+
+    The N results are the main effects of the tensor plus its mean,
+    :math:`\bar x^m[a] = \sum_{j : j_m = a} \prod_{l \ne m} u^l[j_l]\, x_j`, with equal weights
+    :math:`u^l = 1/n_l` or the normalised ``weights``. Half precision is accumulated in float32. The tensor is read
+    where it is, whatever its strides.
+
+    Args:
+        tensor: Values to average. Floating point.
+        order: Number of modes N.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index
+            twice and 0 leaves it out.
+        dtype: Type of the results; that of ``tensor`` by default.
+
+    Returns:
+        One tensor a mode, in mode order.
+
+    Raises:
+        ShapeError: If ``tensor`` has fewer than ``order + 1`` dimensions or an empty mode.
+        DtypeError: If ``tensor`` is not of a floating-point type.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+
+    Shape:
+        - tensor: :math:`(*, n_1, \dots, n_N, D)`
+        - weights: :math:`(n_m)` or :math:`(*, n_m)`
+        - result m: :math:`(*, n_m, D)`
+
+    Examples:
+        >>> rows, columns = mode_averages(torch.arange(6.0).view(2, 3, 1), order=2)
+        >>> rows[:, 0], columns[:, 0]
+        (tensor([1., 4.]), tensor([1.5000, 2.5000, 3.5000]))
+    """
+    check_floating(tensor=tensor)
+    grid = grid_shape(tensor.shape, order, "tensor")
+    vectors = normalized(check_weights(weights, grid, tensor))
+    means = contract(tensor, main_effects(order), vectors)
+    return tuple(mean.to(tensor.dtype if dtype is None else dtype) for mean in means)
+
+
+@retells
+def outer_sum(vectors: Sequence[Tensor]) -> Tensor:
+    r"""Add one vector a mode into a tensor: the broadcast sum.
+
+    :math:`y_{j} = \sum_m v^m[j_m]`. It is the transpose of summing a tensor over all modes but one, so
+    :math:`\langle \mathrm{outer\_sum}(v), x \rangle = \sum_m \langle v^m, \tfrac{P}{n_m} \bar x^m \rangle`.
+
+    Args:
+        vectors: One tensor a mode, all with the same batch dimensions, channels and type.
+
+    Returns:
+        The tensor :math:`(*, n_1, \dots, n_N, D)`.
+
+    Raises:
+        ShapeError: If there is no vector, or batch dimensions or channels disagree.
+        DtypeError: If a vector is not of a floating-point type, or the types differ.
+
+    Shape:
+        - vectors[m]: :math:`(*, n_m, D)`
+        - result: :math:`(*, n_1, \dots, n_N, D)`
+
+    Examples:
+        >>> rows, columns = torch.tensor([[10.0], [20.0]]), torch.tensor([[1.0], [2.0], [3.0]])
+        >>> outer_sum([rows, columns])[..., 0]
+        tensor([[11., 12., 13.],
+                [21., 22., 23.]])
+    """
+    if len(vectors) == 0:
+        raise ShapeError("vectors is empty, but every mode needs one.")
+    named = {f"vectors[{mode}]": vector for mode, vector in enumerate(vectors)}
+    check_floating(**named)
+    first = grid_shape(vectors[0].shape, 1, "vectors[0]")
+    for name, vector in named.items():
+        grid = grid_shape(vector.shape, 1, name)
+        if grid.batch != first.batch:
+            raise ShapeError(f"batch dimensions are {first.batch} in vectors[0] but {grid.batch} in {name}.")
+        if grid.dim != first.dim:
+            raise ShapeError(f"channels are {first.dim} in vectors[0] but {grid.dim} in {name}.")
+    sizes = tuple(vector.shape[-2] for vector in vectors)
+    return expand(vectors, main_effects(len(sizes)), GridShape(first.batch, sizes, first.dim))
+
+
+@retells
+def additive_part(tensor: Tensor, *, order: int, weights: Sequence[Vector] | None = None) -> Tensor:
+    r"""Project a tensor on the additive ones: the sum of its mode averages less N−1 times its mean.
+
+    :math:`\sum_m \bar x^m[j_m] - (N-1) \bar x` is the tensor closest to ``tensor``, in the weighted squared
+    distance, among all that are a sum of one term a mode.
+
+    Args:
+        tensor: Values. Floating point.
+        order: Number of modes N.
+        weights: One non-negative vector a mode, or None for equal weights.
+
+    Returns:
+        The additive part, of the shape and type of ``tensor``.
+
+    Raises:
+        ShapeError: If ``tensor`` has fewer than ``order + 1`` dimensions or an empty mode.
+        DtypeError: If ``tensor`` is not of a floating-point type.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+
+    Shape:
+        - tensor and result: :math:`(*, n_1, \dots, n_N, D)`
+
+    Examples:
+        >>> additive_part(torch.tensor([[0.0, 1.0], [1.0, 4.0]])[..., None], order=2)[..., 0]
+        tensor([[-0.5000,  1.5000],
+                [ 1.5000,  3.5000]])
+    """
+    check_floating(tensor=tensor)
+    grid = grid_shape(tensor.shape, order, "tensor")
+    vectors = normalized(check_weights(weights, grid, tensor))
+    *means, grand = contract(tensor, (*main_effects(order), ()), vectors)
+    means[0] = means[0] - (order - 1) * grand.unsqueeze(-2)
+    return expand(means, main_effects(order), grid).to(tensor.dtype)
+
+
+@retells
+def interaction_residual(tensor: Tensor, *, order: int, weights: Sequence[Vector] | None = None) -> Tensor:
+    r"""Subtract the additive part: what no sum of one term a mode can express.
+
+    The residual averages to zero over every slice :math:`\{j : j_m = a\}`.
+
+    Args:
+        tensor: Values. Floating point.
+        order: Number of modes N.
+        weights: One non-negative vector a mode, or None for equal weights.
+
+    Returns:
+        ``tensor - additive_part(tensor)``.
+
+    Raises:
+        ShapeError: If ``tensor`` has fewer than ``order + 1`` dimensions or an empty mode.
+        DtypeError: If ``tensor`` is not of a floating-point type.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+
+    Shape:
+        - tensor and result: :math:`(*, n_1, \dots, n_N, D)`
+
+    Examples:
+        >>> interaction_residual(torch.tensor([[0.0, 1.0], [1.0, 4.0]])[..., None], order=2)[..., 0]
+        tensor([[ 0.5000, -0.5000],
+                [-0.5000,  0.5000]])
+    """
+    return tensor - additive_part(tensor, order=order, weights=weights)

@@ -1,0 +1,171 @@
+"""Modes: what the axes of a grid are called, and how the shape of an argument reads through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tensorattn.errors import ModesError, OptionError, ShapeError
+
+__all__ = ["GridShape", "ModeSpec", "attention_shapes", "check_order", "grid_shape"]
+
+
+@dataclass(frozen=True)
+class ModeSpec:
+    """Names and order of the modes of a tensor.
+
+    Attributes:
+        names: One name a mode. Modes given as a number are named by their index.
+        named: Whether the user chose the names.
+
+    Examples:
+        >>> ModeSpec.parse("t h w")
+        ModeSpec(names=('t', 'h', 'w'), named=True)
+        >>> ModeSpec.parse("t h w").index("h"), ModeSpec.parse(3).index(-1)
+        (1, 2)
+    """
+
+    names: tuple[str, ...]
+    named: bool = True
+
+    @classmethod
+    def parse(cls, modes: int | str | Sequence[str]) -> ModeSpec:
+        """Read an order (``3``) or names (``"t h w"`` or ``("t", "h", "w")``).
+
+        Args:
+            modes: Number of modes, or their names.
+
+        Raises:
+            ModesError: If there is no mode, or a name is empty, repeated or not an identifier.
+        """
+        if isinstance(modes, bool) or not isinstance(modes, int | str | Sequence):
+            raise ModesError(f"modes must be a number or names, got {modes!r}.")
+        if isinstance(modes, int):
+            check_order(modes, "modes")
+            return cls(tuple(str(k) for k in range(modes)), named=False)
+        names = tuple(modes.split()) if isinstance(modes, str) else tuple(modes)
+        if not names:
+            raise ModesError(f"modes must name at least one mode, got {modes!r}.")
+        for name in names:
+            if not (isinstance(name, str) and name.isidentifier()):
+                raise ModesError(f"mode names must be words of letters, digits and underscores, got {name!r}.")
+            if names.count(name) > 1:
+                raise ModesError(
+                    f"mode names must differ, but {name!r} appears {names.count(name)} times in {' '.join(names)!r}."
+                )
+        return cls(names)
+
+    @property
+    def order(self) -> int:
+        """Number of modes N."""
+        return len(self.names)
+
+    def index(self, mode: int | str) -> int:
+        """Return the index of a mode given by its name or by its index (negative counts from the end).
+
+        Args:
+            mode: Name or index.
+
+        Raises:
+            ModesError: If there is no such mode.
+        """
+        if isinstance(mode, str) and mode in self.names:
+            return self.names.index(mode)
+        if isinstance(mode, int) and not isinstance(mode, bool) and -self.order <= mode < self.order:
+            return mode % self.order
+        raise ModesError(f"there is no mode {mode!r} among {' '.join(self.names)!r} (order {self.order}).")
+
+    def __str__(self) -> str:
+        return " ".join(self.names)
+
+
+class GridShape(NamedTuple):
+    """Shape of a tensor over a grid: ``(*batch, *sizes, dim)``."""
+
+    batch: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dim: int
+
+
+def check_order(order: int, argument: str = "order") -> None:
+    """Check that an order is an integer of at least one.
+
+    Args:
+        order: Number of modes.
+        argument: What the user calls it.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise OptionError(f"{argument} must be an integer, got {order!r}.")
+    if order < 1:
+        raise OptionError(f"{argument} must be at least 1, got {order}.")
+
+
+def grid_shape(shape: Sequence[int], order: int, argument: str) -> GridShape:
+    """Split a shape into batch, mode sizes and channels.
+
+    Args:
+        shape: Shape of the argument.
+        order: Number of modes N.
+        argument: Name of the argument, for messages.
+
+    Returns:
+        The three parts.
+
+    Raises:
+        ShapeError: If there are fewer than ``order + 1`` dimensions, or a mode is empty.
+
+    Examples:
+        >>> grid_shape((2, 4, 16, 56, 56, 24), 3, "key")
+        GridShape(batch=(2, 4), sizes=(16, 56, 56), dim=24)
+    """
+    check_order(order)
+    if len(shape) < order + 1:
+        raise ShapeError(
+            f"{argument} has {len(shape)} dimensions, but order {order} needs at least {order + 1}.",
+            hint="The layout is (*batch, n_1, ..., n_N, D).",
+        )
+    batch, sizes, dim = tuple(shape[: -order - 1]), tuple(shape[-order - 1 : -1]), shape[-1]
+    for mode, size in enumerate(sizes):
+        if size == 0:
+            raise ShapeError(f"mode {mode} has size 0 in {argument}, but every mode needs at least 1 index.")
+    return GridShape(batch, sizes, dim)
+
+
+def attention_shapes(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], order: int
+) -> tuple[GridShape, int]:
+    """Check that query, key and value belong together.
+
+    Args:
+        query: Shape ``(*batch, *positions, D)``.
+        key: Shape ``(*batch, n_1, …, n_N, D)``.
+        value: Shape ``(*batch, n_1, …, n_N, D_v)``.
+        order: Number of modes N.
+
+    Returns:
+        The shape of the key, read, and the channels of the value D_v.
+
+    Raises:
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree.
+    """
+    grid = grid_shape(key, order, "key")
+    values = grid_shape(value, order, "value")
+    for mode, (size, other) in enumerate(zip(grid.sizes, values.sizes, strict=True)):
+        if size != other:
+            raise ShapeError(f"mode {mode} has size {size} in key but {other} in value.")
+    if grid.batch != values.batch:
+        raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
+    if len(query) < len(grid.batch) + 1:
+        raise ShapeError(
+            f"query has {len(query)} dimensions, but key has {len(grid.batch)} batch dimensions, "
+            f"so query needs at least {len(grid.batch) + 1}."
+        )
+    if tuple(query[: len(grid.batch)]) != grid.batch:
+        raise ShapeError(f"batch dimensions are {tuple(query[: len(grid.batch)])} in query but {grid.batch} in key.")
+    if query[-1] != grid.dim:
+        raise ShapeError(f"head size is {query[-1]} in query but {grid.dim} in key.")
+    return grid, values.dim

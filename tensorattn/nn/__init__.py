@@ -1,0 +1,5 @@
+"""Modules."""
+
+from tensorattn.nn.attention import TensorAttention
+
+__all__ = ["TensorAttention"]

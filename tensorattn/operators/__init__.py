@@ -1,0 +1,50 @@
+"""The operators and their registry: one file an operator, one line here."""
+
+from __future__ import annotations
+
+from tensorattn.errors import OptionError
+from tensorattn.operators import additive, axial, flattened, kao_kv, kao_qkv
+from tensorattn.operators.operator import AttentionResult, Claim, Needs, Operator
+
+__all__ = ["OPERATORS", "AttentionResult", "Claim", "Needs", "Operator", "get_operator", "register_operator"]
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register_operator(operator: Operator) -> Operator:
+    """Add an operator to the registry, so that modules, commands and tests find it by name.
+
+    Args:
+        operator: The operator.
+
+    Returns:
+        The operator.
+
+    Raises:
+        OptionError: If another operator has the name.
+    """
+    if OPERATORS.get(operator.name, operator) is not operator:
+        raise OptionError(f"there is already an operator {operator.name!r}.")
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def get_operator(name: str) -> Operator:
+    """Return the operator of a name.
+
+    Args:
+        name: Name in the registry.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    if name not in OPERATORS:
+        raise OptionError(f"there is no operator {name!r}; the operators are: {', '.join(OPERATORS)}.")
+    return OPERATORS[name]
+
+
+register_operator(additive.OPERATOR)
+register_operator(kao_kv.OPERATOR)
+register_operator(kao_qkv.OPERATOR)
+register_operator(axial.OPERATOR)
+register_operator(flattened.OPERATOR)

@@ -1,0 +1,125 @@
+"""Axial attention: every position attends along each of the N fibres through it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorattn.errors import OptionError, retells
+from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Needs, Operator, run
+from tensorattn.softmax import TokenSet, attend_tokens
+from tensorattn.summary import Summary
+from tensorattn.weights import Vector
+
+__all__ = ["OPERATOR", "axial_attention"]
+
+
+def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
+    """Attend along each mode with all other modes as batch, and take the mean over modes."""
+    order, batch = summary.order, len(summary.batch)
+    key, value, weight = summary.keys[0], summary.values[0], summary.weights[0]
+    outputs, attentions, lse = [], [], None
+    for mode in range(order):
+        dim = batch + mode
+        # The weight of a whole position, not of its index: a fibre of absent positions then has no token at all.
+        log_weight = None if weight is None else weight.log().movedim(dim, -1)
+        fibres = TokenSet(key.movedim(dim, -2), value.movedim(dim, -2), log_weight)
+        output, lse, attention = attend_tokens(query.movedim(dim, -2), [fibres], **settings)
+        outputs.append(output.movedim(-2, dim))
+        if attention is not None:
+            attentions.append(attention[0].movedim(-2, dim))
+    mean = functools.reduce(torch.add, outputs) / order
+    return AttentionResult(mean, lse, tuple(attentions) or None)
+
+
+@retells
+def axial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    order: int,
+    scale: float | None = None,
+    weights: Sequence[Vector] | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_attention: bool = False,
+) -> Tensor | AttentionResult:
+    r"""Attend from each position along each fibre through it, and take the mean over modes.
+
+    .. math:: X_j = \frac{1}{N} \sum_m \sum_a p^m_a(q_j)\, v_{j : j_m = a},
+        \qquad p^m_a(q_j) \propto w^m[a]\, e^{s\, q_j \cdot k_{j : j_m = a}}
+
+    It keeps the values at full resolution but sees only positions that differ in one index. Equals flattened attention
+    at order 1. Costs 4SD operations a query for S = n_1 + … + n_N.
+
+    Args:
+        query: Queries, on the grid of the keys.
+        key: Keys over the grid.
+        value: Values over the grid; their head size may differ.
+        order: Number of modes N.
+        scale: Factor of the logits; 1/√D if None.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
+            if it were repeated, and 0 as if it were absent.
+        dropout_p: Probability of dropping an attention weight, whenever it is not 0.
+        return_lse: Whether to return the log-sum-exp too; only order 1 has one.
+        return_attention: Whether to return the attention weights too.
+
+    Returns:
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
+        tensor ``(*batch, n_1, …, n_N, n_m)`` a mode, each summing to one.
+
+    Raises:
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
+        DtypeError: If a tensor is not floating point, or the types differ.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        OptionError: If an option is out of its range.
+
+    Shape:
+        - query and key: :math:`(*, n_1, \dots, n_N, D)`
+        - value and output: :math:`(*, n_1, \dots, n_N, D_v)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> ta.axial_attention(q, k, v, order=2).shape
+        torch.Size([2, 4, 5, 8])
+
+    References:
+        Ho, Kalchbrenner, Weissenborn and Salimans, "Axial Attention in Multidimensional Transformers", 2019,
+        arXiv 1912.12180.
+    """
+    if return_lse and order > 1:
+        raise OptionError(
+            f"return_lse has no meaning at order {order}: a mean of {order} softmaxes is not a softmax.",
+            hint="Use additive_attention, or attend along one mode at order 1.",
+        )
+    return run(
+        OPERATOR,
+        query,
+        key,
+        value,
+        order=order,
+        scale=scale,
+        weights=weights,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        return_attention=return_attention,
+    )
+
+
+def needs(order: int) -> Needs:
+    """Keys and values themselves: the means that keep all modes."""
+    return Needs((tuple(range(order)),))
+
+
+def claims() -> frozenset[Claim]:
+    """The symmetries of a softmax along each fibre; no exactness, as most positions are never seen."""
+    return SYMMETRIES | {Claim.REFINEMENT, Claim.CONVEX}
+
+
+OPERATOR = Operator("axial", axial_attention, needs, attend, claims, query="grid")

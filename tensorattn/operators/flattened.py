@@ -1,0 +1,104 @@
+"""Flattened attention: every query attends to every position. The truth that the other operators are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tensorattn.errors import retells
+from tensorattn.operators.operator import AttentionResult, Claim, Needs, Operator, attend_positions, run
+from tensorattn.summary import Summary
+from tensorattn.weights import Vector
+
+__all__ = ["OPERATOR", "flattened_attention"]
+
+
+def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
+    """Attend to all positions as one set of tokens."""
+    positions = summary.tokens(tuple(range(summary.order)))
+    output, lse, attention = attend_positions(query, summary, [positions], **settings)
+    if attention is not None:
+        attention = (attention[0].unflatten(-1, summary.sizes),)
+    return AttentionResult(output, lse, attention)
+
+
+@retells
+def flattened_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    order: int,
+    scale: float | None = None,
+    weights: Sequence[Vector] | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_attention: bool = False,
+) -> Tensor | AttentionResult:
+    r"""Attend from each query to every position of the grid: full softmax attention.
+
+    .. math:: F(q) = \sum_j \frac{w_j e^{s\, q \cdot k_j}}{\sum_i w_i e^{s\, q \cdot k_i}}\, v_j,
+        \qquad w_j = \prod_m w^m[j_m]
+
+    Costs 4PD operations a query for P positions.
+
+    Args:
+        query: Queries: the grid of the keys, another grid, or a list of tokens.
+        key: Keys over the grid.
+        value: Values over the grid; their head size may differ.
+        order: Number of modes N.
+        scale: Factor of the logits; 1/√D if None.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
+            if it were repeated, and 0 as if it were absent.
+        dropout_p: Probability of dropping an attention weight, whenever it is not 0.
+        return_lse: Whether to return the log-sum-exp of the logits too.
+        return_attention: Whether to return the attention weights too.
+
+    Returns:
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
+        tensor ``(*batch, *positions, n_1, …, n_N)``.
+
+    Raises:
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
+        DtypeError: If a tensor is not floating point, or the types differ.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        OptionError: If an option is out of its range.
+
+    Shape:
+        - query: :math:`(*, P_1, \dots, P_M, D)` with any number M of position dimensions
+        - key: :math:`(*, n_1, \dots, n_N, D)`, value: :math:`(*, n_1, \dots, n_N, D_v)`
+        - output: :math:`(*, P_1, \dots, P_M, D_v)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> ta.flattened_attention(q, k, v, order=2).shape
+        torch.Size([2, 4, 5, 8])
+    """
+    return run(
+        OPERATOR,
+        query,
+        key,
+        value,
+        order=order,
+        scale=scale,
+        weights=weights,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        return_attention=return_attention,
+    )
+
+
+def needs(order: int) -> Needs:
+    """Keys and values themselves: the means that keep all modes."""
+    return Needs((tuple(range(order)),))
+
+
+def claims() -> frozenset[Claim]:
+    """All but blindness to interactions."""
+    return frozenset(Claim) - {Claim.INVISIBLE_INTERACTION}
+
+
+OPERATOR = Operator("flattened", flattened_attention, needs, attend, claims)

@@ -1,0 +1,117 @@
+"""Kronecker attention with averaged keys and values: every query attends to all mode averages in one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tensorattn.errors import retells
+from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Needs, Operator, attend_positions, run
+from tensorattn.planning import main_effects
+from tensorattn.softmax import TokenSet, join_sets
+from tensorattn.summary import Summary
+from tensorattn.weights import Vector
+
+__all__ = ["OPERATOR", "joint_set", "kao_kv"]
+
+
+def joint_set(summary: Summary) -> TokenSet:
+    """Return the averages of all modes as one set of tokens, each counted as often as its index."""
+    modes = range(summary.order)
+    sets = [summary.tokens((mode,))._replace(log_weight=summary.mode_log_weight(mode), multiplicity=1) for mode in modes]
+    return join_sets(sets)
+
+
+def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
+    """Attend to all averages together."""
+    output, lse, attention = attend_positions(query, summary, [joint_set(summary)], **settings)
+    return AttentionResult(output, lse, None if attention is None else attention[0].split(summary.sizes, -1))
+
+
+@retells
+def kao_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    order: int,
+    scale: float | None = None,
+    weights: Sequence[Vector] | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_attention: bool = False,
+) -> Tensor | AttentionResult:
+    r"""Attend from each query to the averages of all modes in one joint softmax, as published.
+
+    .. math:: J(q) = \frac{\sum_m \sum_a w^m[a]\, e^{s\, q \cdot \bar k^m[a]}\, \bar v^m[a]}
+        {\sum_m \sum_a w^m[a]\, e^{s\, q \cdot \bar k^m[a]}}
+        = \bar v + \sum_m \lambda_m(q) \Big( \sum_a p^m_a(q)\, \bar v^m[a] - \bar v \Big)
+
+    The modes compete for the one softmax: mode m enters with its share :math:`\lambda_m` of the normaliser, which
+    damps the result about N-fold, and short modes more, where `additive_attention` gives each mode its full effect.
+    Equals flattened attention at order 1 only. Costs 4SD operations a query for S = n_1 + … + n_N averages.
+
+    Args:
+        query: Queries: the grid of the keys, another grid, or a list of tokens.
+        key: Keys over the grid.
+        value: Values over the grid; their head size may differ.
+        order: Number of modes N.
+        scale: Factor of the logits; 1/√D if None.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
+            if it were repeated, and 0 as if it were absent.
+        dropout_p: Probability of dropping an attention weight, whenever it is not 0.
+        return_lse: Whether to return the log-sum-exp over the S averages too.
+        return_attention: Whether to return the attention weights too.
+
+    Returns:
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
+        tensor ``(*batch, *positions, n_m)`` a mode; all together sum to one.
+
+    Raises:
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
+        DtypeError: If a tensor is not floating point, or the types differ.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        OptionError: If an option is out of its range.
+
+    Shape:
+        - query: :math:`(*, P_1, \dots, P_M, D)` with any number M of position dimensions
+        - key: :math:`(*, n_1, \dots, n_N, D)`, value: :math:`(*, n_1, \dots, n_N, D_v)`
+        - output: :math:`(*, P_1, \dots, P_M, D_v)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> rows, columns = ta.kao_kv(q, k, v, order=2, return_attention=True).attention
+        >>> torch.allclose(rows.sum(-1) + columns.sum(-1), torch.ones(2, 4, 5))
+        True
+
+    References:
+        Gao, Wang and Ji, "Kronecker Attention Networks", KDD 2020, arXiv 2007.08442.
+    """
+    return run(
+        OPERATOR,
+        query,
+        key,
+        value,
+        order=order,
+        scale=scale,
+        weights=weights,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        return_attention=return_attention,
+    )
+
+
+def needs(order: int) -> Needs:
+    """The mode averages."""
+    return Needs(main_effects(order))
+
+
+def claims() -> frozenset[Claim]:
+    """The symmetries of a softmax over averages; neither exactness nor indifference to added modes."""
+    return SYMMETRIES | {Claim.INVISIBLE_INTERACTION, Claim.CONVEX, Claim.ZERO_SCALE_MEAN}
+
+
+OPERATOR = Operator("kao_kv", kao_kv, needs, attend, claims)

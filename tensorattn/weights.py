@@ -1,0 +1,115 @@
+"""Position weights: how often each index of a mode counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tensorattn.errors import DtypeError, WeightsError
+from tensorattn.modes import GridShape
+
+__all__ = ["Vector", "Vectors", "accumulation_dtype", "check_floating", "check_weights", "normalized"]
+
+Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for equal weights
+Vectors = tuple[Vector, ...]
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Check that tensors are of one floating-point type.
+
+    Args:
+        **tensors: Tensors by the name of their argument.
+
+    Raises:
+        DtypeError: If one is not floating point, or two types differ.
+    """
+    (first, reference), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise DtypeError(f"{name} must be floating point, got {tensor.dtype}.")
+        if tensor.dtype != reference.dtype:
+            raise DtypeError(f"the type is {reference.dtype} in {first} but {tensor.dtype} in {name}.")
+
+
+def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tensor) -> Vectors:
+    """Check position weights and bring them to the type that averages are accumulated in.
+
+    Values are only looked at where they can be: not while tracing, under ``vmap`` or on the meta device.
+
+    Args:
+        weights: One vector a mode or None for equal weights; None for all modes.
+        grid: Shape of the tensor that they weigh.
+        like: A tensor of the type and device wanted.
+
+    Returns:
+        One vector or None a mode.
+
+    Raises:
+        WeightsError: If there are not N vectors, or one has the wrong length, batch dimensions that do not
+            broadcast, negative or infinite entries, or only zeros.
+    """
+    order = len(grid.sizes)
+    if weights is None:
+        return (None,) * order
+    if isinstance(weights, Tensor) or len(weights) != order:
+        count = "a single tensor" if isinstance(weights, Tensor) else f"{len(weights)} entries"
+        raise WeightsError(f"weights has {count}, but order {order} needs {order} vectors, one a mode.")
+    checked: list[Vector] = []
+    for mode, (vector, size) in enumerate(zip(weights, grid.sizes, strict=True)):
+        if vector is not None:
+            vector = torch.as_tensor(vector, device=like.device)
+            if vector.dim() == 0 or vector.shape[-1] != size:
+                got = vector.shape[-1] if vector.dim() else "no dimension"
+                raise WeightsError(f"weights of mode {mode} have length {got}, but the mode has size {size}.")
+            if not _broadcasts_to(vector.shape[:-1], grid.batch):
+                raise WeightsError(
+                    f"weights of mode {mode} have batch dimensions {tuple(vector.shape[:-1])}, "
+                    f"which do not broadcast to {grid.batch}."
+                )
+            vector = vector.to(accumulation_dtype(like.dtype))
+            _check_values(vector, mode)
+        checked.append(vector)
+    return tuple(checked)
+
+
+def _broadcasts_to(shape: Sequence[int], batch: Sequence[int]) -> bool:
+    """Tell whether a shape broadcasts to the batch dimensions without adding to them."""
+    pairs = zip(reversed(shape), reversed(batch), strict=False)
+    return len(shape) <= len(batch) and all(size in (1, other) for size, other in pairs)
+
+
+def _check_values(vector: Tensor, mode: int) -> None:
+    """Refuse negative, infinite and all-zero weights, where values can be read."""
+    if torch.compiler.is_compiling() or vector.is_meta or vector.numel() == 0:
+        return
+    try:
+        lowest, highest = (bound.item() for bound in torch.aminmax(vector.detach()))
+    except RuntimeError:  # under vmap, and for fake tensors, no value can be read
+        return
+    if not math.isfinite(lowest) or not math.isfinite(highest):
+        raise WeightsError(f"weights of mode {mode} must be finite, got {lowest:g} to {highest:g}.")
+    if lowest < 0:
+        raise WeightsError(f"weights of mode {mode} must not be negative, got {lowest:g}.")
+    if highest == 0:
+        raise WeightsError(f"weights of mode {mode} are all zero, so no index takes part.")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which averages of a type are accumulated: float32 for half precision."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def normalized(weights: Vectors) -> Vectors:
+    """Divide the weights of each mode by their sum; weights that sum to zero stay zero."""
+    vectors: list[Vector] = []
+    for vector in weights:
+        if vector is not None:
+            total = vector.sum(-1, keepdim=True)
+            vector = vector / torch.where(total > 0, total, 1)
+        vectors.append(vector)
+    return tuple(vectors)
