@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,8 @@ class TokenSet(NamedTuple):
             for an absent token. None if all tokens count alike.
         multiplicity: How often each token counts where all count alike. It moves the log-sum-exp alone.
         coefficient: How often the softmax of this set enters the sum over sets.
+        bias: Added to the logits, ``(*batch, R, S)`` or broadcastable to it; minus infinity hides a token.
+        rows: For each query, its row of ``bias``, ``(L,)``.
     """
 
     key: Tensor
@@ -34,6 +37,8 @@ class TokenSet(NamedTuple):
     log_weight: Tensor | None = None
     multiplicity: int = 1
     coefficient: int = 1
+    bias: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def attend_tokens(
@@ -63,60 +68,48 @@ def attend_tokens(
         The output ``(*batch, L, D_v)`` in the type of the query; if asked for, the sum over sets of coefficient
         times log-sum-exp ``(*batch, L)``; and the attention weights ``(*batch, L, S)`` of each set.
     """
-    alive = _alive(sets)
-    explicit = return_lse or return_attention or len(sets) > 1 or query.shape[-1] != sets[0].value.shape[-1]
-    attend = _explicit if explicit or sets[0].coefficient != 1 else _fused
-    length, tokens = query.shape[-2], sum(tokens.key.shape[-2] for tokens in sets)
-    step = length
-    if not torch.compiler.is_compiling() and (attend is _explicit or query.stride(-1) != 1):
-        step = max(64, CHUNK // max(1, math.prod(query.shape[:-2]) * tokens))
-    pieces = [
-        attend(chunk, sets, scale, dropout_p, return_lse, return_attention, alive)
-        for chunk in (query.split(step, -2) if step < length else (query,))
-    ]
-    outputs, lses, attentions = zip(*pieces, strict=True)
-    joined = None
-    if return_attention:
-        joined = tuple(torch.cat(parts, -2) for parts in zip(*attentions, strict=True))
-    return (
-        torch.cat(outputs, -2) if len(pieces) > 1 else outputs[0],
-        torch.cat(lses, -1) if return_lse else None,
-        joined,
+    (first, *others), length = sets, query.shape[-2]
+    same_head = query.shape[-1] == first.value.shape[-1]
+    fused = (
+        not (others or return_lse or return_attention) and first.coefficient == 1 and first.bias is None and same_head
     )
+    step = length
+    if not torch.compiler.is_compiling() and (not fused or query.stride(-1) != 1):
+        tokens = sum(tokens.key.shape[-2] for tokens in sets)
+        step = max(64, CHUNK // max(1, math.prod(query.shape[:-2]) * tokens))
+    if fused:
+        parts = [
+            _fused(query[..., start : start + step, :], first, scale, dropout_p) for start in _starts(length, step)
+        ]
+        return _join(parts, -2), None, None
+    attended = [
+        _explicit(query[..., start : start + step, :], sets, start, scale, dropout_p, return_lse, return_attention)
+        for start in _starts(length, step)
+    ]
+    outputs, lses, attentions = zip(*attended, strict=True)
+    lse = _join([part for part in lses if part is not None], -1) if return_lse else None
+    attention = tuple(_join(parts, -2) for parts in zip(*attentions, strict=True)) if return_attention else None
+    return _join(outputs, -2), lse, attention
 
 
-def _alive(sets: Sequence[TokenSet]) -> Tensor | None:
-    """Tell which batch entries have any token, ``(*batch, 1, 1)``; None if all have."""
-    weighted = [tokens.log_weight for tokens in sets if tokens.log_weight is not None]
-    if not weighted:
-        return None
-    alive = (weighted[0] > -math.inf).any(-1)
-    for log_weight in weighted[1:]:
-        alive = alive & (log_weight > -math.inf).any(-1)
-    return alive[..., None, None]
+def _starts(length: int, step: int) -> Sequence[int]:
+    """Where chunks of queries start; an empty list of queries is one chunk."""
+    return range(0, length, step) if step < length else (0,)
 
 
-def _bias(tokens: TokenSet, alive: Tensor | None) -> Tensor | None:
-    """Log weights of one set as ``(*batch, 1, S)``, made harmless where no token is alive."""
-    if tokens.log_weight is None:
-        return None
-    bias = tokens.log_weight.unsqueeze(-2)
-    return bias if alive is None else torch.where(alive, bias, 0.0)
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate chunks; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _fused(
-    query: Tensor,
-    sets: Sequence[TokenSet],
-    scale: float,
-    dropout_p: float,
-    return_lse: bool,
-    return_attention: bool,
-    alive: Tensor | None,
-) -> tuple[Tensor, None, None]:
+def _fused(query: Tensor, tokens: TokenSet, scale: float, dropout_p: float) -> Tensor:
     """Attend to one set by the fused kernel, which takes exactly two batch dimensions."""
-    (tokens,) = sets
     batch = query.shape[:-2]
-    bias = _bias(tokens, alive)
+    bias, alive = None, None
+    if tokens.log_weight is not None:
+        bias = tokens.log_weight.unsqueeze(-2)
+        alive = bias.amax(-1, keepdim=True) > -math.inf
+        bias = torch.where(alive, bias, 0.0)
 
     def four(tensor: Tensor) -> Tensor:
         tensor = tensor.to(query.dtype)
@@ -132,41 +125,48 @@ def _fused(
         dropout_p=dropout_p,
         scale=scale,
     ).reshape(*batch, query.shape[-2], tokens.value.shape[-1])
-    return output if alive is None else output * alive, None, None
+    return output if alive is None else output * alive
 
 
 def _explicit(
     query: Tensor,
     sets: Sequence[TokenSet],
+    start: int,
     scale: float,
     dropout_p: float,
     return_lse: bool,
     return_attention: bool,
-    alive: Tensor | None,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """Attend to several sets by one product with all keys and one with all values."""
     dtype = accumulation_dtype(query.dtype)
-    key = torch.cat([tokens.key for tokens in sets], -2).to(dtype)
-    value = torch.cat([tokens.value for tokens in sets], -2).to(dtype)
+    key = join_tokens([tokens.key for tokens in sets]).to(dtype)
+    value = join_tokens([tokens.value for tokens in sets]).to(dtype)
     logits = torch.matmul(query.to(dtype) * scale, key.mT)
-    weights, lse = [], None
+    weights, terms, alive = [], [], None
     for tokens, part in zip(sets, logits.split([tokens.key.shape[-2] for tokens in sets], -1), strict=True):
-        bias = _bias(tokens, alive)
-        part = part if bias is None else part + bias
+        if tokens.log_weight is not None:
+            part = part + tokens.log_weight.unsqueeze(-2)
+        if tokens.bias is not None and tokens.rows is not None:
+            part = part + tokens.bias.index_select(-2, tokens.rows[start : start + query.shape[-2]])
+        if tokens.log_weight is not None or tokens.bias is not None:
+            present = part.amax(-1, keepdim=True) > -math.inf
+            alive = present if alive is None else alive & present
+            part = torch.where(present, part, 0.0)  # a softmax over nothing would be NaN
         weights.append(torch.softmax(part, -1))
         if return_lse:
             term = torch.logsumexp(part, -1)
             if tokens.log_weight is None:
                 term = term + term.new_full((), tokens.multiplicity).log()
-            lse = term * tokens.coefficient if lse is None else lse + term * tokens.coefficient
+            terms.append(term * tokens.coefficient)
     dropped = [F.dropout(weight, dropout_p) if dropout_p > 0 and weight.shape[-1] > 1 else weight for weight in weights]
     signed = [w if t.coefficient == 1 else w * t.coefficient for t, w in zip(sets, dropped, strict=True)]
-    output = torch.matmul(torch.cat(signed, -1) if len(signed) > 1 else signed[0], value)
+    output = torch.matmul(signed[0] if len(signed) == 1 else torch.cat(signed, -1), value)
+    lse = functools.reduce(torch.add, terms) if return_lse else None
     if alive is not None:
         output = output * alive
         lse = None if lse is None else torch.where(alive.squeeze(-1), lse, -math.inf)
         weights = [weight * alive for weight in weights]
-    return output.to(query.dtype), lse, tuple(weights) if return_attention else None
+    return output.to(query.dtype), lse, tuple(weights) if return_attention else ()
 
 
 def join_tokens(parts: Sequence[Tensor]) -> Tensor:

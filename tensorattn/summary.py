@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,25 @@ from tensorattn.planning import Family, Kept, main_effects
 from tensorattn.softmax import TokenSet
 from tensorattn.weights import Vector, Vectors, check_floating, check_weights, normalized
 
-__all__ = ["Summary", "attention_summary", "summarize"]
+__all__ = ["Needs", "Summary", "attention_summary", "summarize"]
 
 BLOCK = 1 << 18  # elements centred at a time for the second moment
+
+
+class Needs(NamedTuple):
+    """What is wanted of keys and values.
+
+    Attributes:
+        kept: Mode subsets whose marginal means are wanted. The subset of all modes is the tensor itself.
+        second_moment: Whether second moments are wanted.
+        keys: Those of the kept subsets that are wanted of the keys; all if None.
+        values: Those of the kept subsets that are wanted of the values; all if None.
+    """
+
+    kept: Family
+    second_moment: bool = False
+    keys: Family | None = None
+    values: Family | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,22 +54,24 @@ class Summary:
     Attributes:
         sizes: Sizes of the modes.
         kept: Mode subsets whose marginal means are held.
-        keys: For each kept subset U, the mean keys ``(*batch, *n_U, D)``.
-        values: For each kept subset U, the mean values ``(*batch, *n_U, D_v)``.
+        keys: For each kept subset U, the mean keys ``(*batch, *n_U, D)``, or None where they were not asked for.
+        values: For each kept subset U, the mean values ``(*batch, *n_U, D_v)``, or None likewise.
         weights: For each kept subset U, how many positions stand behind each mean, ``(*batch, *n_U)`` with batch
             dimensions that may be 1; None if all positions count once.
         mode_weights: Weights of the indices of each mode, ``(*batch, n_m)`` with batch dimensions that may be 1;
             None if all count once.
         covariance: Second central moment of values and keys, ``(*batch, D_v, D)``, if asked for.
+        key_covariance: Second central moment of the keys, ``(*batch, D, D)``, if asked for.
     """
 
     sizes: tuple[int, ...]
     kept: Family
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]
     weights: tuple[Tensor | None, ...]
     mode_weights: Vectors
     covariance: Tensor | None = None
+    key_covariance: Tensor | None = None
 
     @property
     def order(self) -> int:
@@ -62,7 +81,13 @@ class Summary:
     @property
     def batch(self) -> tuple[int, ...]:
         """Batch dimensions."""
-        return tuple(self.keys[0].shape[: -len(self.kept[0]) - 1])
+        place, mean = self._any_mean()
+        return tuple(mean.shape[: -len(self.kept[place]) - 1])
+
+    def _any_mean(self) -> tuple[int, Tensor]:
+        """Return one mean that is held, and its place."""
+        means = enumerate(self.keys + self.values)
+        return next((place % len(self.kept), mean) for place, mean in means if mean is not None)
 
     @property
     def positions(self) -> int:
@@ -82,6 +107,34 @@ class Summary:
             raise OptionError(f"the summary holds the kept modes {self.kept}, but not {kept}.")
         return self.kept.index(kept)
 
+    def key(self, kept: Kept) -> Tensor:
+        """Return the mean keys of one kept subset.
+
+        Args:
+            kept: Modes, ascending.
+
+        Raises:
+            OptionError: If they are not held.
+        """
+        mean = self.keys[self.place(kept)]
+        if mean is None:
+            raise OptionError(f"the summary does not hold the mean keys of the kept modes {kept}.")
+        return mean
+
+    def value(self, kept: Kept) -> Tensor:
+        """Return the mean values of one kept subset.
+
+        Args:
+            kept: Modes, ascending.
+
+        Raises:
+            OptionError: If they are not held.
+        """
+        mean = self.values[self.place(kept)]
+        if mean is None:
+            raise OptionError(f"the summary does not hold the mean values of the kept modes {kept}.")
+        return mean
+
     def tokens(self, kept: Kept, coefficient: int = 1) -> TokenSet:
         """Return the means of one kept subset as a set of tokens.
 
@@ -91,7 +144,7 @@ class Summary:
         """
         place = self.place(kept)
         batch, weight = len(self.batch), self.weights[place]
-        key, value = self.keys[place], self.values[place]
+        key, value = self.key(kept), self.value(kept)
         if not kept:
             key, value = key.unsqueeze(-2), value.unsqueeze(-2)
             weight = None if weight is None else weight.unsqueeze(-1)
@@ -113,7 +166,7 @@ class Summary:
             mode: Index of the mode.
         """
         total = self._total()
-        if not isinstance(total, Tensor):
+        if total is None:
             return None
         weight = self.mode_weights[mode]
         if weight is None:
@@ -157,20 +210,29 @@ class Summary:
             mean = F.linear(mean, weight.to(mean.dtype), bias)
             return mean if num_heads is None else mean.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
 
-        keys = tuple(linear(mean, key_weight, key_bias) for mean in self.keys)
-        values = tuple(linear(mean, value_weight, value_bias) for mean in self.values)
-        weights, mode_weights, covariance = self.weights, self.mode_weights, self.covariance
-        if covariance is not None:
-            of_values, of_keys = value_weight.to(covariance.dtype), key_weight.to(covariance.dtype)
+        def bilinear(moment: Tensor | None, left: Tensor, right: Tensor) -> Tensor | None:
+            if moment is None:
+                return None
+            left, right = left.to(moment.dtype), right.to(moment.dtype)
             if num_heads is not None:
-                of_values, of_keys = (w.unflatten(0, (num_heads, -1)) for w in (of_values, of_keys))
-                covariance = covariance.unsqueeze(-3)
-            covariance = of_values @ covariance @ of_keys.mT
+                left, right = left.unflatten(0, (num_heads, -1)), right.unflatten(0, (num_heads, -1))
+                moment = moment.unsqueeze(-3)
+            return left @ moment @ right.mT
+
+        keys = tuple(None if mean is None else linear(mean, key_weight, key_bias) for mean in self.keys)
+        values = tuple(None if mean is None else linear(mean, value_weight, value_bias) for mean in self.values)
+        weights, mode_weights = self.weights, self.mode_weights
         if num_heads is not None:
             weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
             mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
         return dataclasses.replace(
-            self, keys=keys, values=values, weights=weights, mode_weights=mode_weights, covariance=covariance
+            self,
+            keys=keys,
+            values=values,
+            weights=weights,
+            mode_weights=mode_weights,
+            covariance=bilinear(self.covariance, value_weight, key_weight),
+            key_covariance=bilinear(self.key_covariance, key_weight, key_weight),
         )
 
     def merge(self, other: Summary, *, mode: int) -> Summary:
@@ -196,31 +258,47 @@ class Summary:
         """
         mode = ModeSpec.parse(self.order).index(mode)
         self._check_mergeable(other, mode)
+        first, second = self, other
+        if self.weights[0] is not None or other.weights[0] is not None:
+            first, second = self._written_out(), other._written_out()
         batch = len(self.batch)
-        totals = self._total(), other._total()
         keys, values, weights = [], [], []
         for place, kept in enumerate(self.kept):
-            pair = self._counts(place, other), other._counts(place, self)
             if mode in kept:
-                dim = batch + kept.index(mode)
-                keys.append(torch.cat([self.keys[place], other.keys[place]], dim))
-                values.append(torch.cat([self.values[place], other.values[place]], dim))
-                weights.append(None if pair[0] is None or pair[1] is None else _cat(pair[0], pair[1], dim))
+                join = functools.partial(_cat, dim=batch + kept.index(mode))
+                weights.append(join(first.weights[place], second.weights[place]))
             else:
-                share = _share(*((s.positions for s in (self, other)) if pair[0] is None else pair))
-                share = share.unsqueeze(-1) if isinstance(share, Tensor) else share
-                keys.append(_mix(self.keys[place], other.keys[place], share))
-                values.append(_mix(self.values[place], other.values[place], share))
-                weights.append(None if pair[0] is None or pair[1] is None else pair[0] + pair[1])
-        share = _share(*totals)
-        return Summary(
+                share = _share(first, second, place)
+                join = functools.partial(_mix, share=share.unsqueeze(-1) if isinstance(share, Tensor) else share)
+                weights.append(_sum(first.weights[place], second.weights[place]))
+            keys.append(join(first.keys[place], second.keys[place]))
+            values.append(join(first.values[place], second.values[place]))
+        share = _share(first, second)
+        of_mode = share.unsqueeze(-1) if isinstance(share, Tensor) else share
+        mode_weights = [
+            _cat(one, two, batch) if k == mode else _mix(one, two, of_mode)
+            for k, (one, two) in enumerate(zip(first.mode_weights, second.mode_weights, strict=True))
+        ]
+        merged = Summary(
             tuple(size + (k == mode) * other.sizes[k] for k, size in enumerate(self.sizes)),
             self.kept,
             tuple(keys),
             tuple(values),
             tuple(weights),
-            tuple(self._merge_mode_weights(other, k, mode, share) for k in range(self.order)),
-            self._merge_covariance(other, share),
+            tuple(mode_weights),
+        )
+        if self.covariance is None or self.key_covariance is None:
+            return merged
+        shift_of_keys, shift_of_values = other.key(()) - self.key(()), other.value(()) - self.value(())
+        between = share * (1 - share)
+        spread = share[..., None, None] if isinstance(share, Tensor) else share
+        outer = functools.partial(_outer, factor=between)
+        return dataclasses.replace(
+            merged,
+            covariance=_sum(_mix(self.covariance, other.covariance, spread), outer(shift_of_values, shift_of_keys)),
+            key_covariance=_sum(
+                _mix(self.key_covariance, other.key_covariance, spread), outer(shift_of_keys, shift_of_keys)
+            ),
         )
 
     def _check_mergeable(self, other: Summary, mode: int) -> None:
@@ -232,68 +310,77 @@ class Summary:
         for k, (size, second) in enumerate(zip(self.sizes, other.sizes, strict=True)):
             if k != mode and size != second:
                 raise ShapeError(f"mode {k} has size {size} in one summary but {second} in the other.")
-        if (self.covariance is None) != (other.covariance is None) or (
-            self.covariance is not None and () not in self.kept
-        ):
+        moments = [summary.covariance is not None for summary in (self, other)]
+        if moments[0] != moments[1] or (moments[0] and () not in self.kept):
             raise ShapeError("second moments merge only if both summaries hold them, and their grand means.")
 
-    def _counts(self, place: int, other: Summary) -> Tensor | None:
-        """Weights behind the means of one kept subset, written out if the other summary has any."""
-        if self.weights[place] is not None or other.weights[place] is None:
-            return self.weights[place]
-        kept = self.kept[place]
-        shape = [1] * len(self.batch) + [self.sizes[mode] for mode in kept]
-        return self.keys[place].new_full(shape, self.positions / math.prod([self.sizes[mode] for mode in kept]))
-
-    def _total(self) -> Tensor | float:
-        """Weight of all positions together: ``(*batch,)`` with dimensions that may be 1, or a number."""
+    def _total(self) -> Tensor | None:
+        """Weight of all positions together, ``(*batch,)`` with dimensions that may be 1; None if all count once."""
         weight = self.weights[0]
         if weight is None:
-            return float(self.positions)
+            return None
         return weight.flatten(len(self.batch)).sum(-1) if self.kept[0] else weight
 
-    def _merge_mode_weights(self, other: Summary, k: int, mode: int, share: Tensor | float) -> Vector:
-        """Weights of the indices of one mode: side by side along the merged mode, else their mean by total weight."""
-        first, second = self.mode_weights[k], other.mode_weights[k]
-        if first is None and second is None:
-            return None
-        like = self.keys[0]
-        ones = [like.new_ones([1] * len(self.batch) + [part.sizes[k]]) for part in (self, other)]
-        first, second = ones[0] if first is None else first, ones[1] if second is None else second
-        if k == mode:
-            return _cat(first, second, len(self.batch))
-        return _mix(first, second, share.unsqueeze(-1) if isinstance(share, Tensor) else share)
-
-    def _merge_covariance(self, other: Summary, share: Tensor | float) -> Tensor | None:
-        """Second central moment of the whole: that within the parts, and that between their means."""
-        if self.covariance is None or other.covariance is None:
-            return None
-        place = self.place(())
-        key = other.keys[place] - self.keys[place]
-        value = other.values[place] - self.values[place]
-        share = share[..., None, None] if isinstance(share, Tensor) else share
-        between = value.unsqueeze(-1) * key.unsqueeze(-2) * (share * (1 - share))
-        return _mix(self.covariance, other.covariance, share) + between
+    def _written_out(self) -> Summary:
+        """Return the same summary with weights as tensors."""
+        if self.weights[0] is not None:
+            ones = [1] * len(self.batch)
+            like = self.weights[0]
+            written = [
+                like.new_ones([*ones, n]) if w is None else w
+                for w, n in zip(self.mode_weights, self.sizes, strict=True)
+            ]
+            return dataclasses.replace(self, mode_weights=tuple(written))
+        ones, (_, like) = [1] * len(self.batch), self._any_mean()
+        grids = [[self.sizes[mode] for mode in kept] for kept in self.kept]
+        return dataclasses.replace(
+            self,
+            weights=tuple(like.new_full([*ones, *grid], self.positions / math.prod(grid)) for grid in grids),
+            mode_weights=tuple(like.new_ones([*ones, size]) for size in self.sizes),
+        )
 
 
-def _share(first: Tensor | float, second: Tensor | float) -> Tensor | float:
-    """Share of the second part in the total weight; a half where there is none."""
-    total = first + second
-    if isinstance(total, Tensor):
-        return torch.where(total > 0, second / torch.where(total > 0, total, 1), 0.5)
-    return second / total
+def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor | float:
+    """Share of the second part in the weight behind the means of a kept subset, or in all.
+
+    Means that nothing stands behind have the share of all; where there is nothing at all, a half.
+    """
+    weights = [part._total() if place is None else part.weights[place] for part in (first, second)]
+    if weights[0] is None or weights[1] is None:
+        return second.positions / (first.positions + second.positions)
+    total = weights[0] + weights[1]
+    fallback: Tensor | float = 0.5
+    if place is not None:
+        fallback = _share(first, second)
+        if isinstance(fallback, Tensor):
+            fallback = fallback.reshape([*fallback.shape, *(1 for _ in first.kept[place])])
+    return torch.where(total > 0, weights[1] / torch.where(total > 0, total, 1), fallback)
 
 
-def _mix(first: Tensor, second: Tensor, share: Tensor | float) -> Tensor:
-    """Mean of two tensors, the second with a given share."""
-    return first * (1 - share) + second * share
+def _sum(first: Vector, second: Vector) -> Vector:
+    """Sum of two tensors, None if they are not held."""
+    return None if first is None or second is None else first + second
 
 
-def _cat(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    """Concatenate two tensors whose other dimensions may be 1."""
-    shapes = [list(part.shape) for part in (first, second)]
-    common = list(torch.broadcast_shapes(*([*s[:dim], 1, *s[dim + 1 :]] for s in shapes)))
+def _mix(first: Vector, second: Vector, share: Tensor | float) -> Vector:
+    """Mean of two tensors, the second with a given share; None if they are not held."""
+    return None if first is None or second is None else first * (1 - share) + second * share
+
+
+def _cat(first: Vector, second: Vector, dim: int) -> Vector:
+    """Concatenate two tensors whose other dimensions may be 1; None if they are not held."""
+    if first is None or second is None:
+        return None
+    shapes = [[*part.shape[:dim], 1, *part.shape[dim + 1 :]] for part in (first, second)]
+    common = torch.broadcast_shapes(*shapes)
     return torch.cat([part.expand(*common[:dim], -1, *common[dim + 1 :]) for part in (first, second)], dim)
+
+
+def _outer(left: Tensor, right: Tensor, factor: Tensor | float) -> Tensor:
+    """Outer product of the last dimensions, with a factor a batch entry."""
+    return (
+        left.unsqueeze(-1) * right.unsqueeze(-2) * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
+    )
 
 
 @retells
@@ -313,7 +400,8 @@ def summarize(
         value: Values over the grid. Pass the same tensor as ``key`` to read it once.
         order: Number of modes N.
         kept: Mode subsets whose marginal means are wanted; by default the N mode averages and the grand mean.
-        second_moment: Whether to hold the central second moment :math:`\mathrm{E}[(v - \bar v)(k - \bar k)^\top]`.
+        second_moment: Whether to hold the central second moments :math:`\mathrm{E}[(v - \bar v)(k - \bar k)^\top]` of
+            values and keys, and of the keys alone.
         weights: One non-negative vector a mode, or None for equal weights; multiplicities.
 
     Returns:
@@ -347,33 +435,46 @@ def summarize(
     )
     if not family:
         raise ModesError("kept is empty, but a summary needs at least one subset of modes.")
-    return attention_summary(key, value, family, check_weights(weights, grid, key), second_moment)
+    return attention_summary(key, value, Needs(family, second_moment), check_weights(weights, grid, key))
 
 
-def attention_summary(key: Tensor, value: Tensor, family: Family, weights: Vectors, second_moment: bool) -> Summary:
+def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors) -> Summary:
     """Summarise, unchecked.
 
     Args:
         key: Keys over the grid.
         value: Values over the grid.
-        family: Kept mode subsets.
+        needs: What is wanted.
         weights: Checked weights of each mode, or None.
-        second_moment: Whether to hold the central second moment.
     """
     order = len(weights)
     grid = GridShape(tuple(key.shape[: -order - 1]), tuple(key.shape[-order - 1 : -1]), key.shape[-1])
     vectors = normalized(weights)
-    wanted = family if not second_moment or () in family else (*family, ())
-    keys = contract(key, wanted, vectors)
-    values = keys if value is key else contract(value, wanted, vectors)
-    covariance = (
-        _covariance(key, value, keys[wanted.index(())], values[wanted.index(())], vectors, grid)
-        if second_moment
-        else None
-    )
+    family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
+    of_keys = family if needs.keys is None else needs.keys
+    of_values = family if needs.values is None else needs.values
+    if value is key:
+        both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
+        means = dict(zip(both, contract(key, both, vectors), strict=True))
+        keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
+    else:
+        keys = dict(zip(of_keys, contract(key, of_keys, vectors), strict=True))
+        values = dict(zip(of_values, contract(value, of_values, vectors), strict=True))
+    covariance = key_covariance = None
+    if needs.second_moment:
+        covariance = _covariance(value, key, values[()], keys[()], vectors, grid)
+        key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], vectors, grid)
     full = tuple(_with_batch(vector, grid) for vector in weights)
-    counts = tuple(_marginal_weight(kept, full, grid) for kept in wanted)
-    return Summary(grid.sizes, wanted, keys, values, counts, full, covariance)
+    return Summary(
+        grid.sizes,
+        family,
+        tuple(keys.get(kept) for kept in family),
+        tuple(values.get(kept) for kept in family),
+        tuple(_marginal_weight(kept, full, grid) for kept in family),
+        full,
+        covariance,
+        key_covariance,
+    )
 
 
 def _with_batch(vector: Vector, grid: GridShape) -> Vector:
@@ -400,30 +501,29 @@ def _marginal_weight(kept: Kept, weights: Vectors, grid: GridShape) -> Tensor | 
 
 
 def _covariance(
-    key: Tensor, value: Tensor, mean_key: Tensor, mean_value: Tensor, vectors: Vectors, grid: GridShape
+    left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, vectors: Vectors, grid: GridShape
 ) -> Tensor:
-    """Second central moment of values and keys, block by block along the longest mode."""
+    """Second central moment of two tensors over the grid, block by block along the longest mode."""
     batch, order = len(grid.batch), len(grid.sizes)
     longest = max(range(order), key=lambda mode: grid.sizes[mode])
-    rest = max(1, key.numel() // max(1, grid.sizes[longest]))
+    rest = max(1, max(left.numel(), right.numel()) // grid.sizes[longest])
     step = grid.sizes[longest] if torch.compiler.is_compiling() else max(1, BLOCK // rest)
-    spread = [1] * order
     total: Tensor | None = None
     for start in range(0, grid.sizes[longest], step):
         length = min(step, grid.sizes[longest] - start)
-        parts = []
-        for tensor, mean in ((key, mean_key), (value, mean_value)):
+        blocks = []
+        for tensor, mean in ((left, left_mean), (right, right_mean)):
             block = tensor.narrow(batch + longest, start, length).to(mean.dtype)
-            parts.append(block - mean.reshape(*grid.batch, *spread, -1))
-        centred_key, centred_value = parts
+            blocks.append(block - mean.reshape(*mean.shape[:-1], *(1,) * order, mean.shape[-1]))
+        weighed = blocks[0]
         for mode, vector in enumerate(vectors):
             if vector is None:
-                centred_value = centred_value / grid.sizes[mode]
-                continue
-            part = vector.narrow(-1, start, length) if mode == longest else vector
-            shape = [-1 if k == mode else 1 for k in range(order)]
-            centred_value = centred_value * part.reshape(*part.shape[:-1], *shape, 1)
-        term = centred_value.flatten(batch, -2).mT @ centred_key.flatten(batch, -2)
+                weighed = weighed / grid.sizes[mode]
+            else:
+                part = vector.narrow(-1, start, length) if mode == longest else vector
+                shape = [-1 if k == mode else 1 for k in range(order)]
+                weighed = weighed * part.reshape(*part.shape[:-1], *shape, 1)
+        term = weighed.flatten(batch, -2).mT @ blocks[1].flatten(batch, -2)
         total = term if total is None else total + term
     assert total is not None
     return total

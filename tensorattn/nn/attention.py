@@ -161,7 +161,7 @@ class TensorAttention(nn.Module):
         """Summarise the input once, project the summary, attend, project back."""
         operator = get_operator(self.operator)
         needs = operator.needs(self.modes.order, **self.options)
-        summary = attention_summary(x, x, needs.kept, weights, needs.second_moment).project(
+        summary = attention_summary(x, x, needs, weights).project(
             self.k_proj.weight,
             self.v_proj.weight,
             key_bias=self.k_proj.bias,

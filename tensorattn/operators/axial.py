@@ -21,7 +21,8 @@ __all__ = ["OPERATOR", "axial_attention"]
 def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
     """Attend along each mode with all other modes as batch, and take the mean over modes."""
     order, batch = summary.order, len(summary.batch)
-    key, value, weight = summary.keys[0], summary.values[0], summary.weights[0]
+    everything = tuple(range(order))
+    key, value, weight = summary.key(everything), summary.value(everything), summary.weights[0]
     outputs, attentions, lse = [], [], None
     for mode in range(order):
         dim = batch + mode

@@ -20,7 +20,9 @@ __all__ = ["OPERATOR", "joint_set", "kao_kv"]
 def joint_set(summary: Summary) -> TokenSet:
     """Return the averages of all modes as one set of tokens, each counted as often as its index."""
     modes = range(summary.order)
-    sets = [summary.tokens((mode,))._replace(log_weight=summary.mode_log_weight(mode), multiplicity=1) for mode in modes]
+    sets = [
+        summary.tokens((mode,))._replace(log_weight=summary.mode_log_weight(mode), multiplicity=1) for mode in modes
+    ]
     return join_sets(sets)
 
 

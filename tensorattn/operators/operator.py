@@ -12,9 +12,9 @@ from torch import Tensor
 from tensorattn.contraction import contract, expand
 from tensorattn.errors import OptionError, ShapeError
 from tensorattn.modes import GridShape, attention_shapes
-from tensorattn.planning import Family, main_effects
+from tensorattn.planning import main_effects
 from tensorattn.softmax import TokenSet, attend_tokens
-from tensorattn.summary import Summary, attention_summary
+from tensorattn.summary import Needs, Summary, attention_summary
 from tensorattn.weights import check_floating, check_weights, normalized
 
 __all__ = ["AttentionResult", "Claim", "Needs", "Operator", "attend_means", "attend_positions", "default_scale", "run"]
@@ -51,18 +51,6 @@ class AttentionResult(NamedTuple):
     output: Any
     lse: Any = None
     attention: Any = None
-
-
-class Needs(NamedTuple):
-    """What an operator needs to know of keys and values.
-
-    Attributes:
-        kept: Mode subsets whose marginal means it uses. The subset of all modes is the tensor itself.
-        second_moment: Whether it uses the second moment of values and keys.
-    """
-
-    kept: Family
-    second_moment: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,8 +139,7 @@ def run(
             raise ShapeError(
                 f"query must be on the grid of key, but has positions {positions} where key has {grid.sizes}."
             )
-    needs = operator.needs(order, **options)
-    summary = attention_summary(key, value, needs.kept, checked, needs.second_moment)
+    summary = attention_summary(key, value, operator.needs(order, **options), checked)
     settings = {
         "scale": default_scale(grid.dim) if scale is None else scale,
         "dropout_p": dropout_p,

@@ -48,7 +48,20 @@ def refusal(kind, message, *args, **options):
 @pytest.mark.parametrize(
     ("kind", "message", "args", "options"),
     [
-        refusal(ShapeError, "mode 1 has size 4 in loc but 3 in mode_covariances[1].", zeros(2, 4), [ROWS, COLUMNS]),
+        refusal(
+            ShapeError,
+            "mode 1 has size 4 in loc but 3 in mode_covariances[1].\n"
+            "  Without a channel factor the event is (n_1, ..., n_N): the last dimension is a mode.",
+            zeros(2, 4),
+            [ROWS, COLUMNS],
+        ),
+        refusal(
+            ShapeError,
+            "mode 1 has size 4 in loc but 3 in mode_covariances[1].",
+            zeros(2, 4, 2),
+            [ROWS, COLUMNS],
+            CHANNELS,
+        ),
         refusal(ShapeError, "the channels have size 4 in loc but 2 in channel_covariance.", zeros(2, 4), [ROWS], ROWS),
         refusal(
             ShapeError,
@@ -127,6 +140,12 @@ def refusal(kind, message, *args, **options):
         ),
         refusal(
             OptionError,
+            "mode_covariances[1] is not positive semidefinite: its eigenvalues run from -1 to -1.",
+            zeros(2, 3),
+            [ROWS, torch.stack([eye(3), -eye(3)])],
+        ),
+        refusal(
+            OptionError,
             "mode_scale_trils[0] is not lower triangular: entry (0, 1) is 0.5.",
             zeros(2),
             mode_scale_trils=[ROWS],
@@ -163,6 +182,12 @@ def test_of_the_density(law, kind, message, args, options):
     refused(lambda: law.log_prob(*args, **options), kind, f"log_prob: {message}")
 
 
+def test_of_a_wider_value():
+    single = TensorNormal(torch.zeros(2), [torch.eye(2)])
+    message = "log_prob: value is torch.float64 but loc is torch.float32."
+    refused(lambda: single.log_prob(zeros(2)), DtypeError, message)
+
+
 def test_of_singular_factors():
     law = TensorNormal(zeros(2, 3, 2), [ROWS, SINGULAR], CHANNELS)
     why = "mode_covariances[1] is singular: its eigenvalues run from 0 to 2, so"
@@ -172,6 +197,7 @@ def test_of_singular_factors():
 
 
 def test_of_expand(law):
+    refused(lambda: law.expand((5, 4)).log_prob(zeros(2, 3, 2) / 0), OptionError, "log_prob: value has a NaN.")
     refused(lambda: law.expand((3,)), ShapeError, "expand: batch_shape is (3,), but (4,) does not expand to it.")
 
 
@@ -179,6 +205,8 @@ def test_of_expand(law):
     ("kind", "message", "args", "options"),
     [
         refusal(ModesError, "kept has mode 2, but there are 2 modes.", (2,)),
+        refusal(ModesError, "kept has mode 't', but there are 2 modes.", "t"),
+        refusal(ModesError, "kept is 1, but a sequence of modes is needed.", 1),
         refusal(ModesError, "kept has mode 0 2 times, but once is enough.", (0, -2)),
         refusal(WeightsError, "weights has 1 vectors, but there are 2 modes.", (), weights=[None]),
         refusal(WeightsError, "weights[1] has shape (2,), but mode 1 has size 3.", (), weights=[None, zeros(2)]),
@@ -222,6 +250,9 @@ def test_of_additive_means(kind, message, args, options):
         refusal(ShapeError, "covariance has shape (3,), but (*batch, n, n) is needed.", zeros(3)),
         refusal(
             OptionError, "covariance is singular: its eigenvalues run from 0 to 2, so it has no inverse.", SINGULAR
+        ),
+        refusal(
+            OptionError, "covariance is singular: its eigenvalues run from 0 to 0, so it has no inverse.", -zeros(2, 2)
         ),
         refusal(OptionError, "covariance is not positive semidefinite: its eigenvalues run from -2 to 0.", -SINGULAR),
     ],
