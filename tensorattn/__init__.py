@@ -17,7 +17,11 @@ from tensorattn.operators.axial import axial_attention
 from tensorattn.operators.flattened import flattened_attention
 from tensorattn.operators.kao_kv import kao_kv
 from tensorattn.operators.kao_qkv import kao_qkv
+from tensorattn.operators.kronecker_product import kronecker_product_attention
+from tensorattn.operators.kronecker_sum import kronecker_sum_attention
+from tensorattn.operators.truncated import truncated_attention
 from tensorattn.planning import Plan, plan
+from tensorattn.softmax import merge_attention
 from tensorattn.summary import Summary, summarize
 
 __version__ = "0.1.0"
@@ -45,9 +49,13 @@ __all__ = [
     "interaction_residual",
     "kao_kv",
     "kao_qkv",
+    "kronecker_product_attention",
+    "kronecker_sum_attention",
+    "merge_attention",
     "mode_averages",
     "outer_sum",
     "plan",
     "register_operator",
     "summarize",
+    "truncated_attention",
 ]

@@ -192,7 +192,7 @@ def _run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> t
     memory = tensor.permute(plan.permutation)
     dtype = accumulation_dtype(tensor.dtype)
     aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
-    shared = all(vector is None or vector.dim() == 1 for vector in vectors)
+    shared = all(vector is None or vector.numel() == vector.shape[-1] for vector in vectors)
     if shared and tensor.dtype == dtype and memory.is_contiguous():
         nodes = _reduce(plan, memory, aligned, mean)
     else:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorattn.errors import ShapeError, retells
 from tensorattn.weights import accumulation_dtype
 
-__all__ = ["TokenSet", "attend_tokens", "join_sets", "join_tokens"]
+__all__ = ["TokenSet", "attend_tokens", "join_sets", "join_tokens", "merge_attention"]
 
 CHUNK = 1 << 19  # logits held at a time by the explicit path: 2 MB in float32
 
@@ -189,7 +190,70 @@ def join_sets(sets: Sequence[TokenSet]) -> TokenSet:
     """
     key, value = join_tokens([part.key for part in sets]), join_tokens([part.value for part in sets])
     log_weights = [part.log_weight for part in sets if part.log_weight is not None]
-    if not log_weights:
-        return TokenSet(key, value, multiplicity=sets[0].multiplicity)
-    batch = torch.broadcast_shapes(*(log_weight.shape[:-1] for log_weight in log_weights))
-    return TokenSet(key, value, torch.cat([log_weight.expand(*batch, -1) for log_weight in log_weights], -1))
+    joint = TokenSet(key, value, multiplicity=sets[0].multiplicity)
+    if log_weights:
+        batch = torch.broadcast_shapes(*(log_weight.shape[:-1] for log_weight in log_weights))
+        joint = TokenSet(key, value, torch.cat([log_weight.expand(*batch, -1) for log_weight in log_weights], -1))
+    return joint if all(part.bias is None for part in sets) else _join_biases(joint, sets)
+
+
+def _join_biases(joint: TokenSet, sets: Sequence[TokenSet]) -> TokenSet:
+    """Give a joint set one row of bias for each query; parts without a bias have zeros."""
+    parts = []
+    for part in sets:
+        if part.bias is None or part.rows is None:
+            parts.append(part.key.new_zeros(1, part.key.shape[-2]))
+        else:
+            parts.append(part.bias.index_select(-2, part.rows))
+    batch = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
+    length = max(part.shape[-2] for part in parts)
+    bias = torch.cat([part.expand(*batch, length, part.shape[-1]) for part in parts], -1)
+    return joint._replace(bias=bias, rows=torch.arange(length, device=bias.device))
+
+
+@retells
+def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    r"""Join the attention of the same queries to several sets of tokens, exactly.
+
+    .. math:: o = \sum_p e^{L_p - L} o_p, \qquad L = \log \sum_p e^{L_p}
+
+    is attention to all sets together, where :math:`o_p` and :math:`L_p` are output and log-sum-exp of each: class and
+    register tokens, a second tensor, memory. Where all parts are empty, the output is zero.
+
+    Args:
+        parts: Output and log-sum-exp of each set, pairs or results of an operator with ``return_lse=True``.
+
+    Returns:
+        Output, in the type of the first, and log-sum-exp of the union.
+
+    Raises:
+        ShapeError: If there is no part, or shapes disagree.
+
+    Shape:
+        - outputs: :math:`(*, D_v)`, log-sum-exps: :math:`(*)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k = torch.randn(5, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+        >>> halves = [ta.flattened_attention(q, part, part, order=1, return_lse=True) for part in k.split(3)]
+        >>> output, lse = ta.merge_attention([(half.output, half.lse) for half in halves])
+        >>> torch.allclose(output, ta.flattened_attention(q, k, k, order=1))
+        True
+    """
+    pairs = [(part[0], part[1]) for part in parts]
+    if not pairs:
+        raise ShapeError("parts is empty, but at least one output with its log-sum-exp is needed.")
+    for place, (output, lse) in enumerate(pairs):
+        if output.shape != pairs[0][0].shape:
+            shapes = tuple(pairs[0][0].shape), tuple(output.shape)
+            raise ShapeError(f"outputs have shape {shapes[0]} in parts[0] but {shapes[1]} in parts[{place}].")
+        if output.shape[:-1] != lse.shape:
+            shapes = tuple(output.shape), tuple(lse.shape)
+            raise ShapeError(f"parts[{place}] has output {shapes[0]} but log-sum-exp {shapes[1]}.")
+    lses = torch.stack([lse for _, lse in pairs], -1)
+    present = lses.amax(-1, keepdim=True) > -math.inf
+    safe = torch.where(present, lses, 0.0)
+    shares = torch.softmax(safe, -1) * present
+    output = functools.reduce(torch.add, (o.to(lses.dtype) * shares[..., p, None] for p, (o, _) in enumerate(pairs)))
+    lse = torch.where(present.squeeze(-1), torch.logsumexp(safe, -1), -math.inf)
+    return output.to(pairs[0][0].dtype), lse

@@ -505,6 +505,8 @@ def _covariance(
 ) -> Tensor:
     """Second central moment of two tensors over the grid, block by block along the longest mode."""
     batch, order = len(grid.batch), len(grid.sizes)
+    if order == 0:  # one position has no spread
+        return left_mean.unsqueeze(-1) * right_mean.unsqueeze(-2) * 0
     longest = max(range(order), key=lambda mode: grid.sizes[mode])
     rest = max(1, max(left.numel(), right.numel()) // grid.sizes[longest])
     step = grid.sizes[longest] if torch.compiler.is_compiling() else max(1, BLOCK // rest)

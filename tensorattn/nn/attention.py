@@ -175,7 +175,7 @@ class TensorAttention(nn.Module):
             "return_attention": False,
             **self.options,
         }
-        if operator.query == "means":
+        if operator.takes_means(**self.options):
             return self._attend_means(x, grid, weights, summary, settings)
         output = operator.attend(self._split(self.q_proj(x)), summary, **settings).output
         return self.out_proj(self._join(output))
@@ -183,12 +183,14 @@ class TensorAttention(nn.Module):
     def _attend_means(
         self, x: Tensor, grid: GridShape, weights: Vectors, summary: Summary, settings: dict[str, Any]
     ) -> Tensor:
-        """Attend from averages: both projections act on S rows, and only the outer sum has P."""
+        """Attend from averages: queries are projected in S rows, and so is an output that is an outer sum."""
         order = self.modes.order
         means = contract(x, (*main_effects(order), ()), normalized(weights))
         queries = tuple(self._split(self._linear(self.q_proj, mean)) for mean in means)
-        outputs = get_operator(self.operator).attend(queries, summary, **settings).output
-        parts = [self._linear(self.out_proj, self._join(part), bias=mode == 0) for mode, part in enumerate(outputs)]
+        output = get_operator(self.operator).attend(queries, summary, **settings).output
+        if isinstance(output, Tensor):
+            return self.out_proj(self._join(output))
+        parts = [self._linear(self.out_proj, self._join(part), bias=mode == 0) for mode, part in enumerate(output)]
         return expand(parts, main_effects(order), grid).to(x.dtype)
 
     @staticmethod

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from tensorattn.errors import OptionError
-from tensorattn.operators import additive, axial, flattened, kao_kv, kao_qkv
-from tensorattn.operators.operator import AttentionResult, Claim, Needs, Operator
+from tensorattn.operators import (
+    additive,
+    axial,
+    flattened,
+    kao_kv,
+    kao_qkv,
+    kronecker_product,
+    kronecker_sum,
+    truncated,
+)
+from tensorattn.operators.operator import AttentionResult, Claim, Operator
 
-__all__ = ["OPERATORS", "AttentionResult", "Claim", "Needs", "Operator", "get_operator", "register_operator"]
+__all__ = ["OPERATORS", "AttentionResult", "Claim", "Operator", "get_operator", "register_operator"]
 
 OPERATORS: dict[str, Operator] = {}
 
@@ -44,7 +53,10 @@ def get_operator(name: str) -> Operator:
 
 
 register_operator(additive.OPERATOR)
+register_operator(truncated.OPERATOR)
 register_operator(kao_kv.OPERATOR)
 register_operator(kao_qkv.OPERATOR)
+register_operator(kronecker_product.OPERATOR)
+register_operator(kronecker_sum.OPERATOR)
 register_operator(axial.OPERATOR)
 register_operator(flattened.OPERATOR)

@@ -8,25 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import retells
-from tensorattn.operators.operator import AttentionResult, Claim, Needs, Operator, attend_positions, run
+from tensorattn.operators.means import attend_to_means, means_claims, means_needs
+from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
 from tensorattn.planning import main_effects
-from tensorattn.softmax import TokenSet
-from tensorattn.summary import Summary
+from tensorattn.summary import Needs, Summary
+from tensorattn.truncation import counting_numbers
 from tensorattn.weights import Vector
 
-__all__ = ["OPERATOR", "additive_attention", "token_sets"]
-
-
-def token_sets(summary: Summary) -> list[TokenSet]:
-    """Return the averages of each mode as a set of tokens, and the grand mean counted 1−N times."""
-    sets = [summary.tokens(kept) for kept in main_effects(summary.order)]
-    return sets if summary.order == 1 else [*sets, summary.tokens((), 1 - summary.order)]
+__all__ = ["OPERATOR", "additive_attention"]
 
 
 def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
-    """Attend to each mode's averages by a softmax of its own."""
-    output, lse, attention = attend_positions(query, summary, token_sets(summary), **settings)
-    return AttentionResult(output, lse, None if attention is None else attention[: summary.order])
+    """Attend to each mode's averages by a softmax of its own, and count the grand mean 1−N times."""
+    counts = counting_numbers(main_effects(summary.order))
+    return attend_to_means(query, summary, counts, shown=main_effects(summary.order), **settings)
 
 
 @retells
@@ -38,6 +33,11 @@ def additive_attention(
     order: int,
     scale: float | None = None,
     weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
+    interaction: str | None = None,
+    saturation: float | None = 1.0,
+    include_self: bool = False,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     return_attention: bool = False,
@@ -50,8 +50,8 @@ def additive_attention(
     Equals flattened attention, its log-sum-exp included, for **every** query where keys and values are additive over
     the modes, that is a sum of one term a mode: the logits are then additive, so the softmax over the grid is the
     product of the softmaxes over its modes, and the mean of an additive value under a product is the sum of the means
-    under its factors. On other data it is blind to the interactions of keys and values. Costs 4SD operations a query
-    for S = n_1 + … + n_N averages.
+    under its factors. On other data it is blind to the interactions of keys and values, unless ``interaction`` asks
+    for their covariance. Costs 4SD operations a query for S = n_1 + … + n_N averages, and 4D² with the correction.
 
     Args:
         query: Queries: the grid of the keys, another grid, or a list of tokens.
@@ -59,21 +59,34 @@ def additive_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
-            if it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
+            it were repeated, and 0 as if it were absent.
+        bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
+            query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
+            Exact where keys and values are additive.
+        causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with
+            the frames of the keys.
+        interaction: ``"linear"`` to add the covariance of the interaction residual, :math:`s\, C_{vk}\, q`, and
+            :math:`\tau^2 / 2` to the log-sum-exp, with :math:`\tau^2 = s^2 q^\top C_{kk}\, q`. The result then agrees
+            with flattened attention to first order in the scale for every tensor.
+        saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
+            None leaves it unbounded, as is right for Gaussian residuals only.
+        include_self: Whether to merge the key and value at each query's own position as one more token; the query is
+            then on the grid of the keys.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too: that of all logits, where keys are additive.
         return_attention: Whether to return the attention weights too.
 
     Returns:
         The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
-        tensor ``(*batch, *positions, n_m)`` a mode, each summing to one.
+        tensor ``(*batch, *positions, n_m)`` a mode, each summing to one. With ``include_self`` these are the weights
+        among the averages, before the own token joins.
 
     Raises:
         ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        OptionError: If an option is out of its range.
+        OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
         - query: :math:`(*, P_1, \dots, P_M, D)` with any number M of position dimensions
@@ -99,20 +112,32 @@ def additive_attention(
         order=order,
         scale=scale,
         weights=weights,
+        bias=bias,
+        causal=causal,
         dropout_p=dropout_p,
         return_lse=return_lse,
         return_attention=return_attention,
+        interaction=interaction,
+        saturation=saturation,
+        include_self=include_self,
     )
 
 
-def needs(order: int) -> Needs:
+def needs(order: int, *, interaction: str | None, saturation: float | None, include_self: bool) -> Needs:
     """The mode averages and the grand mean."""
-    return Needs((*main_effects(order), ()))
+    return means_needs(counting_numbers(main_effects(order)), interaction, saturation, include_self, order)
 
 
-def claims() -> frozenset[Claim]:
-    """All but exactness on any data and convexity: a sum of softmaxes can leave the range of the values."""
-    return frozenset(Claim) - {Claim.EXACT, Claim.CONVEX}
+def claims(*, interaction: str | None, saturation: float | None, include_self: bool) -> frozenset[Claim]:
+    """What holds for sums of softmaxes over means."""
+    return means_claims(interaction, include_self) | (frozenset() if interaction else {Claim.INVISIBLE_INTERACTION})
 
 
-OPERATOR = Operator("additive", additive_attention, needs, attend, claims)
+OPERATOR = Operator(
+    "additive",
+    additive_attention,
+    needs,
+    attend,
+    claims,
+    options={"interaction": None, "saturation": 1.0, "include_self": False},
+)

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, retells
-from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Needs, Operator, run
+from tensorattn.errors import retells
+from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
+from tensorattn.operators.position import Bias
 from tensorattn.softmax import TokenSet, attend_tokens
-from tensorattn.summary import Summary
+from tensorattn.summary import Needs, Summary
 from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "axial_attention"]
 
 
-def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
+def attend(
+    query: Tensor, summary: Summary, *, bias: Bias | None = None, causal: int | None = None, **settings: Any
+) -> AttentionResult:
     """Attend along each mode with all other modes as batch, and take the mean over modes."""
     order, batch = summary.order, len(summary.batch)
     everything = tuple(range(order))
     key, value, weight = summary.key(everything), summary.value(everything), summary.weights[0]
     outputs, attentions, lse = [], [], None
-    for mode in range(order):
+    for mode, size in enumerate(summary.sizes):
         dim = batch + mode
         # The weight of a whole position, not of its index: a fibre of absent positions then has no token at all.
         log_weight = None if weight is None else weight.log().movedim(dim, -1)
         fibres = TokenSet(key.movedim(dim, -2), value.movedim(dim, -2), log_weight)
+        along = None if bias is None else bias[mode]
+        if causal == mode:
+            later = torch.full((size, size), -math.inf, dtype=key.dtype, device=key.device).triu(1)
+            along = later.reshape(*(1,) * batch, size, size) if along is None else along + later
+        if along is not None:
+            along = along.reshape(*along.shape[:-2], *(1,) * (order - 1), size, size)
+            fibres = fibres._replace(bias=along, rows=torch.arange(size, device=key.device))
         output, lse, attention = attend_tokens(query.movedim(dim, -2), [fibres], **settings)
         outputs.append(output.movedim(-2, dim))
         if attention is not None:
@@ -46,6 +57,8 @@ def axial_attention(
     order: int,
     scale: float | None = None,
     weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     return_attention: bool = False,
@@ -64,8 +77,12 @@ def axial_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
-            if it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
+            it were repeated, and 0 as if it were absent.
+        bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
+            query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
+        causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with
+            the frames of the keys.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too; only order 1 has one.
         return_attention: Whether to return the attention weights too.
@@ -78,7 +95,7 @@ def axial_attention(
         ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        OptionError: If an option is out of its range.
+        OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
         - query and key: :math:`(*, n_1, \dots, n_N, D)`
@@ -94,11 +111,6 @@ def axial_attention(
         Ho, Kalchbrenner, Weissenborn and Salimans, "Axial Attention in Multidimensional Transformers", 2019,
         arXiv 1912.12180.
     """
-    if return_lse and order > 1:
-        raise OptionError(
-            f"return_lse has no meaning at order {order}: a mean of {order} softmaxes is not a softmax.",
-            hint="Use additive_attention, or attend along one mode at order 1.",
-        )
     return run(
         OPERATOR,
         query,
@@ -107,6 +119,8 @@ def axial_attention(
         order=order,
         scale=scale,
         weights=weights,
+        bias=bias,
+        causal=causal,
         dropout_p=dropout_p,
         return_lse=return_lse,
         return_attention=return_attention,
@@ -123,4 +137,12 @@ def claims() -> frozenset[Claim]:
     return SYMMETRIES | {Claim.REFINEMENT, Claim.CONVEX}
 
 
-OPERATOR = Operator("axial", axial_attention, needs, attend, claims, query="grid")
+OPERATOR = Operator(
+    "axial",
+    axial_attention,
+    needs,
+    attend,
+    claims,
+    query="grid",
+    lacks={"return_lse": "a mean of several softmaxes is not a softmax"},
+)

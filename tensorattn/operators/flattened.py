@@ -8,17 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import retells
-from tensorattn.operators.operator import AttentionResult, Claim, Needs, Operator, attend_positions, run
-from tensorattn.summary import Summary
+from tensorattn.operators.operator import AttentionResult, Claim, Operator, attend_positions, run
+from tensorattn.operators.position import Bias, biased
+from tensorattn.summary import Needs, Summary
 from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "flattened_attention"]
 
 
-def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
+def attend(query: Tensor, summary: Summary, *, bias: Bias | None = None, **settings: Any) -> AttentionResult:
     """Attend to all positions as one set of tokens."""
-    positions = summary.tokens(tuple(range(summary.order)))
-    output, lse, attention = attend_positions(query, summary, [positions], **settings)
+    everything = tuple(range(summary.order))
+    positions = query.shape[len(summary.batch) : -1]
+    tokens = biased(summary.tokens(everything), everything, bias, positions, summary.sizes)
+    output, lse, attention = attend_positions(query, summary, [tokens], **settings)
     if attention is not None:
         attention = (attention[0].unflatten(-1, summary.sizes),)
     return AttentionResult(output, lse, attention)
@@ -33,6 +36,8 @@ def flattened_attention(
     order: int,
     scale: float | None = None,
     weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     return_attention: bool = False,
@@ -50,10 +55,15 @@ def flattened_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
-            if it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
+            it were repeated, and 0 as if it were absent.
+        bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
+            query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
+            The biases of the modes add up.
+        causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with
+            the frames of the keys.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
-        return_lse: Whether to return the log-sum-exp of the logits too.
+        return_lse: Whether to return the log-sum-exp too.
         return_attention: Whether to return the attention weights too.
 
     Returns:
@@ -64,7 +74,7 @@ def flattened_attention(
         ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        OptionError: If an option is out of its range.
+        OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
         - query: :math:`(*, P_1, \dots, P_M, D)` with any number M of position dimensions
@@ -76,6 +86,7 @@ def flattened_attention(
         >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
         >>> ta.flattened_attention(q, k, v, order=2).shape
         torch.Size([2, 4, 5, 8])
+
     """
     return run(
         OPERATOR,
@@ -85,6 +96,8 @@ def flattened_attention(
         order=order,
         scale=scale,
         weights=weights,
+        bias=bias,
+        causal=causal,
         dropout_p=dropout_p,
         return_lse=return_lse,
         return_attention=return_attention,

@@ -8,27 +8,29 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import retells
-from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Needs, Operator, attend_positions, run
+from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, attend_positions, run
+from tensorattn.operators.position import Bias, biased
 from tensorattn.planning import main_effects
 from tensorattn.softmax import TokenSet, join_sets
-from tensorattn.summary import Summary
+from tensorattn.summary import Needs, Summary
 from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "joint_set", "kao_kv"]
 
 
-def joint_set(summary: Summary) -> TokenSet:
+def joint_set(summary: Summary, bias: Bias | None = None, positions: Sequence[int] = ()) -> TokenSet:
     """Return the averages of all modes as one set of tokens, each counted as often as its index."""
-    modes = range(summary.order)
-    sets = [
-        summary.tokens((mode,))._replace(log_weight=summary.mode_log_weight(mode), multiplicity=1) for mode in modes
-    ]
+    sets = []
+    for mode in range(summary.order):
+        tokens = summary.tokens((mode,))._replace(log_weight=summary.mode_log_weight(mode), multiplicity=1)
+        sets.append(biased(tokens, (mode,), bias, positions, summary.sizes))
     return join_sets(sets)
 
 
-def attend(query: Tensor, summary: Summary, **settings: Any) -> AttentionResult:
+def attend(query: Tensor, summary: Summary, *, bias: Bias | None = None, **settings: Any) -> AttentionResult:
     """Attend to all averages together."""
-    output, lse, attention = attend_positions(query, summary, [joint_set(summary)], **settings)
+    tokens = joint_set(summary, bias, query.shape[len(summary.batch) : -1])
+    output, lse, attention = attend_positions(query, summary, [tokens], **settings)
     return AttentionResult(output, lse, None if attention is None else attention[0].split(summary.sizes, -1))
 
 
@@ -41,6 +43,8 @@ def kao_kv(
     order: int,
     scale: float | None = None,
     weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     return_attention: bool = False,
@@ -61,10 +65,14 @@ def kao_kv(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
-            if it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
+            it were repeated, and 0 as if it were absent.
+        bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
+            query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
+        causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with
+            the frames of the keys.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
-        return_lse: Whether to return the log-sum-exp over the S averages too.
+        return_lse: Whether to return the log-sum-exp too: that over the S averages, not over all positions.
         return_attention: Whether to return the attention weights too.
 
     Returns:
@@ -75,7 +83,7 @@ def kao_kv(
         ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        OptionError: If an option is out of its range.
+        OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
         - query: :math:`(*, P_1, \dots, P_M, D)` with any number M of position dimensions
@@ -100,6 +108,8 @@ def kao_kv(
         order=order,
         scale=scale,
         weights=weights,
+        bias=bias,
+        causal=causal,
         dropout_p=dropout_p,
         return_lse=return_lse,
         return_attention=return_attention,

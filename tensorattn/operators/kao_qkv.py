@@ -7,35 +7,62 @@ from typing import Any
 
 from torch import Tensor
 
+from tensorattn.contraction import contract, expand
 from tensorattn.errors import OptionError, retells
-from tensorattn.operators import additive
+from tensorattn.modes import GridShape
+from tensorattn.operators.interaction import check_interaction, missing_covariance
 from tensorattn.operators.kao_kv import joint_set
-from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Needs, Operator, run
+from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
 from tensorattn.planning import main_effects
 from tensorattn.softmax import attend_tokens, join_tokens
-from tensorattn.summary import Summary
-from tensorattn.weights import Vector
+from tensorattn.summary import Needs, Summary
+from tensorattn.truncation import counting_numbers
+from tensorattn.weights import Vector, normalized
 
 __all__ = ["OPERATOR", "kao_qkv"]
 
+Query = Tensor | tuple[Tensor, ...]
+
 
 def attend(
-    query: tuple[Tensor, ...],
+    query: Query,
     summary: Summary,
     *,
     centered: bool,
-    return_lse: bool,
-    return_attention: bool,
+    interaction: str | None,
+    saturation: float | None,
+    scale: float,
+    gain: Tensor | None = None,
     **settings: Any,
 ) -> AttentionResult:
-    """Attend from the mean queries of each mode; return one output a mode, whose outer sum is the result."""
+    """Attend from the mean queries of each mode; given means, return one output a mode for an outer sum."""
+    if isinstance(query, tuple):
+        return _attend_from_means(query, summary, centered, scale=scale, **settings)
+    order, batch = summary.order, summary.batch
+    means = contract(query, (*main_effects(order), ()), normalized(summary.mode_weights))
+    parts = _attend_from_means(means, summary, centered, scale=scale, **settings)
+    output = expand(parts.output, main_effects(order), GridShape(batch, summary.sizes, parts.output[0].shape[-1]))
+    lse = None
+    if parts.lse is not None:
+        column = GridShape(batch, summary.sizes, 1)
+        lse = expand([part.unsqueeze(-1) for part in parts.lse], main_effects(order), column).squeeze(-1)
+    if interaction is not None:
+        output = output + _correction(query, means, summary, scale, saturation, gain)
+    return AttentionResult(output.to(query.dtype), lse, parts.attention)
+
+
+def _attend_from_means(
+    means: tuple[Tensor, ...], summary: Summary, centered: bool, *, return_attention: bool, **settings: Any
+) -> AttentionResult:
+    """Attend from the mean queries ``(*batch, n_m, D)`` of each mode and the grand mean ``(*batch, D)``."""
     order = summary.order
-    tokens = join_tokens([*query[:order], query[order].unsqueeze(-2)] if centered else query[:order])
-    sets = additive.token_sets(summary) if centered else [joint_set(summary)]
-    output, lse, attention = attend_tokens(
-        tokens, sets, return_lse=return_lse, return_attention=return_attention, **settings
-    )
-    sizes = [*summary.sizes, 1] if centered else summary.sizes
+    if centered:
+        counts = counting_numbers(main_effects(order))
+        sets = [summary.tokens(kept, count) for kept, count in counts.items() if count]
+        queries, sizes = join_tokens([*means[:order], means[order].unsqueeze(-2)]), (*summary.sizes, 1)
+    else:
+        sets, queries, sizes = [joint_set(summary)], join_tokens(means[:order]), summary.sizes
+    output, lse, attention = attend_tokens(queries, sets, return_attention=return_attention, **settings)
     outputs, lses = list(output.split(sizes, -2)), None if lse is None else list(lse.split(sizes, -1))
     if centered:
         outputs[0] = outputs[0] - (order - 1) * outputs.pop()
@@ -49,6 +76,34 @@ def attend(
     return AttentionResult(tuple(outputs), None if lses is None else tuple(lses), weights)
 
 
+def _correction(
+    query: Tensor,
+    means: tuple[Tensor, ...],
+    summary: Summary,
+    scale: float,
+    saturation: float | None,
+    gain: Tensor | None,
+) -> Tensor:
+    """First order of what is missing: all of the covariance for the interaction of the query, part for the rest."""
+    order, batch = summary.order, len(summary.batch)
+    counts = counting_numbers(main_effects(order))
+    vectors = [means[0] - (order - 1) * means[order].unsqueeze(-2), *means[1:order]]
+    additive = expand(vectors, main_effects(order), GridShape(summary.batch, summary.sizes, query.shape[-1]))
+    own = query.to(additive.dtype) - additive
+
+    def applied(to: Tensor, matrix: Tensor) -> Tensor:
+        return (to.flatten(batch, -2) @ matrix.mT).unflatten(-2, summary.sizes)
+
+    assert summary.covariance is not None and summary.key_covariance is not None
+    rest = missing_covariance(summary, counts, of_keys=False)
+    term = scale * (applied(own, summary.covariance) + applied(additive, rest))
+    if saturation is not None:
+        rest = missing_covariance(summary, counts, of_keys=True)
+        square = (applied(own, summary.key_covariance) * own).sum(-1) + (applied(additive, rest) * additive).sum(-1)
+        term = term / (1 + (scale * scale * square).clamp_min(0) / saturation**2).sqrt().unsqueeze(-1)
+    return term if gain is None else term * gain.reshape(*gain.shape, *(1 for _ in summary.sizes), 1)
+
+
 @retells
 def kao_qkv(
     query: Tensor,
@@ -58,7 +113,11 @@ def kao_qkv(
     order: int,
     scale: float | None = None,
     weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
     centered: bool = False,
+    interaction: str | None = None,
+    saturation: float | None = 1.0,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     return_attention: bool = False,
@@ -76,7 +135,9 @@ def kao_qkv(
 
     whose mean is right, and which equals flattened attention for additive values where modes live in orthogonal
     channels of queries and keys. Either way the output is an outer sum: no query sees what is peculiar to its
-    position. Costs 4S²D operations in all for S = n_1 + … + n_N averages.
+    position. ``interaction="linear"`` adds the first order of what is missing,
+    :math:`s\, (C^{\mathrm{tot}}_{vk} r_j + C_{vk} a_j)` for a query :math:`a_j + r_j` of additive part :math:`a_j`.
+    Costs 4S²D operations in all for S = n_1 + … + n_N averages, and 4D² a query for the correction.
 
     Args:
         query: Queries, on the grid of the keys.
@@ -84,23 +145,28 @@ def kao_qkv(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as
-            if it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
+            it were repeated, and 0 as if it were absent.
             They weigh the averages of the queries too.
+        bias: Has no meaning here and raises.
+        causal: Has no meaning here and raises.
         centered: Whether to take one softmax a mode and count the mean once.
+        interaction: ``"linear"`` to agree with flattened attention to first order in the scale, for every tensor; needs
+            ``centered=True``.
+        saturation: Bounds the correction as in `additive_attention`; None leaves it unbounded.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the outer sum of log-sum-exps too; only ``centered=True`` has one, or order 1.
         return_attention: Whether to return the attention weights too.
 
     Returns:
-        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention[m][l]``,
-        ``(*batch, n_m, n_l)``, tells how the averages of mode m attend to those of mode l.
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` is such
+        that ``attention[m][l]``, ``(*batch, n_m, n_l)``, tells how the averages of mode m attend to those of mode l.
 
     Raises:
         ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        OptionError: If an option is out of its range.
+        OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
         - query and key: :math:`(*, n_1, \dots, n_N, D)`
@@ -116,10 +182,10 @@ def kao_qkv(
     References:
         Gao, Wang and Ji, "Kronecker Attention Networks", KDD 2020, arXiv 2007.08442.
     """
-    if return_lse and not centered and order > 1:
+    if return_lse and order > 1 and (not centered or interaction is not None):
         raise OptionError(
-            f"return_lse has no meaning for centered=False at order {order}: {order} softmaxes added are not one.",
-            hint="Pass centered=True, or use additive_attention.",
+            "return_lse needs centered=True without interaction: otherwise the output is not that of one softmax.",
+            hint="Use additive_attention.",
         )
     return run(
         OPERATOR,
@@ -129,24 +195,48 @@ def kao_qkv(
         order=order,
         scale=scale,
         weights=weights,
+        bias=bias,
+        causal=causal,
         dropout_p=dropout_p,
         return_lse=return_lse,
         return_attention=return_attention,
         centered=centered,
+        interaction=interaction,
+        saturation=saturation,
     )
 
 
-def needs(order: int, *, centered: bool) -> Needs:
+def needs(order: int, *, centered: bool, interaction: str | None, saturation: float | None) -> Needs:
     """The mode averages and the grand mean."""
-    return Needs((*main_effects(order), ()))
+    check_interaction(interaction, saturation)
+    if interaction is not None and not centered:
+        raise OptionError("interaction needs centered=True: the published form has no first order to correct.")
+    return Needs((*main_effects(order), ()), second_moment=interaction is not None)
 
 
-def claims(*, centered: bool) -> frozenset[Claim]:
+def claims(*, centered: bool, interaction: str | None, saturation: float | None) -> frozenset[Claim]:
     """Uncentred, the values are counted N times; centred, the symmetries of the additive operator."""
-    common = frozenset({Claim.KEY_SHIFT, Claim.ROTATION})
     if not centered:
-        return common
-    return SYMMETRIES | {Claim.CONSTANT_MODE, Claim.REFINEMENT, Claim.ZERO_SCALE_MEAN}
+        return frozenset({Claim.KEY_SHIFT, Claim.ROTATION})
+    first_order = {Claim.FIRST_ORDER} if interaction is not None else set()
+    return SYMMETRIES | {Claim.CONSTANT_MODE, Claim.REFINEMENT, Claim.ZERO_SCALE_MEAN} | first_order
 
 
-OPERATOR = Operator("kao_qkv", kao_qkv, needs, attend, claims, query="means", options={"centered": False})
+def takes_means(*, interaction: str | None, **_: Any) -> bool:
+    """Without the correction, averages of the queries are all that it needs."""
+    return interaction is None
+
+
+AVERAGED = "its queries are averages over positions"
+
+OPERATOR = Operator(
+    "kao_qkv",
+    kao_qkv,
+    needs,
+    attend,
+    claims,
+    query="grid",
+    takes_means=takes_means,
+    options={"centered": False, "interaction": None, "saturation": 1.0},
+    lacks={"bias": AVERAGED, "causal": AVERAGED},
+)

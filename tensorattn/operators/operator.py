@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,15 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from tensorattn.contraction import contract, expand
 from tensorattn.errors import OptionError, ShapeError
-from tensorattn.modes import GridShape, attention_shapes
-from tensorattn.planning import main_effects
+from tensorattn.modes import attention_shapes
+from tensorattn.operators.position import causal_bias, check_bias, check_causal, frames_first, frames_last
+from tensorattn.running import running_summary
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summary import Needs, Summary, attention_summary
-from tensorattn.weights import check_floating, check_weights, normalized
+from tensorattn.weights import Vector, check_floating, check_weights
 
-__all__ = ["AttentionResult", "Claim", "Needs", "Operator", "attend_means", "attend_positions", "default_scale", "run"]
+__all__ = ["AttentionResult", "Claim", "Needs", "Operator", "attend_positions", "default_scale", "run"]
 
 
 class Claim(StrEnum):
@@ -28,12 +30,17 @@ class Claim(StrEnum):
     KEY_SHIFT = "adding a constant to all keys changes nothing"
     VALUE_AFFINE = "an affine map of the values is the same map of the output"
     ROTATION = "rotating the channels of queries and keys together changes nothing"
+    FIRST_ORDER = "agrees with flattened attention to first order in the scale, whatever the data"
     CONSTANT_MODE = "a mode along which keys and values are constant can be left out"
     REFINEMENT = "repeating every index of a mode equally often changes nothing"
     INVISIBLE_INTERACTION = "the interaction residual of keys and values has no effect"
     CONVEX = "the output lies within the range of the values"
     ZERO_SCALE_MEAN = "at scale zero the output is the mean value"
     LOG_SUM_EXP = "the log-sum-exp is that of the logits, so the output merges with other token sets"
+
+
+def _never(**_: Any) -> bool:
+    return False
 
 
 SYMMETRIES = frozenset({Claim.KEY_SHIFT, Claim.VALUE_AFFINE, Claim.ROTATION})
@@ -62,10 +69,12 @@ class Operator:
         function: Its functional form, with the signature of `additive_attention`.
         needs: From the order and the options to what it needs of keys and values.
         attend: From queries, a summary, a scale and the options to an `AttentionResult`.
-        query: What it takes as queries: any ``positions``; the ``grid`` of the keys; or the ``means`` of a grid of
-            queries, for which it returns one output a mode that an outer sum joins.
-        options: Names of its options with their defaults.
         claims: From the options to the properties that hold; the test suite checks each.
+        query: What it takes as queries: any ``positions``, or the ``grid`` of the keys.
+        takes_means: From the options to whether `attend` also takes the mean queries of a grid, one tensor a mode and
+            the grand mean, in place of all queries.
+        options: Names of its options with their defaults.
+        lacks: Arguments without a meaning for it, each with the reason.
     """
 
     name: str
@@ -73,8 +82,10 @@ class Operator:
     needs: Callable[..., Needs]
     attend: Callable[..., AttentionResult]
     claims: Callable[..., frozenset[Claim]]
-    query: Literal["positions", "grid", "means"] = "positions"
+    query: Literal["positions", "grid"] = "positions"
+    takes_means: Callable[..., bool] = _never
     options: Mapping[str, Any] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Complete options by their defaults.
@@ -99,11 +110,13 @@ def run(
     value: Tensor,
     *,
     order: int,
-    scale: float | None,
-    weights: Any,
-    dropout_p: float,
-    return_lse: bool,
-    return_attention: bool,
+    scale: float | None = None,
+    weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_attention: bool = False,
     **options: Any,
 ) -> Any:
     """Check, summarise, attend: the functional form of every operator.
@@ -116,6 +129,8 @@ def run(
         order: Number of modes N.
         scale: Factor of the logits, 1/√D if None.
         weights: One vector a mode, or None.
+        bias: One tensor a mode, or None.
+        causal: The causal mode, or None.
         dropout_p: Probability of dropping an attention weight.
         return_lse: Whether to return the log-sum-exp.
         return_attention: Whether to return the attention weights.
@@ -126,33 +141,51 @@ def run(
 
     Raises:
         ShapeError: If shapes disagree, or the queries are not on the grid of the keys where they must be.
-        OptionError: If ``dropout_p`` is not a probability.
+        OptionError: If an argument has no meaning for the operator, or ``dropout_p`` is not a probability.
     """
     check_floating(query=query, key=key, value=value)
-    grid, value_dim = attention_shapes(query.shape, key.shape, value.shape, order)
+    grid, _ = attention_shapes(query.shape, key.shape, value.shape, order)
+    batch, positions = len(grid.batch), tuple(query.shape[len(grid.batch) : -1])
+    given = {"bias": bias is not None, "causal": causal is not None, "return_lse": return_lse and order > 1}
+    for name, reason in operator.lacks.items():
+        if given[name]:
+            raise OptionError(f"{name} has no meaning for this operator: {reason}.")
     if not 0 <= dropout_p <= 1:
         raise OptionError(f"dropout_p must be between 0 and 1, got {dropout_p}.")
+    if operator.query == "grid" and positions != grid.sizes:
+        raise ShapeError(f"query must be on the grid of key, but has positions {positions} where key has {grid.sizes}.")
     checked = check_weights(weights, grid, key)
-    if operator.query != "positions":
-        positions = tuple(query.shape[len(grid.batch) : -1])
-        if positions != grid.sizes:
-            raise ShapeError(
-                f"query must be on the grid of key, but has positions {positions} where key has {grid.sizes}."
-            )
-    summary = attention_summary(key, value, operator.needs(order, **options), checked)
-    settings = {
+    checked_bias = check_bias(bias, positions, grid)
+    mode = check_causal(causal, positions, grid)
+    needs = operator.needs(order, **options)
+    settings: dict[str, Any] = {
         "scale": default_scale(grid.dim) if scale is None else scale,
         "dropout_p": dropout_p,
         "return_lse": return_lse,
         "return_attention": return_attention,
         **options,
     }
-    if operator.query == "means":
-        means = contract(query, (*main_effects(order), ()), normalized(checked))
-        result = attend_means(operator, means, summary, GridShape(grid.batch, grid.sizes, value_dim), settings)
-        result = result._replace(output=result.output.to(query.dtype))
+    if options.get("include_self"):
+        settings["own"] = (key, value)
+    if mode is None or operator.query == "grid":
+        if checked_bias is not None:
+            settings["bias"] = checked_bias
+        if mode is not None:
+            settings["causal"] = mode
+        result = operator.attend(query, attention_summary(key, value, needs, checked), **settings)
     else:
-        result = operator.attend(query, summary, **settings)
+        if checked_bias is not None:
+            settings["bias"] = causal_bias(checked_bias, mode)
+        if "own" in settings:
+            settings["own"] = tuple(frames_first(part, mode, batch) for part in (key, value))
+        summary = running_summary(key, value, needs, checked, mode)
+        result = operator.attend(frames_first(query, mode, batch), summary, **settings)
+        last = functools.partial(frames_last, mode=mode, batch=batch)
+        result = AttentionResult(
+            last(result.output),
+            None if result.lse is None else last(result.lse),
+            None if result.attention is None else tuple(map(last, result.attention)),
+        )
     return result if return_lse or return_attention else result.output
 
 
@@ -171,35 +204,14 @@ def attend_positions(
         Output, log-sum-exp and attention weights with the positions of the query.
     """
     batch = len(summary.batch)
-    positions = tuple(query.shape[batch:-1])
-    output, lse, attention = attend_tokens(query.reshape(*query.shape[:batch], -1, query.shape[-1]), sets, **settings)
-    shape = (*query.shape[:batch], *positions)
+    shape = tuple(query.shape[:-1])
+    flat = query.reshape(*shape[:batch], math.prod(shape[batch:]), query.shape[-1])
+    output, lse, attention = attend_tokens(flat, sets, **settings)
     return (
         output.reshape(*shape, output.shape[-1]),
         None if lse is None else lse.reshape(shape),
         None if attention is None else tuple(part.reshape(*shape, part.shape[-1]) for part in attention),
     )
-
-
-def attend_means(
-    operator: Operator, means: tuple[Tensor, ...], summary: Summary, grid: GridShape, settings: Mapping[str, Any]
-) -> AttentionResult:
-    """Attend from the means of a grid of queries, and join the outputs of the modes by outer sums.
-
-    Args:
-        operator: An operator that takes means.
-        means: Mean queries: one tensor a mode, then the grand mean.
-        summary: Summary of keys and values.
-        grid: Shape of the output.
-        settings: Scale, what to return, and options.
-    """
-    result = operator.attend(means, summary, **settings)
-    family = main_effects(len(grid.sizes))
-    lse = None
-    if result.lse is not None:
-        column = GridShape(grid.batch, grid.sizes, 1)
-        lse = expand([part.unsqueeze(-1) for part in result.lse], family, column).squeeze(-1)
-    return AttentionResult(expand(result.output, family, grid), lse, result.attention)
 
 
 def default_scale(dim: int) -> float:

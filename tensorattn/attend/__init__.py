@@ -1,0 +1,1 @@
+"""The command `python -m tensorattn attend`: operators side by side on a real recording."""

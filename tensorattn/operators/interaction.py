@@ -1,0 +1,116 @@
+r"""The interaction correction: what the marginal means of a family cannot see, to first order in the logit scale.
+
+The derivative of attention at scale zero is the covariance of values and keys applied to the query. Marginal means
+account for the covariance that they have among themselves; what is missing is
+
+.. math:: C_{vk} = C^{\mathrm{tot}}_{vk} - \sum_U c_U\, \mathrm{Cov}(\bar v^U, \bar k^U),
+
+so adding :math:`s\, C_{vk}\, q` makes the operator agree with flattened attention to first order for every tensor.
+Where the interaction residual is Gaussian noise this is the whole correction; real residuals saturate, so it is
+divided by :math:`\sqrt{1 + \tau^2 / \ell^2}` with :math:`\tau^2 = s^2 q^\top C_{kk}\, q`, which keeps the first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tensorattn.errors import OptionError
+from tensorattn.planning import Kept
+from tensorattn.summary import Summary
+from tensorattn.weights import accumulation_dtype
+
+__all__ = ["check_interaction", "correct", "marginal_covariance", "missing_covariance"]
+
+
+def check_interaction(interaction: str | None, saturation: float | None) -> None:
+    """Check the options of the interaction correction.
+
+    Args:
+        interaction: None or ``"linear"``.
+        saturation: Positive, or None for no saturation.
+
+    Raises:
+        OptionError: If one has another value.
+    """
+    if interaction not in (None, "linear"):
+        raise OptionError(f"interaction must be None or 'linear', got {interaction!r}.")
+    if saturation is not None and not saturation > 0:
+        raise OptionError(f"saturation must be positive or None, got {saturation!r}.")
+
+
+def marginal_covariance(summary: Summary, kept: Kept, of_keys: bool) -> Tensor:
+    """Return the covariance that the means of one kept subset have among themselves.
+
+    Args:
+        summary: Summary that holds them and the grand mean.
+        kept: Modes, ascending.
+        of_keys: Whether to return that of the keys, ``(*batch, D, D)``, not that of values and keys.
+    """
+    tokens, grand = summary.tokens(kept), summary.tokens(())
+    key = tokens.key - grand.key
+    left = key if of_keys else tokens.value - grand.value
+    if tokens.log_weight is None:
+        return left.mT @ key / key.shape[-2]
+    weight = tokens.log_weight.exp()
+    total = weight.sum(-1, keepdim=True)
+    share = weight / torch.where(total > 0, total, 1)
+    return (left * share.unsqueeze(-1)).mT @ key
+
+
+def missing_covariance(summary: Summary, counts: Mapping[Kept, int], of_keys: bool) -> Tensor:
+    """Return the covariance that the means of a family do not account for.
+
+    Args:
+        summary: Summary with second moments.
+        counts: How often each kept subset counts.
+        of_keys: Whether to return that of the keys.
+    """
+    total = summary.key_covariance if of_keys else summary.covariance
+    assert total is not None
+    for kept, count in counts.items():
+        if kept and count:
+            total = total - count * marginal_covariance(summary, kept, of_keys)
+    return total
+
+
+def correct(
+    query: Tensor,
+    output: Tensor,
+    lse: Tensor | None,
+    summary: Summary,
+    counts: Mapping[Kept, int],
+    *,
+    scale: float,
+    saturation: float | None,
+    gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Add the correction to an output, and half of τ² to its log-sum-exp.
+
+    Args:
+        query: Queries ``(*batch, *positions, D)``.
+        output: Output of the operator.
+        lse: Its log-sum-exp, or None.
+        summary: Summary with second moments.
+        counts: How often each kept subset counts.
+        scale: Factor of the logits.
+        saturation: The ℓ that bounds the correction, or None.
+        gain: Factor of the correction, broadcastable to the batch dimensions, or None.
+    """
+    batch = len(summary.batch)
+    flat = query.reshape(*query.shape[:batch], -1, query.shape[-1]).to(accumulation_dtype(query.dtype))
+    term = scale * (flat @ missing_covariance(summary, counts, of_keys=False).mT)
+    square = None
+    if saturation is not None or lse is not None:
+        keys = missing_covariance(summary, counts, of_keys=True)
+        square = (scale * scale * ((flat @ keys) * flat).sum(-1)).clamp_min(0)
+    if saturation is not None and square is not None:
+        term = term / (1 + square / saturation**2).sqrt().unsqueeze(-1)
+    if gain is not None:
+        term = term * gain[..., None, None]
+    output = (output.to(term.dtype) + term.reshape(output.shape)).to(output.dtype)
+    if lse is not None and square is not None:
+        lse = lse + square.reshape(lse.shape) / 2
+    return output, lse

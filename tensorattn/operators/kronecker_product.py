@@ -1,0 +1,138 @@
+"""Kronecker-product attention: one attention matrix a mode, applied in turn to the full values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tensorattn.errors import retells
+from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
+from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
+from tensorattn.summary import Needs, Summary
+from tensorattn.weights import Vector
+
+__all__ = ["OPERATOR", "kronecker_product_attention"]
+
+
+def attend(
+    query: Tensor | tuple[Tensor, ...],
+    summary: Summary,
+    *,
+    return_lse: bool,
+    return_attention: bool,
+    dropout_p: float,
+    **settings: Any,
+) -> AttentionResult:
+    """Apply the attention matrix of each mode in turn; the Kronecker product is never formed."""
+    matrices, dropped, lse = mode_matrices(query, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
+    output = summary.value(tuple(range(summary.order)))
+    for mode, matrix in enumerate(dropped):
+        output = along_mode(matrix, output, mode, len(summary.batch))
+    return AttentionResult(output, lse, matrices if return_attention else None)
+
+
+@retells
+def kronecker_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    order: int,
+    scale: float | None = None,
+    weights: Sequence[Vector] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    causal: int | None = None,
+    pool: str = "mean",
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_attention: bool = False,
+) -> Tensor | AttentionResult:
+    r"""Attend along every mode at once by the Kronecker product of one attention matrix a mode.
+
+    .. math:: Y = V \times_1 A^1 \times_2 A^2 \cdots \times_N A^N,
+        \qquad A^m = \mathrm{softmax}(s\, \bar Q^m \bar K^{m\top})
+
+    with the queries and keys pooled over all modes but m. Values stay at full resolution. Equals flattened attention
+    for **any** values where the logits have no cross-mode terms: additive queries and keys whose modes live in
+    orthogonal channels. Costs 2SD operations a position for S = n_1 + … + n_N, and at most one more tensor of memory.
+
+    Args:
+        query: Queries, on the grid of the keys.
+        key: Keys over the grid.
+        value: Values over the grid; their head size may differ.
+        order: Number of modes N.
+        scale: Factor of the logits; 1/√D if None.
+        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
+            it were repeated, and 0 as if it were absent.
+            They weigh the pooled queries too.
+        bias: Has no meaning here and raises.
+        causal: Has no meaning here and raises.
+        pool: Whether queries and keys are pooled over the other modes by their ``"mean"`` or by their ``"sum"``.
+        dropout_p: Probability of dropping an attention weight, whenever it is not 0.
+        return_lse: Whether to return the log-sum-exp too; only order 1 has one.
+        return_attention: Whether to return the attention weights too.
+
+    Returns:
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
+        matrix ``(*batch, n_m, n_m)`` a mode.
+
+    Raises:
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
+        DtypeError: If a tensor is not floating point, or the types differ.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        OptionError: If an argument is out of its range or has no meaning here.
+
+    Shape:
+        - query and key: :math:`(*, n_1, \dots, n_N, D)`
+        - value and output: :math:`(*, n_1, \dots, n_N, D_v)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> ta.kronecker_product_attention(q, k, v, order=2).shape
+        torch.Size([2, 4, 5, 8])
+
+    References:
+        Omranpour, Rabusseau and Rabbany, "Higher-Order Transformers", 2024, arXiv 2412.02919.
+    """
+    return run(
+        OPERATOR,
+        query,
+        key,
+        value,
+        order=order,
+        scale=scale,
+        weights=weights,
+        bias=bias,
+        causal=causal,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        return_attention=return_attention,
+        pool=pool,
+    )
+
+
+def needs(order: int, *, pool: str) -> Needs:
+    """Mean keys a mode, and the values themselves."""
+    return matrices_needs(order, pool)
+
+
+def claims(*, pool: str) -> frozenset[Claim]:
+    """A product of softmaxes averages the values with weights that sum to one."""
+    indifferent = {Claim.CONSTANT_MODE, Claim.REFINEMENT} if pool == "mean" else set()
+    return SYMMETRIES | {Claim.CONVEX, Claim.ZERO_SCALE_MEAN} | indifferent
+
+
+OPERATOR = Operator(
+    "kronecker_product",
+    kronecker_product_attention,
+    needs,
+    attend,
+    claims,
+    query="grid",
+    takes_means=takes_means,
+    options={"pool": "mean"},
+    lacks={"bias": POOLED, "causal": POOLED, "return_lse": "its logits are sums over pooled queries"},
+)

@@ -1,0 +1,125 @@
+"""One attention matrix a mode, from pooled queries and keys: what the two Kronecker operators share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorattn.contraction import contract
+from tensorattn.errors import OptionError
+from tensorattn.planning import main_effects
+from tensorattn.summary import Needs, Summary
+from tensorattn.weights import accumulation_dtype, normalized
+
+__all__ = ["POOLED", "along_mode", "matrices_needs", "mode_matrices", "takes_means"]
+
+POOLED = "its queries are pooled over positions"
+
+
+def matrices_needs(order: int, pool: str) -> Needs:
+    """Return what the Kronecker operators need: mean keys a mode, and the values themselves.
+
+    Args:
+        order: Number of modes N.
+        pool: ``"mean"`` or ``"sum"``.
+
+    Raises:
+        OptionError: If ``pool`` is neither.
+    """
+    if pool not in ("mean", "sum"):
+        raise OptionError(f"pool must be 'mean' or 'sum', got {pool!r}.")
+    everything = tuple(range(order))
+    effects = main_effects(order)
+    return Needs(tuple(dict.fromkeys((*effects, everything))), keys=effects, values=(everything,))
+
+
+def takes_means(**_: Any) -> bool:
+    """Pooled queries are all that the Kronecker operators need of the queries."""
+    return True
+
+
+def mode_matrices(
+    query: Tensor | tuple[Tensor, ...],
+    summary: Summary,
+    *,
+    scale: float,
+    pool: str,
+    dropout_p: float,
+    return_lse: bool,
+    query_norm: nn.Module | None = None,
+    key_norm: nn.Module | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+    """Return the attention matrix of each mode, ``(*batch, n_m, n_m)``.
+
+    Args:
+        query: Queries over the grid, or their mean a mode ``(*batch, n_m, D)``.
+        summary: Summary with the mean keys of each mode.
+        scale: Factor of the logits.
+        pool: Whether queries and keys are pooled by ``"mean"`` or ``"sum"``.
+        dropout_p: Probability of dropping an attention weight.
+        return_lse: Whether to return the log-sum-exp, at order 1.
+        query_norm: Module applied to pooled queries.
+        key_norm: Module applied to pooled keys.
+
+    Returns:
+        The matrices; the same with dropout; and the log-sum-exp or None. Rows of absent batch entries are zero.
+    """
+    effects = main_effects(summary.order)
+    means = query if isinstance(query, tuple) else contract(query, effects, normalized(summary.mode_weights))
+    dtype = accumulation_dtype(means[0].dtype)
+    matrices, lse = [], None
+    for mode, kept in enumerate(effects):
+        queries, keys = means[mode].to(dtype), summary.key(kept).to(dtype)
+        if pool == "sum":
+            count = _others(summary, mode)
+            queries, keys = queries * count, keys * count
+        queries = queries if query_norm is None else query_norm(queries)
+        keys = keys if key_norm is None else key_norm(keys)
+        logits = (queries * scale) @ keys.mT
+        log_weight = summary.mode_log_weight(mode)
+        if log_weight is None:
+            matrix = torch.softmax(logits, -1)
+            present = None
+        else:
+            logits = logits + log_weight.unsqueeze(-2)
+            present = logits.amax(-1, keepdim=True) > -math.inf
+            logits = torch.where(present, logits, 0.0)
+            matrix = torch.softmax(logits, -1) * present
+        if return_lse:
+            lse = torch.logsumexp(logits, -1)
+            lse = lse if present is None else torch.where(present.squeeze(-1), lse, -math.inf)
+        matrices.append(matrix)
+    dropped = tuple(F.dropout(matrix, dropout_p) if dropout_p > 0 else matrix for matrix in matrices)
+    return tuple(matrices), dropped, lse
+
+
+def _others(summary: Summary, mode: int) -> Tensor | int:
+    """Count the positions that share an index of a mode, by weight: ``(*batch, 1, 1)``, or a number."""
+    if all(weight is None for weight in summary.mode_weights):
+        return summary.positions // summary.sizes[mode]
+    count: Tensor | int = 1
+    for k, (weight, size) in enumerate(zip(summary.mode_weights, summary.sizes, strict=True)):
+        if k != mode:
+            count = count * (size if weight is None else weight.sum(-1)[..., None, None])
+    return count
+
+
+def along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int) -> Tensor:
+    """Multiply a tensor by a matrix along one mode: the mode-k product.
+
+    Args:
+        matrix: ``(*batch, n, n_mode)``.
+        tensor: ``(*batch, n_1, …, n_N, D)``.
+        mode: The mode.
+        batch: Number of batch dimensions.
+    """
+    dim = batch + mode
+    shape = tensor.shape
+    left, right = math.prod(shape[batch:dim]), math.prod(shape[dim + 1 :])
+    seen = tensor.reshape(*shape[:batch], left, shape[dim], right)
+    product = torch.matmul(matrix.to(tensor.dtype).unsqueeze(-3), seen)
+    return product.reshape(*shape[:dim], matrix.shape[-2], *shape[dim + 1 :])
