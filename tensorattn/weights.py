@@ -62,7 +62,9 @@ def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tenso
     checked: list[Vector] = []
     for mode, (vector, size) in enumerate(zip(weights, grid.sizes, strict=True)):
         if vector is not None:
-            vector = torch.as_tensor(vector, device=like.device)
+            if not isinstance(vector, Tensor):
+                vector = torch.as_tensor(vector, dtype=accumulation_dtype(like.dtype))
+            vector = vector.to(like.device)
             if vector.dim() == 0 or vector.shape[-1] != size:
                 got = vector.shape[-1] if vector.dim() else "no dimension"
                 raise WeightsError(f"weights of mode {mode} have length {got}, but the mode has size {size}.")

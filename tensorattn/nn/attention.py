@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.contraction import contract, expand
@@ -13,9 +16,11 @@ from tensorattn.errors import DtypeError, OptionError, ShapeError, TensorAttenti
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
+from tensorattn.operators.position import frames_first, frames_last
 from tensorattn.planning import main_effects
+from tensorattn.running import running_summary
 from tensorattn.summary import Summary, attention_summary
-from tensorattn.weights import Vector, Vectors, check_weights, normalized
+from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_weights, normalized
 
 __all__ = ["TensorAttention"]
 
@@ -36,14 +41,20 @@ class TensorAttention(nn.Module):
         channels_first: Whether inputs are ``(B, C, n_1, …, n_N)`` instead of ``(B, n_1, …, n_N, C)``.
         bias: Whether the four linear maps have a bias.
         dropout: Probability of dropping an attention weight in training.
+        causal: A mode, by name or index, whose frames see their past and themselves only; None for none.
+        mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
+            operators.
+        qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
         device: Device of the parameters.
         dtype: Type of the parameters.
-        **options: Options of the operator, such as ``centered=True`` for ``"kao_qkv"``.
+        **options: Options of the operator, such as ``centered=True`` for ``"kao_qkv"``, or
+            ``kept=[("t",), ("h", "w")]`` for ``"truncated"``. With ``interaction="linear"`` the correction has a
+            learnable factor a head, which starts at one.
 
     Raises:
-        OptionError: If ``num_heads`` does not divide ``embed_dim``, ``dropout`` is not a probability, or there is no
-            such operator or option.
-        ModesError: If modes are named badly.
+        OptionError: If ``num_heads`` does not divide ``embed_dim``, ``dropout`` is not a probability, there is no
+            such operator or option, or an argument has no meaning for the operator.
+        ModesError: If modes are named badly, or an option names a mode that does not exist.
 
     Shape:
         - input and output: :math:`(B, n_1, \dots, n_N, C)`, or :math:`(B, C, n_1, \dots, n_N)` with
@@ -74,6 +85,9 @@ class TensorAttention(nn.Module):
         channels_first: bool = False,
         bias: bool = True,
         dropout: float = 0.0,
+        causal: int | str | None = None,
+        mode_projections: bool = False,
+        qk_norm: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -81,26 +95,48 @@ class TensorAttention(nn.Module):
         super().__init__()
         try:
             self.modes = ModeSpec.parse(modes)
-            self.options = get_operator(operator).with_defaults(options)
+            record = get_operator(operator)
+            self.causal = None if causal is None else self.modes.index(causal)
+            if options.get("kept") is not None:
+                options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in options["kept"])
+            self.options = record.with_defaults(options)
+            record.needs(self.modes.order, **self.options)  # refuses values out of range
             _check_heads(embed_dim, num_heads)
             if not 0 <= dropout <= 1:
                 raise OptionError(f"dropout must be between 0 and 1, got {dropout}.")
+            for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
+                if given and not record.pools:
+                    raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
+            if self.causal is not None and "causal" in record.lacks:
+                raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
         except TensorAttentionError as cause:
             raise cause.retold("TensorAttention") from None
         self.embed_dim, self.num_heads, self.operator = embed_dim, num_heads, operator
-        self.channels_first, self.dropout = channels_first, dropout
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
+        rows = embed_dim * (self.modes.order if mode_projections else 1)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, rows, bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, rows, bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        self.q_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
+        self.k_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
+        gain = torch.ones(num_heads, **factory) if self.options.get("interaction") else None
+        self.interaction_gain = None if gain is None else nn.Parameter(gain)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, Xavier uniform, and set the biases to zero."""
+        """Draw the weights anew, Xavier uniform, and set biases to zero and gains to one."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            nn.init.xavier_uniform_(linear.weight)
+            for block in linear.weight.split(self.embed_dim):
+                nn.init.xavier_uniform_(block)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        if self.interaction_gain is not None:
+            nn.init.ones_(self.interaction_gain)
 
     def extra_repr(self) -> str:
         """Describe the settings that are not the default ones of every layer."""
@@ -112,6 +148,10 @@ class TensorAttention(nn.Module):
             parts.append("channels_first=True")
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
+        if self.causal is not None:
+            parts.append(f"causal={self.modes.names[self.causal]!r}")
+        if self.mode_projections:
+            parts.append("mode_projections=True")
         return ", ".join(parts)
 
     def forward(self, x: Tensor, *, weights: Sequence[Vector] | None = None) -> Tensor:
@@ -159,26 +199,33 @@ class TensorAttention(nn.Module):
 
     def _attend(self, x: Tensor, grid: GridShape, weights: Vectors) -> Tensor:
         """Summarise the input once, project the summary, attend, project back."""
-        operator = get_operator(self.operator)
-        needs = operator.needs(self.modes.order, **self.options)
-        summary = attention_summary(x, x, needs, weights).project(
-            self.k_proj.weight,
-            self.v_proj.weight,
-            key_bias=self.k_proj.bias,
-            value_bias=self.v_proj.bias,
-            num_heads=self.num_heads,
-        )
-        settings = {
+        operator, order, causal = get_operator(self.operator), self.modes.order, self.causal
+        settings: dict[str, Any] = {
             "scale": default_scale(self.embed_dim // self.num_heads),
             "dropout_p": self.dropout if self.training else 0.0,
             "return_lse": False,
             "return_attention": False,
             **self.options,
         }
+        if self.interaction_gain is not None:
+            settings["gain"] = self.interaction_gain.to(accumulation_dtype(x.dtype))
+        needs = operator.needs(order, **self.options)
+        if causal is not None and operator.query == "positions":
+            x = frames_first(x, causal, 1)
+            summary = running_summary(frames_last(x, causal, 1), frames_last(x, causal, 1), needs, weights, causal)
+        else:
+            if causal is not None:
+                settings["causal"] = causal
+            summary = attention_summary(x, x, needs, weights)
+        batch = len(summary.batch)
+        summary = self._project(summary)
+        if self.options.get("include_self"):
+            settings["own"] = tuple(self._split(linear(x), batch) for linear in (self.k_proj, self.v_proj))
         if operator.takes_means(**self.options):
             return self._attend_means(x, grid, weights, summary, settings)
-        output = operator.attend(self._split(self.q_proj(x)), summary, **settings).output
-        return self.out_proj(self._join(output))
+        output = operator.attend(self._split(self.q_proj(x), batch), summary, **settings).output
+        output = self.out_proj(self._join(output, batch))
+        return frames_last(output, causal, 1) if causal is not None and operator.query == "positions" else output
 
     def _attend_means(
         self, x: Tensor, grid: GridShape, weights: Vectors, summary: Summary, settings: dict[str, Any]
@@ -186,27 +233,65 @@ class TensorAttention(nn.Module):
         """Attend from averages: queries are projected in S rows, and so is an output that is an outer sum."""
         order = self.modes.order
         means = contract(x, (*main_effects(order), ()), normalized(weights))
-        queries = tuple(self._split(self._linear(self.q_proj, mean)) for mean in means)
+        if self.q_norm is not None and self.k_norm is not None:
+            settings |= {
+                "query_norm": functools.partial(_norm, self.q_norm),
+                "key_norm": functools.partial(_norm, self.k_norm),
+            }
+        queries = tuple(
+            self._split(_linear(mean, *self._rows(self.q_proj, mode)), 1) for mode, mean in enumerate(means)
+        )
         output = get_operator(self.operator).attend(queries, summary, **settings).output
         if isinstance(output, Tensor):
-            return self.out_proj(self._join(output))
-        parts = [self._linear(self.out_proj, self._join(part), bias=mode == 0) for mode, part in enumerate(output)]
+            return self.out_proj(self._join(output, 1))
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        parts = [_linear(self._join(part, 1), weight, bias if mode == 0 else None) for mode, part in enumerate(output)]
         return expand(parts, main_effects(order), grid).to(x.dtype)
 
-    @staticmethod
-    def _linear(linear: nn.Linear, mean: Tensor, bias: bool = True) -> Tensor:
-        """Apply a linear map to averages in their own type."""
-        offset = linear.bias.to(mean.dtype) if bias and linear.bias is not None else None
-        return nn.functional.linear(mean, linear.weight.to(mean.dtype), offset)
+    def _project(self, summary: Summary) -> Summary:
+        """Project a summary of the input to that of keys and values, with heads as last batch dimension."""
 
-    def _split(self, tensor: Tensor) -> Tensor:
-        """Split channels into heads: ``(B, *, C)`` to ``(B, H, *, D)``."""
-        return tensor.unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
+        def projected(of: Summary, mode: int) -> Summary:
+            weight, bias = self._rows(self.k_proj, mode)
+            value = self.v_proj
+            return of.project(weight, value.weight, key_bias=bias, value_bias=value.bias, num_heads=self.num_heads)
+
+        first = projected(summary, 0)
+        if not self.mode_projections:
+            return first
+        nothing = (None,) * len(summary.kept)
+        keys = list(first.keys)
+        for mode in range(1, self.modes.order):
+            place = summary.place((mode,))
+            alone = (*nothing[:place], summary.keys[place], *nothing[place + 1 :])
+            keys[place] = projected(dataclasses.replace(summary, keys=alone, values=nothing), mode).keys[place]
+        return dataclasses.replace(first, keys=tuple(keys))
+
+    def _rows(self, linear: nn.Linear, mode: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the linear map of one mode; all modes share it unless each has its own."""
+        start = mode * self.embed_dim if self.mode_projections and mode < self.modes.order else 0
+        rows = slice(start, start + self.embed_dim)
+        return linear.weight[rows], None if linear.bias is None else linear.bias[rows]
+
+    def _split(self, tensor: Tensor, batch: int) -> Tensor:
+        """Split channels into heads, the last batch dimension: ``(B, *, C)`` to ``(B, H, *, D)``."""
+        return tensor.unflatten(-1, (self.num_heads, -1)).movedim(-2, batch)
 
     @staticmethod
-    def _join(tensor: Tensor) -> Tensor:
+    def _join(tensor: Tensor, batch: int) -> Tensor:
         """Join heads into channels: ``(B, H, *, D)`` to ``(B, *, C)``."""
-        return tensor.movedim(1, -2).flatten(-2)
+        return tensor.movedim(batch, -2).flatten(-2)
+
+
+def _linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear map to averages in their own type."""
+    return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+
+
+def _norm(norm: nn.LayerNorm, pooled: Tensor) -> Tensor:
+    """Apply a LayerNorm to pooled queries or keys in their own type."""
+    weight, bias = norm.weight.to(pooled.dtype), norm.bias.to(pooled.dtype)
+    return F.layer_norm(pooled, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:

@@ -133,6 +133,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    pools=True,
     options={"pool": "mean"},
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "its logits are sums over pooled queries"},
 )

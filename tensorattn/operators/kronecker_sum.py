@@ -134,6 +134,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    pools=True,
     options={"pool": "mean"},
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "a sum of several softmaxes is not a softmax"},
 )

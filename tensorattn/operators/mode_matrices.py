@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorattn.contraction import contract
 from tensorattn.errors import OptionError
@@ -50,8 +51,8 @@ def mode_matrices(
     pool: str,
     dropout_p: float,
     return_lse: bool,
-    query_norm: nn.Module | None = None,
-    key_norm: nn.Module | None = None,
+    query_norm: Callable[[Tensor], Tensor] | None = None,
+    key_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
     """Return the attention matrix of each mode, ``(*batch, n_m, n_m)``.
 
@@ -62,8 +63,8 @@ def mode_matrices(
         pool: Whether queries and keys are pooled by ``"mean"`` or ``"sum"``.
         dropout_p: Probability of dropping an attention weight.
         return_lse: Whether to return the log-sum-exp, at order 1.
-        query_norm: Module applied to pooled queries.
-        key_norm: Module applied to pooled keys.
+        query_norm: Applied to pooled queries.
+        key_norm: Applied to pooled keys.
 
     Returns:
         The matrices; the same with dropout; and the log-sum-exp or None. Rows of absent batch entries are zero.

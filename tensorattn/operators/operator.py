@@ -73,6 +73,8 @@ class Operator:
         query: What it takes as queries: any ``positions``, or the ``grid`` of the keys.
         takes_means: From the options to whether `attend` also takes the mean queries of a grid, one tensor a mode and
             the grand mean, in place of all queries.
+        pools: Whether it pools queries and keys over positions before they meet, so that each mode can have linear
+            maps of its own, and a norm.
         options: Names of its options with their defaults.
         lacks: Arguments without a meaning for it, each with the reason.
     """
@@ -84,6 +86,7 @@ class Operator:
     claims: Callable[..., frozenset[Claim]]
     query: Literal["positions", "grid"] = "positions"
     takes_means: Callable[..., bool] = _never
+    pools: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
 
