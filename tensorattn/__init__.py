@@ -1,6 +1,7 @@
 """Attention over tensors of any order, without flattening them."""
 
 from tensorattn.averages import additive_part, interaction_residual, mode_averages, outer_sum
+from tensorattn.diagnose import AdditiveFraction, ErrorEstimate, additive_fraction, error_bound, error_estimate
 from tensorattn.errors import (
     DtypeError,
     ModesError,
@@ -28,9 +29,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OPERATORS",
+    "AdditiveFraction",
     "AttentionResult",
     "Claim",
     "DtypeError",
+    "ErrorEstimate",
     "ModeSpec",
     "ModesError",
     "Operator",
@@ -42,8 +45,11 @@ __all__ = [
     "TensorAttentionError",
     "WeightsError",
     "additive_attention",
+    "additive_fraction",
     "additive_part",
     "axial_attention",
+    "error_bound",
+    "error_estimate",
     "flattened_attention",
     "get_operator",
     "interaction_residual",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,29 +78,34 @@ def attend_tokens(
     if not torch.compiler.is_compiling() and (not fused or query.stride(-1) != 1):
         tokens = sum(tokens.key.shape[-2] for tokens in sets)
         step = max(64, CHUNK // max(1, math.prod(query.shape[:-2]) * tokens))
-    if fused:
-        parts = [
-            _fused(query[..., start : start + step, :], first, scale, dropout_p) for start in _starts(length, step)
-        ]
-        return _join(parts, -2), None, None
-    attended = [
-        _explicit(query[..., start : start + step, :], sets, start, scale, dropout_p, return_lse, return_attention)
-        for start in _starts(length, step)
-    ]
-    outputs, lses, attentions = zip(*attended, strict=True)
-    lse = _join([part for part in lses if part is not None], -1) if return_lse else None
-    attention = tuple(_join(parts, -2) for parts in zip(*attentions, strict=True)) if return_attention else None
-    return _join(outputs, -2), lse, attention
+
+    def attend(start: int) -> tuple[Tensor, ...]:
+        """Attend from one chunk; output, log-sum-exp and attention weights as far as they are asked for."""
+        chunk = query[..., start : start + step, :]
+        if fused:
+            return (_fused(chunk, first, scale, dropout_p),)
+        output, lse, weights = _explicit(chunk, sets, start, scale, dropout_p, return_lse)
+        return output, *(() if lse is None else (lse,)), *(weights if return_attention else ())
+
+    results = _in_chunks(attend, length, step)
+    lse = results[1].squeeze(-1) if return_lse else None
+    return results[0], lse, tuple(results[1 + return_lse :]) if return_attention else None
 
 
-def _starts(length: int, step: int) -> Sequence[int]:
-    """Where chunks of queries start; an empty list of queries is one chunk."""
-    return range(0, length, step) if step < length else (0,)
-
-
-def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate chunks; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def _in_chunks(attend: Callable[[int], tuple[Tensor, ...]], length: int, step: int) -> list[Tensor]:
+    """Attend chunk by chunk along the second dimension from the end, and put the chunks together."""
+    first = attend(0)
+    if step >= length:
+        return list(first)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in first):
+        chunks = [first, *(attend(start) for start in range(step, length, step))]
+        return [torch.cat(parts, -2) for parts in zip(*chunks, strict=True)]
+    whole = [part.new_empty(*part.shape[:-2], length, part.shape[-1]) for part in first]
+    for start in range(0, length, step):
+        parts = attend(start) if start else first
+        for target, part in zip(whole, parts, strict=True):
+            target[..., start : start + step, :] = part
+    return whole
 
 
 def _fused(query: Tensor, tokens: TokenSet, scale: float, dropout_p: float) -> Tensor:
@@ -130,14 +135,8 @@ def _fused(query: Tensor, tokens: TokenSet, scale: float, dropout_p: float) -> T
 
 
 def _explicit(
-    query: Tensor,
-    sets: Sequence[TokenSet],
-    start: int,
-    scale: float,
-    dropout_p: float,
-    return_lse: bool,
-    return_attention: bool,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    query: Tensor, sets: Sequence[TokenSet], start: int, scale: float, dropout_p: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Attend to several sets by one product with all keys and one with all values."""
     dtype = accumulation_dtype(query.dtype)
     key = join_tokens([tokens.key for tokens in sets]).to(dtype)
@@ -155,7 +154,7 @@ def _explicit(
             part = torch.where(present, part, 0.0)  # a softmax over nothing would be NaN
         weights.append(torch.softmax(part, -1))
         if return_lse:
-            term = torch.logsumexp(part, -1)
+            term = torch.logsumexp(part, -1, keepdim=True)
             if tokens.log_weight is None:
                 term = term + term.new_full((), tokens.multiplicity).log()
             terms.append(term * tokens.coefficient)
@@ -165,9 +164,9 @@ def _explicit(
     lse = functools.reduce(torch.add, terms) if return_lse else None
     if alive is not None:
         output = output * alive
-        lse = None if lse is None else torch.where(alive.squeeze(-1), lse, -math.inf)
+        lse = None if lse is None else torch.where(alive, lse, -math.inf)
         weights = [weight * alive for weight in weights]
-    return output.to(query.dtype), lse, tuple(weights) if return_attention else ()
+    return output.to(query.dtype), lse, weights
 
 
 def join_tokens(parts: Sequence[Tensor]) -> Tensor:

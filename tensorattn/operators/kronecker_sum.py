@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tensorattn.errors import retells
@@ -33,8 +31,10 @@ def attend(
     value, weight, batch = summary.value(everything), summary.weights[summary.place(everything)], len(summary.batch)
     if weight is not None:
         value = value * (weight > 0).unsqueeze(-1)  # a fibre of absent positions adds nothing
-    parts = (along_mode(matrix, value, mode, batch) for mode, matrix in enumerate(dropped))
-    return AttentionResult(functools.reduce(torch.add, parts), lse, matrices if return_attention else None)
+    output = along_mode(dropped[0], value, 0, batch)
+    for mode in range(1, summary.order):
+        output = output.add_(along_mode(dropped[mode], value, mode, batch))
+    return AttentionResult(output, lse, matrices if return_attention else None)
 
 
 @retells

@@ -118,9 +118,22 @@ def along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int) -> Tensor:
         mode: The mode.
         batch: Number of batch dimensions.
     """
-    dim = batch + mode
-    shape = tensor.shape
-    left, right = math.prod(shape[batch:dim]), math.prod(shape[dim + 1 :])
-    seen = tensor.reshape(*shape[:batch], left, shape[dim], right)
-    product = torch.matmul(matrix.to(tensor.dtype).unsqueeze(-3), seen)
-    return product.reshape(*shape[:dim], matrix.shape[-2], *shape[dim + 1 :])
+    dim, shape = batch + mode, tensor.shape
+    entries, left, right = math.prod(shape[:batch]), math.prod(shape[batch:dim]), math.prod(shape[dim + 1 :])
+    seen = tensor.reshape(entries, left, shape[dim], right)
+    matrix = matrix.to(tensor.dtype).reshape(entries, *matrix.shape[-2:])
+    rows = matrix.shape[-2]
+    if left == 1:
+        product = torch.bmm(matrix, seen.squeeze(1))
+    elif torch.compiler.is_compiling() or entries == 0:
+        product = torch.matmul(matrix.unsqueeze(1), seen)
+    else:
+        # One entry at a time: a product over all would first copy the matrix of an entry for each of its slices.
+        pairs = [(factor.expand(left, -1, -1), slices) for factor, slices in zip(matrix, seen, strict=True)]
+        if torch.is_grad_enabled() and (matrix.requires_grad or tensor.requires_grad):
+            product = torch.stack([torch.bmm(*pair) for pair in pairs])
+        else:
+            product = tensor.new_empty(entries, left, rows, right)
+            for pair, target in zip(pairs, product, strict=True):
+                torch.bmm(*pair, out=target)
+    return product.reshape(*shape[:dim], rows, *shape[dim + 1 :])
