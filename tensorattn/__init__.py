@@ -23,7 +23,8 @@ from tensorattn.operators.kronecker_sum import kronecker_sum_attention
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.planning import Plan, plan
 from tensorattn.softmax import merge_attention
-from tensorattn.summary import Summary, summarize
+from tensorattn.summarizing import summarize
+from tensorattn.summary import Summary
 
 __version__ = "0.1.0"
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tensorattn.contraction import contract, expand
-from tensorattn.errors import ShapeError, retells
+from tensorattn.contraction_tree import main_effects
+from tensorattn.errors import DtypeError, ShapeError, retells
 from tensorattn.modes import GridShape, grid_shape
-from tensorattn.planning import main_effects
 from tensorattn.weights import Vector, check_floating, check_weights, normalized
 
 __all__ = ["additive_part", "interaction_residual", "mode_averages", "outer_sum"]
@@ -53,10 +53,13 @@ def mode_averages(
         (tensor([1., 4.]), tensor([1.5000, 2.5000, 3.5000]))
     """
     check_floating(tensor=tensor)
+    if dtype is not None and not dtype.is_floating_point:
+        raise DtypeError(f"dtype must be floating point, got {dtype}.")
     grid = grid_shape(tensor.shape, order, "tensor")
     vectors = normalized(check_weights(weights, grid, tensor))
     means = contract(tensor, main_effects(order), vectors)
-    return tuple(mean.to(tensor.dtype if dtype is None else dtype) for mean in means)
+    wanted = tensor.dtype if dtype is None else dtype
+    return tuple(mean.to(wanted, copy=mean is tensor) for mean in means)
 
 
 @retells

@@ -13,22 +13,20 @@ Weights are multiplicities :math:`w^m \ge 0` of the indices of a mode. Averages 
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
+from tensorattn.contraction_tree import Family, Kept
+from tensorattn.execution import absent_as_zero, memory_order, run, run_backwards, split_shape
 from tensorattn.modes import GridShape
-from tensorattn.planning import Family, Kept, Plan, make_plan, primitive_for
+from tensorattn.planning import make_plan
 from tensorattn.weights import Vector, Vectors, accumulation_dtype
 
 __all__ = ["contract", "expand"]
-
-SLAB = 1 << 18  # elements copied at a time where a tensor cannot be read in place: 1 MB in float32
 
 
 def contract(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[Tensor, ...]:
@@ -44,12 +42,17 @@ def contract(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[Tensor, 
     """
     everything = tuple(range(len(vectors)))
     smaller = tuple(kept for kept in family if kept != everything)
-    if torch.compiler.is_compiling() or any(v is not None and v.requires_grad for v in vectors):
+    if torch.compiler.is_compiling() or any(v is not None and _is_differentiated(v) for v in vectors):
         means = _contract_plainly(tensor, smaller, vectors)
     else:
         means = _Contract.apply(tensor, smaller, True, *vectors) if smaller else ()
     found = dict(zip(smaller, means, strict=True))
     return tuple(tensor if kept == everything else found[kept] for kept in family)
+
+
+def _is_differentiated(vector: Tensor) -> bool:
+    """Tell whether derivatives of weights are asked for, backwards or forwards."""
+    return vector.requires_grad or unpack_dual(vector).tangent is not None
 
 
 def expand(parts: Sequence[Tensor], family: Family, grid: GridShape) -> Tensor:
@@ -75,15 +78,15 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def forward(tensor: Tensor, family: Family, mean: bool, *vectors: Vector) -> tuple[Tensor, ...]:
-        grid = GridShape(*_split(tensor, len(vectors)))
-        plan = make_plan(*grid, _memory_order(tensor), tensor.dtype.itemsize, family)
-        return _run(plan, tensor, vectors, mean)
+        grid = GridShape(*split_shape(tensor, len(vectors)))
+        plan = make_plan(*grid, memory_order(tensor), tensor.dtype.itemsize, family)
+        return run(plan, tensor, vectors, mean)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensor, ctx.family, ctx.mean, *ctx.vectors = inputs
-        ctx.grid = GridShape(*_split(tensor, len(ctx.vectors)))
-        ctx.memory, ctx.dtype = _memory_order(tensor), tensor.dtype
+        ctx.grid = GridShape(*split_shape(tensor, len(ctx.vectors)))
+        ctx.memory, ctx.dtype = memory_order(tensor), tensor.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -116,7 +119,7 @@ class _Expand(torch.autograd.Function):
     ) -> Tensor:
         order = len(grid.sizes)
         plan = make_plan(*grid, memory, dtype.itemsize, family)
-        return _run_backwards(plan, tensors[order:], tensors[:order], mean, dtype)
+        return run_backwards(plan, tensors[order:], tensors[:order], mean, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -170,198 +173,17 @@ def _vectors_to_front(vectors: Sequence[Vector], places: Sequence[int | None], b
     return moved
 
 
-def _split(tensor: Tensor, order: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Split a shape into batch, mode sizes and channels, unchecked."""
-    shape = tuple(tensor.shape)
-    return shape[: -order - 1], shape[-order - 1 : -1], shape[-1]
-
-
-def _memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Return dimensions from the outermost to the innermost in memory; expanded ones count as outermost."""
-    strides = tensor.stride()
-    if 0 not in strides and all(a >= b for a, b in itertools.pairwise(strides)):
-        return tuple(range(len(strides)))
-    return tuple(sorted(range(len(strides)), key=lambda d: (strides[d] != 0, -strides[d], d)))
-
-
-def _run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tuple[Tensor, ...]:
-    """Execute a plan: in place where the tensor is dense, else slab by slab through a small dense copy.
-
-    The copy also converts half precision to float32, and bounds what weights that differ between samples cost.
-    """
-    memory = tensor.permute(plan.permutation)
-    dtype = accumulation_dtype(tensor.dtype)
-    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
-    shared = all(vector is None or vector.numel() == vector.shape[-1] for vector in vectors)
-    if shared and tensor.dtype == dtype and memory.is_contiguous():
-        nodes = _reduce(plan, memory, aligned, mean)
-    else:
-        shapes = {kept: _kept_shape(plan, kept, memory.shape) for kept in plan.family}
-        nodes = {kept: tensor.new_zeros(shape, dtype=dtype) for kept, shape in shapes.items()}
-        for slab in _slabs(memory.shape):
-            block = memory[slab].to(dtype, memory_format=torch.contiguous_format, copy=True)
-            pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
-            for kept, part in _reduce(plan, block, pieces, mean).items():
-                if kept in nodes:
-                    nodes[kept][_within(slab, nodes[kept])].add_(part)
-    return tuple(_to_logical(nodes[kept], plan, kept) for kept in plan.family)
-
-
-def _reduce(plan: Plan, root: Tensor, aligned: Sequence[Vector], mean: bool) -> dict[Kept, Tensor]:
-    """Execute the steps on a dense tensor in memory order; reduced modes stay as dimensions of size 1."""
-    axes = plan.mode_axes
-    nodes = {tuple(range(len(axes))): root}
-    for step in plan.steps:
-        node, places = nodes[step.source], [axes[mode] for mode in step.reduced]
-        plain = [mode for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
-        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
-        nodes[step.target] = _reduce_group(node, places, weights, factor)
-    return nodes
-
-
-def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor: float) -> Tensor:
-    """Reduce one group of adjacent axes with a view and one primitive."""
-    first, last = min(places), max(places) + 1
-    shape = node.shape
-    left, group, right = math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
-    reduced = [1 if axis in places else size for axis, size in enumerate(shape)]
-    if any(weight.numel() > math.prod(weight.shape[axis] for axis in places) for weight in weights):
-        product = functools.reduce(torch.mul, weights, node)  # weights differ between samples
-        return (product * factor).sum(places, keepdim=True)
-    primitive = primitive_for(left, group, right)
-    if not weights and primitive == "view":
-        return node * factor if factor != 1 else node
-    if not weights and primitive == "sum":
-        return node.reshape(left, group, right).sum(1).mul_(factor).reshape(reduced)
-    if weights:
-        vector = functools.reduce(torch.mul, weights) * factor
-        vector = vector.expand(*(shape[axis] if axis in places else 1 for axis in range(len(shape)))).reshape(-1)
-    else:
-        vector = node.new_full((group,), factor)
-    if right == 1:
-        return torch.mv(node.reshape(left, group), vector).reshape(reduced)
-    if left == 1:
-        return torch.mv(node.reshape(group, right).t(), vector).reshape(reduced)
-    return torch.matmul(vector.expand(left, 1, group), node.reshape(left, group, right)).reshape(reduced)
-
-
-def _run_backwards(
-    plan: Plan, parts: Sequence[Tensor], vectors: Sequence[Vector], mean: bool, dtype: torch.dtype
-) -> Tensor:
-    """Execute the transpose of a plan: from the leaves of its tree to the root, which is written once."""
-    axes = plan.mode_axes
-    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
-    shape = [(*plan.batch, *plan.sizes, plan.dim)[d] for d in plan.permutation]
-    root = tuple(range(len(axes)))
-    terms: dict[Kept, list[tuple[Tensor, Tensor | None]]] = {}
-    for kept, part in zip(plan.family, parts, strict=True):
-        terms.setdefault(kept, []).append((_to_memory(part, plan, kept), None))
-    for step in reversed(plan.steps):
-        plain = [mode for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
-        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
-        grad = _add_up(terms[step.target])
-        scaled = grad if factor == 1 else grad * factor
-        weight = functools.reduce(torch.mul, weights) if weights else None
-        terms.setdefault(step.source, []).append((scaled, weight))
-    result = _write(terms[root], shape, dtype)
-    return result.permute([plan.permutation.index(d) for d in range(len(shape))])
-
-
-def _add_up(terms: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Add weighted terms that broadcast against each other, all small."""
-    return functools.reduce(torch.add, (part if weight is None else part * weight for part, weight in terms))
-
-
-def _write(terms: list[tuple[Tensor, Tensor | None]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Write the sum of broadcast terms into a fresh tensor: two terms in the first pass, one in each further pass."""
-    plain = [part for part, weight in terms if weight is None]
-    weighted = [(part, weight) for part, weight in terms if weight is not None]
-    if len(plain) > 1 and not weighted:
-        first, second, *plain = plain
-        if first.dtype == dtype and torch.broadcast_shapes(first.shape, second.shape) == tuple(shape):
-            result = torch.add(first, second)
-        else:
-            result = torch.add(first.expand(shape), second, out=first.new_empty(shape, dtype=dtype))
-    elif weighted:
-        part, weight = weighted.pop()
-        result = (part * weight).expand(shape).contiguous()
-    else:
-        result = plain.pop().expand(shape).to(dtype, memory_format=torch.contiguous_format, copy=True)
-    for part in plain:
-        result.add_(part)
-    for part, weight in weighted:
-        result.addcmul_(part, weight)
-    return result.to(dtype)
-
-
-def _aligned(vector: Vector, plan: Plan, mode: int) -> Vector:
-    """View the weights of a mode with one dimension for each of the tensor's, in memory order."""
-    if vector is None:
-        return None
-    missing = len(plan.batch) - (vector.dim() - 1)
-    shape = [1] * missing + list(vector.shape[:-1]) + [1] * (len(plan.sizes) + 1)
-    shape[len(plan.batch) + mode] = vector.shape[-1]
-    return vector.reshape(shape).permute(plan.permutation)
-
-
-def _kept_shape(plan: Plan, kept: Kept, shape: Sequence[int]) -> list[int]:
-    """Shape of a node in memory order, with reduced modes of size 1."""
-    reduced = {axis for mode, axis in enumerate(plan.mode_axes) if mode not in kept}
-    return [1 if axis in reduced else size for axis, size in enumerate(shape)]
-
-
-def _to_logical(node: Tensor, plan: Plan, kept: Kept) -> Tensor:
-    """Bring a node from memory order to ``(*batch, *kept sizes, D)``."""
-    node = node.permute([plan.permutation.index(d) for d in range(node.dim())])
-    return node.squeeze([len(plan.batch) + mode for mode in range(len(plan.sizes)) if mode not in kept])
-
-
-def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
-    """Bring ``(*batch, *kept sizes, D)`` to memory order, with reduced modes of size 1."""
-    for mode in range(len(plan.sizes)):
-        if mode not in kept:
-            part = part.unsqueeze(len(plan.batch) + mode)
-    return part.permute(plan.permutation).contiguous()
-
-
-def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Cut a tensor in memory order into slabs of at most `SLAB` elements."""
-    inner = math.prod(shape)
-    ranges: list[list[slice]] = []
-    for size in shape:
-        if inner <= SLAB:
-            break
-        inner //= size
-        step = max(1, SLAB // inner)
-        ranges.append([slice(start, start + step) for start in range(0, size, step)])
-    yield from itertools.product(*ranges)
-
-
-def _within(slab: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
-    """Restrict a slab to a tensor that broadcasts: dimensions of size 1 are taken whole."""
-    pairs = zip(slab, tensor.shape, strict=False)
-    return tuple(slice(None) if size == 1 else part for part, size in pairs)
-
-
 def _contract_plainly(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[Tensor, ...]:
     """Compute marginal means by plain operations in an order that depends on the number of modes alone."""
     order = len(vectors)
     found: dict[Kept, Tensor] = {}
+    aligned = {mode: _beside(vector, mode, order) for mode, vector in enumerate(vectors) if vector is not None}
 
     def average(node: Tensor, reduced: Kept) -> Tensor:
-        dims = [mode - order - 1 for mode in reduced if vectors[mode] is None]
         for mode in reduced:
-            vector = vectors[mode]
-            if vector is not None:
-                vector = vector.reshape(*vector.shape, *(1,) * (order - mode))
-                aligned = vector.reshape(
-                    *vector.shape[: vector.dim() - order + mode - 1],
-                    *(1,) * mode,
-                    *vector.shape[vector.dim() - order + mode - 1 :],
-                )
-                node = (node * aligned).sum(mode - order - 1, keepdim=True)
+            if mode in aligned:
+                node = (node * aligned[mode]).sum(mode - order - 1, keepdim=True)
+        dims = [mode - order - 1 for mode in reduced if mode not in aligned]
         return node.mean(dims, keepdim=True) if dims else node
 
     def descend(node: Tensor, present: Kept, wanted: Family) -> None:
@@ -377,9 +199,16 @@ def _contract_plainly(tensor: Tensor, family: Family, vectors: Vectors) -> tuple
             if below and other:
                 descend(average(node, other), side, below)
 
-    descend(tensor.to(accumulation_dtype(tensor.dtype)), tuple(range(order)), family)
+    root = tensor.to(accumulation_dtype(tensor.dtype))
+    descend(absent_as_zero(root, list(aligned.values())) if aligned else root, tuple(range(order)), family)
     gone = {kept: [mode - order - 1 for mode in range(order) if mode not in kept] for kept in family}
     return tuple(found[kept].squeeze(gone[kept]) for kept in family)
+
+
+def _beside(vector: Tensor, mode: int, order: int) -> Tensor:
+    """View weights ``(*batch, n_mode)`` so that they broadcast to ``(*batch, n_1, …, n_N, D)``."""
+    batch, size = vector.shape[:-1], vector.shape[-1]
+    return vector.reshape(*batch, *(size if k == mode else 1 for k in range(order)), 1)
 
 
 def _expand_plainly(parts: Sequence[Tensor], family: Family, grid: GridShape) -> Tensor:

@@ -26,7 +26,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-GRID_ARGUMENTS = ("tensor", "key", "value")  # (*batch, n_1, …, n_N, D)
+GRID_ARGUMENTS = ("tensor", "key", "value", "x")  # (*batch, n_1, …, n_N, D)
 QUERY_ARGUMENT = "query"  # (*batch, *positions, D)
 
 
@@ -44,7 +44,15 @@ class TensorAttentionError(ValueError):
         super().__init__("\n".join(part for part in (first, reading, f"  {hint}" if hint else "") if part))
 
     def retold(self, teller: str, reading: str = "") -> TensorAttentionError:
-        """Return the same error, told by the function that the user called."""
+        """Return the same error, told by the function that the user called.
+
+        Args:
+            teller: Name of the function.
+            reading: Its arguments read through the modes.
+
+        Returns:
+            The error to raise.
+        """
         return type(self)(self.rule, hint=self.hint, teller=teller, reading=reading)
 
 

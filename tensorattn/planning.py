@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import opt_einsum
 from opt_einsum.helpers import flop_count
 
+from tensorattn.contraction_tree import ContractionTree, Family, Kept, main_effects, primitive_for
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec, check_order
 
-__all__ = ["Family", "Kept", "Plan", "Step", "main_effects", "make_plan", "plan", "primitive_for"]
-
-Kept = tuple[int, ...]  # modes that a marginal mean keeps, ascending; the empty tuple is the grand mean
-Family = tuple[Kept, ...]  # marginal means that are wanted together
+__all__ = ["Plan", "Step", "make_plan", "plan"]
 
 ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
@@ -186,15 +184,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def main_effects(order: int) -> Family:
-    """Return the family of the N mode averages: one kept mode each.
-
-    Args:
-        order: Number of modes N.
-    """
-    return tuple((mode,) for mode in range(order))
-
-
 @retells
 def plan(
     sizes: Sequence[int],
@@ -235,8 +224,13 @@ def plan(
           t h w   w     abcd->cd    4,816,896     5,376   mv
         total: 9,805,824 elements read and 98,304 written, 2.06 times one read of the tensor
     """
+    for argument, numbers in (("sizes", sizes), ("batch", batch), ("dim", (dim,))):
+        if not isinstance(numbers, Sequence) or not all(isinstance(n, int) for n in numbers):
+            raise OptionError(f"{argument} must be integers, got {numbers!r}.")
+    if min((dim, *batch)) < 0:
+        raise OptionError(f"dim and batch must not be negative, got {dim} and {tuple(batch)}.")
+    check_order(len(sizes), "the number of sizes")
     spec = ModeSpec.parse(len(sizes) if modes is None else modes)
-    check_order(len(sizes))
     if spec.order != len(sizes):
         raise OptionError(f"modes names {spec.order} modes, but sizes has {len(sizes)}.")
     for name, size in zip(spec.names, sizes, strict=True):
@@ -251,7 +245,10 @@ def plan(
     if kept is None:
         family = main_effects(spec.order)
     else:
-        family = tuple(tuple(sorted({spec.index(mode) for mode in subset})) for subset in kept)
+        subsets = [
+            subset if isinstance(subset, Iterable) and not isinstance(subset, str) else (subset,) for subset in kept
+        ]
+        family = tuple(tuple(sorted({spec.index(mode) for mode in subset})) for subset in subsets)
     return make_plan(tuple(batch), tuple(sizes), dim, order, ITEM_SIZES[dtype], family, spec.names)
 
 
@@ -269,7 +266,7 @@ def make_plan(
     names = tuple(str(k) for k in range(len(sizes))) if names is None else names
     shape = (*batch, *sizes, dim)
     memory = [(d - len(batch) if 0 <= d - len(batch) < len(sizes) else None, shape[d]) for d in permutation]
-    tree = _Tree(memory, itemsize)
+    tree = ContractionTree(memory, itemsize)
     root = tuple(range(len(sizes)))
     edges = tree.best(root, frozenset(family))[1]
     empty = Plan(batch, sizes, dim, permutation, itemsize, family, (), names)
@@ -296,102 +293,6 @@ def make_plan(
             )
         )
     return Plan(batch, sizes, dim, permutation, itemsize, family, tuple(steps), names)
-
-
-def primitive_for(left: int, group: int, right: int) -> str:
-    """Choose the operation that reduces the middle axis of ``(left, group, right)`` fastest.
-
-    Measured: a matrix–vector product reads at full speed for an outermost or an innermost group, a product with a
-    row of weights for a group between; both are slow for short rows and short groups, where a sum is not.
-    """
-    if group == 1:
-        return "view"
-    if right == 1 or left == 1:
-        return "mv"
-    return "matmul" if right >= 16 and group >= 16 else "sum"
-
-
-class _Tree:
-    """Search for the cheapest tree of contractions over one memory order."""
-
-    def __init__(self, memory: Sequence[tuple[int | None, int]], itemsize: int) -> None:
-        self.memory = [axis for axis in memory if axis[0] is not None or axis[1] > 1]
-        self.itemsize = itemsize
-        self.found: dict[tuple[Kept, frozenset[Kept]], tuple[float, tuple[tuple[Kept, Kept], ...]]] = {}
-
-    def best(self, node: Kept, wanted: frozenset[Kept]) -> tuple[float, tuple[tuple[Kept, Kept], ...]]:
-        """Return the seconds and the (source, reduced) edges that make all wanted descendants of a node.
-
-        The first wanted subset is reached by every group that can be averaged out on the way to it; whatever else
-        lies below the new node is made from there, as it is smaller; the rest starts again from this node.
-        """
-        wanted = wanted - {node}
-        if not wanted:
-            return 0.0, ()
-        known = self.found.get((node, wanted))
-        if known is None:
-            first = max(wanted, key=lambda kept: (len(kept), tuple(-mode for mode in kept)))
-            known = min(self._choices(node, first, wanted), key=lambda choice: choice[0])
-            self.found[node, wanted] = known
-        return known
-
-    def _choices(
-        self, node: Kept, first: Kept, wanted: frozenset[Kept]
-    ) -> Iterator[tuple[float, tuple[tuple[Kept, Kept], ...]]]:
-        for reduced in self._groups(node, first):
-            child = tuple(mode for mode in node if mode not in reduced)
-            below = frozenset(kept for kept in wanted if set(kept) <= set(child))
-            cost_below, edges_below = self.best(child, below)
-            cost_rest, edges_rest = self.best(node, wanted - below)
-            cost = self._seconds(*self.extents(node, reduced)) + cost_below + cost_rest
-            yield cost, ((node, reduced), *edges_below, *edges_rest)
-
-    def _groups(self, node: Kept, first: Kept) -> set[Kept]:
-        """Groups adjacent in memory whose removal from a node keeps a wanted subset: gaps, prefixes, suffixes."""
-        groups: set[Kept] = set()
-        for run in _runs(mode if mode in node else None for mode, _ in self.memory if mode is None or mode in node):
-            groups.update(_runs(None if mode in first else mode for mode in run))
-            for cut in range(1, len(run)):
-                groups.update(part for part in (run[:cut], run[cut:]) if not set(part) & set(first))
-        return groups
-
-    def extents(self, node: Kept, reduced: Kept) -> tuple[int, int, int]:
-        """Sizes of a node seen as ``(left, group, right)`` around the group that is averaged out."""
-        axes = [(mode, size) for mode, size in self.memory if mode is None or mode in node]
-        places = [place for place, (mode, _) in enumerate(axes) if mode in reduced]
-        sizes = [size for _, size in axes]
-        return (
-            math.prod(sizes[: places[0]]),
-            math.prod(sizes[places[0] : places[-1] + 1]),
-            math.prod(sizes[places[-1] + 1 :]),
-        )
-
-    def _seconds(self, left: int, group: int, right: int) -> float:
-        """Model the time of one contraction: bytes over bandwidth, slower for short groups and short rows."""
-        primitive = primitive_for(left, group, right)
-        if primitive == "view":
-            return 0.0
-        traffic = (left * group * right + left * right) * self.itemsize
-        slow = 1.1 if primitive == "sum" else 1.0
-        if group < 16:
-            slow *= 1 + 8 / group
-        if right == 1 and group < 64:
-            slow *= 1.5
-        if 1 < right < 16:
-            slow *= 2.0
-        bandwidth = 12e9 if traffic > 32e6 else 25e9  # memory, last-level cache
-        return 6e-6 + slow * traffic / bandwidth
-
-
-def _runs(items: Iterable[int | None]) -> Iterator[Kept]:
-    """Split at every None into runs of modes."""
-    run: list[int] = []
-    for item in (*items, None):
-        if item is None and run:
-            yield tuple(run)
-            run = []
-        elif item is not None:
-            run.append(item)
 
 
 def _symbols(plan: Plan) -> list[str]:

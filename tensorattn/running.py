@@ -13,8 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from tensorattn.planning import Family, Kept
-from tensorattn.summary import Needs, Summary, attention_summary
+from tensorattn.contraction_tree import Family, Kept
+from tensorattn.summarizing import Needs, attention_summary
+from tensorattn.summary import Summary
 from tensorattn.weights import Vector, Vectors
 
 __all__ = ["running_summary"]
@@ -68,7 +69,9 @@ def running_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors, 
             return None
         if mode in kept:
             tokens = mean.movedim(batch, batch + kept.index(mode)).unsqueeze(batch)
-            return tokens.expand(*tokens.shape[:batch], frames, *tokens.shape[batch + 1 :])
+            past = torch.ones(frames, frames, dtype=torch.bool, device=mean.device).tril()
+            past = past.reshape(frames, *(frames if k == mode else 1 for k in kept), 1)
+            return torch.where(past, tokens, 0.0)  # a later frame must not even multiply a zero: it may hold NaN
         spread = (1,) * (mean.dim() - batch - 1)
         sums = (mean * weight.reshape(*weight.shape, *spread)).cumsum(batch)
         return sums / safe_total.reshape(*safe_total.shape, *spread)
@@ -86,7 +89,7 @@ def running_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors, 
         if mode in kept:
             dim = batch + 1 + kept.index(mode)
             counts.append(
-                count.unsqueeze(dim) * visible.reshape(*visible.shape[:-1], *(-1 if k == mode else 1 for k in kept))
+                count.unsqueeze(dim) * visible.reshape(*visible.shape[:-1], *(frames if k == mode else 1 for k in kept))
             )
         else:
             counts.append(count * total.reshape(*total.shape, *(1 for _ in kept)))

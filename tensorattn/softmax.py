@@ -128,7 +128,7 @@ def _fused(query: Tensor, tokens: TokenSet, scale: float, dropout_p: float) -> T
         four(tokens.key),
         four(tokens.value),
         attn_mask=None if bias is None else four(bias),
-        dropout_p=dropout_p,
+        dropout_p=dropout_p if tokens.key.shape[-2] > 1 else 0.0,
         scale=scale,
     ).reshape(*batch, query.shape[-2], tokens.value.shape[-1])
     return output if alive is None else output * alive

@@ -11,40 +11,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.contraction import contract
-from tensorattn.errors import ModesError, OptionError, ShapeError, retells
-from tensorattn.modes import GridShape, ModeSpec, grid_shape
-from tensorattn.planning import Family, Kept, main_effects
+from tensorattn.contraction_tree import Family, Kept
+from tensorattn.errors import OptionError, ShapeError
+from tensorattn.modes import ModeSpec
 from tensorattn.softmax import TokenSet
-from tensorattn.weights import Vector, Vectors, check_floating, check_weights, normalized
+from tensorattn.weights import Vector, Vectors, log_weights
 
-__all__ = ["Needs", "Summary", "attention_summary", "summarize"]
-
-BLOCK = 1 << 18  # elements centred at a time for the second moment
-
-
-class Needs(NamedTuple):
-    """What is wanted of keys and values.
-
-    Attributes:
-        kept: Mode subsets whose marginal means are wanted. The subset of all modes is the tensor itself.
-        second_moment: Whether second moments are wanted.
-        keys: Those of the kept subsets that are wanted of the keys; all if None.
-        values: Those of the kept subsets that are wanted of the values; all if None.
-    """
-
-    kept: Family
-    second_moment: bool = False
-    keys: Family | None = None
-    values: Family | None = None
+__all__ = ["Summary"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +131,7 @@ class Summary:
         return TokenSet(
             key.flatten(batch, -2),
             value.flatten(batch, -2),
-            None if weight is None else weight.flatten(batch).log(),
+            None if weight is None else log_weights(weight.flatten(batch)),
             math.prod(outside),
             coefficient,
         )
@@ -171,7 +150,7 @@ class Summary:
         weight = self.mode_weights[mode]
         if weight is None:
             weight = total.new_ones([1] * len(self.batch) + [self.sizes[mode]])
-        return torch.where(total.unsqueeze(-1) > 0, weight, 0.0).log()
+        return log_weights(torch.where(total.unsqueeze(-1) > 0, weight, 0.0))
 
     def project(
         self,
@@ -198,8 +177,9 @@ class Summary:
             The summary of the projected tensors.
 
         Examples:
+            >>> import torch, tensorattn as ta
             >>> x, w = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
-            >>> early, late = summarize(x @ w.T, x @ w.T, order=2), summarize(x, x, order=2).project(w, w)
+            >>> early, late = ta.summarize(x @ w.T, x @ w.T, order=2), ta.summarize(x, x, order=2).project(w, w)
             >>> torch.allclose(early.keys[0], late.keys[0])
             True
         """
@@ -250,9 +230,10 @@ class Summary:
             ModesError: If there is no such mode.
 
         Examples:
+            >>> import torch, tensorattn as ta
             >>> x = torch.randn(5, 3, 4, dtype=torch.float64)
-            >>> first, second = (summarize(part, part, order=2) for part in x.split([2, 3]))
-            >>> whole = summarize(x, x, order=2)
+            >>> first, second = (ta.summarize(part, part, order=2) for part in x.split([2, 3]))
+            >>> whole = ta.summarize(x, x, order=2)
             >>> torch.allclose(first.merge(second, mode=0).keys[1], whole.keys[1])
             True
         """
@@ -381,151 +362,3 @@ def _outer(left: Tensor, right: Tensor, factor: Tensor | float) -> Tensor:
     return (
         left.unsqueeze(-1) * right.unsqueeze(-2) * (factor[..., None, None] if isinstance(factor, Tensor) else factor)
     )
-
-
-@retells
-def summarize(
-    key: Tensor,
-    value: Tensor,
-    *,
-    order: int,
-    kept: Iterable[Iterable[int]] | None = None,
-    second_moment: bool = False,
-    weights: Sequence[Vector] | None = None,
-) -> Summary:
-    r"""Summarise keys and values by their marginal means.
-
-    Args:
-        key: Keys over the grid.
-        value: Values over the grid. Pass the same tensor as ``key`` to read it once.
-        order: Number of modes N.
-        kept: Mode subsets whose marginal means are wanted; by default the N mode averages and the grand mean.
-        second_moment: Whether to hold the central second moments :math:`\mathrm{E}[(v - \bar v)(k - \bar k)^\top]` of
-            values and keys, and of the keys alone.
-        weights: One non-negative vector a mode, or None for equal weights; multiplicities.
-
-    Returns:
-        The summary, in float32 for half precision.
-
-    Raises:
-        ShapeError: If key and value do not have the same batch dimensions and mode sizes, or a mode is empty.
-        DtypeError: If they are not floating point, or of different types.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        ModesError: If ``kept`` names a mode that does not exist.
-
-    Shape:
-        - key: :math:`(*, n_1, \dots, n_N, D)`, value: :math:`(*, n_1, \dots, n_N, D_v)`
-
-    Examples:
-        >>> summary = summarize(torch.ones(2, 4, 5, 8), torch.ones(2, 4, 5, 3), order=2)
-        >>> summary.kept, [tuple(mean.shape) for mean in summary.values]
-        (((0,), (1,), ()), [(2, 4, 3), (2, 5, 3), (2, 3)])
-    """
-    check_floating(key=key, value=value)
-    grid = grid_shape(key.shape, order, "key")
-    values = grid_shape(value.shape, order, "value")
-    for mode, (size, second) in enumerate(zip(grid.sizes, values.sizes, strict=True)):
-        if size != second:
-            raise ShapeError(f"mode {mode} has size {size} in key but {second} in value.")
-    if grid.batch != values.batch:
-        raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
-    spec = ModeSpec.parse(order)
-    family = (
-        (*main_effects(order), ()) if kept is None else tuple(tuple(sorted({spec.index(m) for m in u})) for u in kept)
-    )
-    if not family:
-        raise ModesError("kept is empty, but a summary needs at least one subset of modes.")
-    return attention_summary(key, value, Needs(family, second_moment), check_weights(weights, grid, key))
-
-
-def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors) -> Summary:
-    """Summarise, unchecked.
-
-    Args:
-        key: Keys over the grid.
-        value: Values over the grid.
-        needs: What is wanted.
-        weights: Checked weights of each mode, or None.
-    """
-    order = len(weights)
-    grid = GridShape(tuple(key.shape[: -order - 1]), tuple(key.shape[-order - 1 : -1]), key.shape[-1])
-    vectors = normalized(weights)
-    family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
-    of_keys = family if needs.keys is None else needs.keys
-    of_values = family if needs.values is None else needs.values
-    if value is key:
-        both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
-        means = dict(zip(both, contract(key, both, vectors), strict=True))
-        keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
-    else:
-        keys = dict(zip(of_keys, contract(key, of_keys, vectors), strict=True))
-        values = dict(zip(of_values, contract(value, of_values, vectors), strict=True))
-    covariance = key_covariance = None
-    if needs.second_moment:
-        covariance = _covariance(value, key, values[()], keys[()], vectors, grid)
-        key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], vectors, grid)
-    full = tuple(_with_batch(vector, grid) for vector in weights)
-    return Summary(
-        grid.sizes,
-        family,
-        tuple(keys.get(kept) for kept in family),
-        tuple(values.get(kept) for kept in family),
-        tuple(_marginal_weight(kept, full, grid) for kept in family),
-        full,
-        covariance,
-        key_covariance,
-    )
-
-
-def _with_batch(vector: Vector, grid: GridShape) -> Vector:
-    """Give weights as many batch dimensions as the tensor has."""
-    if vector is None:
-        return None
-    return vector.reshape(*(1,) * (len(grid.batch) + 1 - vector.dim()), *vector.shape)
-
-
-def _marginal_weight(kept: Kept, weights: Vectors, grid: GridShape) -> Tensor | None:
-    """Weight behind each marginal mean: its indices' own weights times the total weight of every other mode."""
-    factors, count = [], 1
-    for mode, (weight, size) in enumerate(zip(weights, grid.sizes, strict=True)):
-        if weight is None:
-            count *= 1 if mode in kept else size
-        elif mode in kept:
-            factors.append(weight.reshape(*weight.shape[:-1], *(-1 if k == mode else 1 for k in kept)))
-        else:
-            factors.append(weight.sum(-1).reshape([*weight.shape[:-1], *(1 for _ in kept)]))
-    if not factors:
-        return None
-    product = functools.reduce(torch.mul, factors) * count
-    return product.expand([*product.shape[: len(grid.batch)], *(grid.sizes[mode] for mode in kept)])
-
-
-def _covariance(
-    left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, vectors: Vectors, grid: GridShape
-) -> Tensor:
-    """Second central moment of two tensors over the grid, block by block along the longest mode."""
-    batch, order = len(grid.batch), len(grid.sizes)
-    if order == 0:  # one position has no spread
-        return left_mean.unsqueeze(-1) * right_mean.unsqueeze(-2) * 0
-    longest = max(range(order), key=lambda mode: grid.sizes[mode])
-    rest = max(1, max(left.numel(), right.numel()) // grid.sizes[longest])
-    step = grid.sizes[longest] if torch.compiler.is_compiling() else max(1, BLOCK // rest)
-    total: Tensor | None = None
-    for start in range(0, grid.sizes[longest], step):
-        length = min(step, grid.sizes[longest] - start)
-        blocks = []
-        for tensor, mean in ((left, left_mean), (right, right_mean)):
-            block = tensor.narrow(batch + longest, start, length).to(mean.dtype)
-            blocks.append(block - mean.reshape(*mean.shape[:-1], *(1,) * order, mean.shape[-1]))
-        weighed = blocks[0]
-        for mode, vector in enumerate(vectors):
-            if vector is None:
-                weighed = weighed / grid.sizes[mode]
-            else:
-                part = vector.narrow(-1, start, length) if mode == longest else vector
-                shape = [-1 if k == mode else 1 for k in range(order)]
-                weighed = weighed * part.reshape(*part.shape[:-1], *shape, 1)
-        term = weighed.flatten(batch, -2).mT @ blocks[1].flatten(batch, -2)
-        total = term if total is None else total + term
-    assert total is not None
-    return total

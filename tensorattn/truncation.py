@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+from tensorattn.contraction_tree import Family, Kept
 from tensorattn.errors import ModesError, OptionError
 from tensorattn.modes import ModeSpec
-from tensorattn.planning import Family, Kept
 
 __all__ = ["counting_numbers", "kept_family"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tensorattn.errors import DtypeError, WeightsError
 from tensorattn.modes import GridShape
 
-__all__ = ["Vector", "Vectors", "accumulation_dtype", "check_floating", "check_weights", "normalized"]
+__all__ = ["Vector", "Vectors", "accumulation_dtype", "check_floating", "check_weights", "log_weights", "normalized"]
 
 Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for equal weights
 Vectors = tuple[Vector, ...]
@@ -104,6 +104,15 @@ def _check_values(vector: Tensor, mode: int) -> None:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which averages of a type are accumulated: float32 for half precision."""
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def log_weights(weights: Tensor) -> Tensor:
+    """Return logarithms of weights: minus infinity for absent indices, to which no gradient flows.
+
+    Args:
+        weights: Non-negative weights.
+    """
+    return torch.where(weights > 0, weights, 1.0).log().masked_fill(weights <= 0, -math.inf)
 
 
 def normalized(weights: Vectors) -> Vectors:

@@ -107,7 +107,7 @@ def error_bound(
     else:
         tilt = _in_chunks(functools.partial(_range, keys=keys, grid=grid), queries, math.prod(shape.sizes))
     bound = _diameter(values, grid).unsqueeze(-1) * (tilt / 4).tanh() + remainder
-    return bound.reshape(*shape.batch, *positions)
+    return bound.reshape(query.shape[:-1])
 
 
 def _in_chunks(function: functools.partial[Tensor], queries: Tensor, width: int) -> Tensor:

@@ -1,6 +1,6 @@
-r"""Diagnose: how far an operator is from full attention, on given queries, keys and values.
+r"""The error estimate: how far an operator is from full attention, on given queries, keys and values.
 
-No bound on the error is useful on real data (the provable ones are many times too large), but the error itself is cheap
+No bound on the error is useful on real data (the provable one is many times too large), but the error itself is cheap
 to estimate: full attention of 64 queries costs as much as 64 rows of the attention matrix, and gives the centred
 relative error to about 3 %.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.contraction import contract
+from tensorattn.diagnose.effects import precise
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import attention_shapes
 from tensorattn.operators import Operator, get_operator
@@ -89,7 +90,7 @@ def centred_error(output: Tensor, exact: Tensor, mean: Tensor, *, population: in
 
 def _energy(difference: Tensor) -> Tensor:
     """Return the squared norm of every query, over batch dimensions and channels, in float64."""
-    per_query = difference.detach().double().square().sum(dim=-1)
+    per_query = precise(difference).square().sum(dim=-1)
     return per_query.reshape(-1, per_query.shape[-1]).sum(dim=0)
 
 

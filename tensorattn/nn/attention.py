@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.contraction import contract, expand
+from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import DtypeError, OptionError, ShapeError, TensorAttentionError, describe
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
 from tensorattn.operators.position import frames_first, frames_last
-from tensorattn.planning import main_effects
 from tensorattn.running import running_summary
-from tensorattn.summary import Summary, attention_summary
-from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_weights, normalized
+from tensorattn.summarizing import attention_summary
+from tensorattn.summary import Summary
+from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_floating, check_weights, normalized
 
 __all__ = ["TensorAttention"]
 
@@ -143,7 +144,8 @@ class TensorAttention(nn.Module):
         modes = repr(str(self.modes)) if self.modes.named else self.modes.order
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", f"modes={modes}"]
         parts.append(f"operator={self.operator!r}")
-        parts.extend(f"{name}={value!r}" for name, value in self.options.items())
+        defaults = get_operator(self.operator).options
+        parts.extend(f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name])
         if self.channels_first:
             parts.append("channels_first=True")
         if self.dropout:
@@ -175,16 +177,18 @@ class TensorAttention(nn.Module):
             last = x.movedim(1, -1) if self.channels_first else x
             checked = check_weights(weights, grid, last)
         except TensorAttentionError as cause:
-            reading = "" if self.channels_first else describe(self.modes.names, {"tensor": tuple(x.shape)})
-            raise cause.retold("TensorAttention", reading.replace("tensor", "x     ")) from None
+            shown = {} if self.channels_first or not isinstance(x, Tensor) else {"x": tuple(x.shape)}
+            raise cause.retold("TensorAttention", describe(self.modes.names, shown) if shown else "") from None
         y = self._attend(last, grid, checked)
         return y.movedim(-1, 1) if self.channels_first else y
 
     def _check(self, x: Tensor) -> GridShape:
         """Check the input and read its shape; modes go by their names."""
         order = self.modes.order
-        if not x.is_floating_point():
-            raise DtypeError(f"x must be floating point, got {x.dtype}.")
+        check_floating(x=x)
+        own = self.q_proj.weight.dtype
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise DtypeError(f"the type is {x.dtype} in x but {own} in the parameters.")
         if x.dim() != order + 2:
             layout = " ".join(("B", "C", *self.modes.names) if self.channels_first else ("B", *self.modes.names, "C"))
             raise ShapeError(f"x has {x.dim()} dimensions, but the layout ({layout}) has {order + 2}.")
@@ -211,8 +215,8 @@ class TensorAttention(nn.Module):
             settings["gain"] = self.interaction_gain.to(accumulation_dtype(x.dtype))
         needs = operator.needs(order, **self.options)
         if causal is not None and operator.query == "positions":
+            summary = running_summary(x, x, needs, weights, causal)
             x = frames_first(x, causal, 1)
-            summary = running_summary(frames_last(x, causal, 1), frames_last(x, causal, 1), needs, weights, causal)
         else:
             if causal is not None:
                 settings["causal"] = causal

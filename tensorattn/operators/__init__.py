@@ -31,6 +31,12 @@ def register_operator(operator: Operator) -> Operator:
 
     Raises:
         OptionError: If another operator has the name.
+
+    Examples:
+        >>> import dataclasses, tensorattn as ta
+        >>> mine = dataclasses.replace(ta.get_operator("additive"), name="mine")
+        >>> ta.register_operator(mine).name, ta.OPERATORS.pop("mine").name
+        ('mine', 'mine')
     """
     if OPERATORS.get(operator.name, operator) is not operator:
         raise OptionError(f"there is already an operator {operator.name!r}.")
@@ -44,8 +50,16 @@ def get_operator(name: str) -> Operator:
     Args:
         name: Name in the registry.
 
+    Returns:
+        Its record.
+
     Raises:
         OptionError: If there is none.
+
+    Examples:
+        >>> import tensorattn as ta
+        >>> sorted(ta.get_operator("additive").options)
+        ['include_self', 'interaction', 'saturation']
     """
     if name not in OPERATORS:
         raise OptionError(f"there is no operator {name!r}; the operators are: {', '.join(OPERATORS)}.")

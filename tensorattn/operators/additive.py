@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
-from tensorattn.planning import main_effects
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
 from tensorattn.weights import Vector
 

@@ -14,8 +14,9 @@ from tensorattn.errors import retells
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
 from tensorattn.operators.position import Bias
 from tensorattn.softmax import TokenSet, attend_tokens
-from tensorattn.summary import Needs, Summary
-from tensorattn.weights import Vector
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
+from tensorattn.weights import Vector, log_weights
 
 __all__ = ["OPERATOR", "axial_attention"]
 
@@ -31,7 +32,7 @@ def attend(
     for mode, size in enumerate(summary.sizes):
         dim = batch + mode
         # The weight of a whole position, not of its index: a fibre of absent positions then has no token at all.
-        log_weight = None if weight is None else weight.log().movedim(dim, -1)
+        log_weight = None if weight is None else log_weights(weight).movedim(dim, -1)
         fibres = TokenSet(key.movedim(dim, -2), value.movedim(dim, -2), log_weight)
         along = None if bias is None else bias[mode]
         if causal == mode:

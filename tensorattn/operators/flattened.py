@@ -10,7 +10,8 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "flattened_attention"]

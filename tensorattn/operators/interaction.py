@@ -12,13 +12,14 @@ divided by :math:`\sqrt{1 + \tau^2 / \ell^2}` with :math:`\tau^2 = s^2 q^\top C_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from tensorattn.contraction_tree import Kept
 from tensorattn.errors import OptionError
-from tensorattn.planning import Kept
 from tensorattn.summary import Summary
 from tensorattn.weights import accumulation_dtype
 
@@ -100,7 +101,8 @@ def correct(
         gain: Factor of the correction, broadcastable to the batch dimensions, or None.
     """
     batch = len(summary.batch)
-    flat = query.reshape(*query.shape[:batch], -1, query.shape[-1]).to(accumulation_dtype(query.dtype))
+    shape = query.shape
+    flat = query.reshape(*shape[:batch], math.prod(shape[batch:-1]), shape[-1]).to(accumulation_dtype(query.dtype))
     term = scale * (flat @ missing_covariance(summary, counts, of_keys=False).mT)
     square = None
     if saturation is not None or lse is not None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
-from tensorattn.planning import main_effects
 from tensorattn.softmax import TokenSet, join_sets
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "joint_set", "kao_kv"]

@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.contraction import contract, expand
+from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, retells
-from tensorattn.modes import GridShape
+from tensorattn.modes import GridShape, check_order
 from tensorattn.operators.interaction import check_interaction, missing_covariance
 from tensorattn.operators.kao_kv import joint_set
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
-from tensorattn.planning import main_effects
 from tensorattn.softmax import attend_tokens, join_tokens
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
 from tensorattn.weights import Vector, normalized
 
@@ -182,6 +183,7 @@ def kao_qkv(
     References:
         Gao, Wang and Ji, "Kronecker Attention Networks", KDD 2020, arXiv 2007.08442.
     """
+    check_order(order)
     if return_lse and order > 1 and (not centered or interaction is not None):
         raise OptionError(
             "return_lse needs centered=True without interaction: otherwise the output is not that of one softmax.",

@@ -10,7 +10,8 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "kronecker_sum_attention"]

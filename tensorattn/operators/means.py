@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tensorattn.contraction_tree import Family, Kept
 from tensorattn.operators.interaction import check_interaction, correct
 from tensorattn.operators.operator import AttentionResult, Claim, attend_positions
 from tensorattn.operators.position import Bias, biased
-from tensorattn.planning import Family, Kept
 from tensorattn.softmax import merge_attention
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 
 __all__ = ["attend_to_means", "means_claims", "means_needs"]
 

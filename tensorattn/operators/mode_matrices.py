@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.contraction import contract
+from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError
-from tensorattn.planning import main_effects
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.weights import accumulation_dtype, normalized
 
 __all__ = ["POOLED", "along_mode", "matrices_needs", "mode_matrices", "takes_means"]

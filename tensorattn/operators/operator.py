@@ -16,7 +16,8 @@ from tensorattn.modes import attention_shapes
 from tensorattn.operators.position import causal_bias, check_bias, check_causal, frames_first, frames_last
 from tensorattn.running import running_summary
 from tensorattn.softmax import TokenSet, attend_tokens
-from tensorattn.summary import Needs, Summary, attention_summary
+from tensorattn.summarizing import Needs, attention_summary
+from tensorattn.summary import Summary
 from tensorattn.weights import Vector, check_floating, check_weights
 
 __all__ = ["AttentionResult", "Claim", "Needs", "Operator", "attend_positions", "default_scale", "run"]
@@ -40,6 +41,7 @@ class Claim(StrEnum):
 
 
 def _never(**_: Any) -> bool:
+    """Tell that an operator needs all queries, whatever its options."""
     return False
 
 

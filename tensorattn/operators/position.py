@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tensorattn.contraction_tree import Kept
 from tensorattn.errors import DtypeError, OptionError, ShapeError
 from tensorattn.modes import GridShape, ModeSpec
-from tensorattn.planning import Kept
 from tensorattn.softmax import TokenSet
 
 __all__ = ["Bias", "biased", "causal_bias", "check_bias", "check_causal", "frames_first", "frames_last"]

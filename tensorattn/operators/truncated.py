@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import OptionError, retells
+from tensorattn.modes import check_order
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
-from tensorattn.summary import Needs, Summary
+from tensorattn.summarizing import Needs
+from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers, kept_family
 from tensorattn.weights import Vector
 
@@ -108,6 +110,7 @@ def truncated_attention(
         True
 
     """
+    check_order(order)
     if bias is not None:
         covered = {mode for subset in kept_family(order, kept, interaction_order) for mode in subset}
         for mode, part in enumerate(bias):

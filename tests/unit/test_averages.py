@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 import tensorattn as ta
-from tensorattn import contraction, reference
+from tensorattn import execution, reference
 
 ORDERS = range(1, 9)
 LARGEST = {1: 9, 2: 7, 3: 5, 4: 4, 5: 4, 6: 3, 7: 3, 8: 2}
@@ -93,7 +93,7 @@ LAYOUTS = {
 def slabs(request, monkeypatch):
     """Read tensors that are copied in one slab, and in slabs of a few elements."""
     if request.param == "slabs":
-        monkeypatch.setattr(contraction, "SLAB", 7)
+        monkeypatch.setattr(execution, "SLAB", 7)
 
 
 class TestMeans:

@@ -636,6 +636,26 @@ def test_construction(case):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+def test_settings_without_a_meaning_for_the_operator(name):
+    for setting in ("mode_projections", "qk_norm"):
+        if not OPERATORS[name].pools:
+            rule = f"{setting} has no meaning for operator {name!r}: it does not pool its queries."
+            arguments = {"modes": 3, "operator": name, setting: True}
+            refused(OptionError, f"TensorAttention: {rule}", ta.TensorAttention, 96, 4, **arguments)
+    if "causal" in OPERATORS[name].lacks:
+        rule = f"causal has no meaning for operator {name!r}: {OPERATORS[name].lacks['causal']}."
+        refused(OptionError, f"TensorAttention: {rule}", ta.TensorAttention, 96, 4, modes=3, operator=name, causal=0)
+
+
+def test_options_that_name_modes():
+    told = "TensorAttention: there is no mode {} among 't h w' (order 3)."
+    for causal in ("c", 3, True):
+        refused(ModesError, told.format(repr(causal)), ta.TensorAttention, 96, 4, modes="t h w", causal=causal)
+    kept = {"operator": "truncated", "kept": [("t", "h"), ("c",)]}
+    refused(ModesError, told.format("'c'"), ta.TensorAttention, 96, 4, modes="t h w", **kept)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_an_unknown_option(name):
     known = ", ".join(OPERATORS[name].options) or "none"
     told = f"TensorAttention: operator {name!r} has no option 'centred'; its options are: {known}."

@@ -17,10 +17,7 @@ import tensorattn as ta
 from tensorattn.operators import OPERATORS
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-PARAMETERS = [f"{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")] + [
-    "out_proj.weight",
-    "out_proj.bias",
-]
+PARAMETERS = [f"{name}_proj.{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias")]
 HALVES = [torch.bfloat16, torch.float16]
 DEFAULTS = VARIANTS[: len(OPERATORS)]
 
@@ -33,24 +30,30 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def make(variant, modes=2, embed_dim=8, num_heads=2, dtype=torch.float64, **settings):
-    """A module with parameters all drawn, biases too, always the same."""
+    """A module with linear maps all drawn, biases too, always the same; gains are one, as in the functional form."""
     layer = ta.TensorAttention(
         embed_dim, num_heads, modes=modes, operator=variant.name, dtype=dtype, **variant.options, **settings
     )
     with torch.no_grad():
-        for seed, parameter in enumerate(layer.parameters()):
+        linear = {name: parameter for name, parameter in layer.named_parameters() if "proj" in name}
+        for seed, parameter in enumerate(linear.values()):
             parameter.copy_(0.5 * draw(*parameter.shape, seed=seed))
     return layer
 
 
-def apart(layer, variant, x, weights=None):
+def keys(variant):
+    """Names of the parameters of a module."""
+    return ["interaction_gain"] * (variant.options.get("interaction") is not None) + PARAMETERS
+
+
+def apart(layer, variant, x, weights=None, **settings):
     """Project everything, then attend by the functional form, then project back."""
     heads = (
         linear(x).unflatten(-1, (layer.num_heads, -1)).movedim(-2, 1)
         for linear in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     weights = weights and [None if w is None else w if w.dim() == 1 else w.unsqueeze(1) for w in weights]
-    output = variant.function(*heads, order=layer.modes.order, weights=weights)
+    output = variant.function(*heads, order=layer.modes.order, weights=weights, **settings)
     return layer.out_proj(output.movedim(1, -2).flatten(-2))
 
 
@@ -85,7 +88,7 @@ class TestValues:
     def test_gradients_reach_every_parameter(self, variant):
         layer, x = make(variant), draw(2, 3, 4, 8).requires_grad_()
         weights = [torch.tensor([1.0, 0, 2], dtype=torch.float64), None]
-        leaves = [x, *layer.parameters()]
+        leaves = [x, *(parameter for name, parameter in layer.named_parameters() if "proj" in name)]
         gradients = [
             torch.autograd.grad((y * draw(*y.shape, seed=1)).sum(), leaves)
             for y in (layer(x, weights=weights), apart(layer, variant, x, weights))
@@ -174,6 +177,104 @@ class TestValues:
         torch.testing.assert_close(layer(row), layer(row.contiguous()), **CLOSE)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)
+class TestCausal:
+    @pytest.mark.parametrize(("causal", "mode"), [("t", 0), ("h", 1), (-1, 2), (0, 0)])
+    def test_equals_the_functional_form(self, variant, causal, mode):
+        layer, x = make(variant, "t h w", causal=causal), draw(2, 3, 2, 4, 8)
+        for weights in (None, [draw(3).sigmoid(), None, draw(2, 4).sigmoid()]):
+            torch.testing.assert_close(
+                layer(x, weights=weights), apart(layer, variant, x, weights, causal=mode), **CLOSE
+            )
+
+    def test_no_frame_sees_a_later_one(self, variant):
+        layer, x = make(variant, "h t", causal="t", channels_first=True), draw(2, 8, 3, 5)
+        y = layer(x)
+        later = x.clone()
+        later[..., 3:] = 1e3 * draw(2, 8, 3, 2, seed=1)
+        torch.testing.assert_close(layer(later)[..., :3], y[..., :3], **CLOSE)
+        assert (layer(later)[..., 3:] - y[..., 3:]).abs().amin(dim=(0, 1, 2)).min() > 0
+        torch.testing.assert_close(layer(x[..., :3]), y[..., :3], **CLOSE)
+
+
+def test_which_modes_are_causal():
+    assert "causal='w'" in ta.TensorAttention(8, 2, modes="h w", causal=-1).extra_repr()
+    assert "causal" not in ta.TensorAttention(8, 2, modes="h w").extra_repr()
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.options.get("interaction")], ids=str)
+class TestInteractionGain:
+    def test_scales_the_correction_of_each_head(self, variant):
+        layer, x = make(variant, 3), draw(2, 3, 4, 2, 8)
+        torch.testing.assert_close(layer.interaction_gain.detach(), torch.ones(2, dtype=torch.float64))
+        outputs = {}
+        for gain in ((0.0, 0.0), (1.0, 1.0), (3.0, 1.0), (1.0, 3.0)):
+            with torch.no_grad():
+                layer.interaction_gain.copy_(torch.tensor(gain))
+            outputs[gain] = layer(x)
+        plain = {name: value for name, value in variant.options.items() if name not in ("interaction", "saturation")}
+        torch.testing.assert_close(outputs[0, 0], make(variant._replace(options=plain), 3)(x), **CLOSE)
+        correction = outputs[1, 1] - outputs[0, 0]
+        by_head = outputs[3, 1] - outputs[1, 1], outputs[1, 3] - outputs[1, 1]
+        assert all(part.abs().max() > 1e-3 for part in by_head)
+        torch.testing.assert_close(by_head[0] + by_head[1], 2 * correction, rtol=1e-9, atol=1e-11)
+
+    def test_learns(self, variant):
+        layer = make(variant, 3)
+        layer(draw(2, 3, 4, 2, 8)).square().sum().backward()
+        assert layer.interaction_gain.grad.ne(0).all()
+        layer.reset_parameters()
+        assert layer.interaction_gain.eq(1).all()
+
+
+class TestPooled:
+    """The Kronecker operators pool queries and keys, with maps of their own for each mode and norms if asked for."""
+
+    @staticmethod
+    def written_out(layer, variant, x):
+        (_, rows, columns, _), size = x.shape, layer.embed_dim // layer.num_heads
+        heads = lambda t: t.unflatten(-1, (layer.num_heads, -1)).movedim(-2, 1)  # noqa: E731
+        matrices = []
+        for mode, count in ((0, columns), (1, rows)):
+            pooled = []
+            for linear, norm in ((layer.q_proj, layer.q_norm), (layer.k_proj, layer.k_norm)):
+                weight, bias = (
+                    (p.chunk(2)[mode] if layer.mode_projections else p) for p in (linear.weight, linear.bias)
+                )
+                mean = heads(x.mean(2 - mode) @ weight.T + bias)
+                mean = mean * count if variant.options.get("pool") == "sum" else mean
+                pooled.append(mean if norm is None else norm(mean))
+            matrices.append((pooled[0] @ pooled[1].mT / size**0.5).softmax(-1))
+        value = heads(layer.v_proj(x))
+        if variant.name == "kronecker_product":
+            output = torch.einsum("bhij,bhkl,bhjld->bhikd", *matrices, value)
+        else:
+            output = torch.einsum("bhij,bhjkd->bhikd", matrices[0], value)
+            output = output + torch.einsum("bhkl,bhild->bhikd", matrices[1], value)
+        return layer.out_proj(output.movedim(1, -2).flatten(-2))
+
+    @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.operator.pools], ids=str)
+    @pytest.mark.parametrize("mode_projections", [False, True])
+    @pytest.mark.parametrize("qk_norm", [False, True])
+    def test_against_the_definition(self, variant, mode_projections, qk_norm):
+        layer, x = make(variant, mode_projections=mode_projections, qk_norm=qk_norm), draw(2, 3, 4, 8)
+        if qk_norm:
+            with torch.no_grad():
+                for seed, parameter in enumerate([*layer.q_norm.parameters(), *layer.k_norm.parameters()]):
+                    parameter.copy_(draw(4, seed=seed))
+        torch.testing.assert_close(layer(x), self.written_out(layer, variant, x), **CLOSE)
+        assert layer.q_proj.out_features == layer.k_proj.out_features == (16 if mode_projections else 8)
+        norms = [f"{name}_norm.{part}" for name in "qk" for part in ("weight", "bias")] if qk_norm else []
+        assert list(layer.state_dict()) == PARAMETERS + norms
+        assert ("mode_projections=True" in layer.extra_repr()) == mode_projections
+
+    @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.operator.pools], ids=str)
+    def test_maps_of_modes_are_drawn_each_for_itself(self, variant):
+        layer = ta.TensorAttention(64, 4, modes=3, operator=variant.name, mode_projections=True, **variant.options)
+        for block in layer.q_proj.weight.split(64):
+            assert abs(block.std() / ((6 / 128) ** 0.5 / 3**0.5) - 1) < 0.1
+
+
 class TestSizes:
     @every_variant
     def test_any_size_after_any_other(self, variant):
@@ -184,7 +285,7 @@ class TestSizes:
             torch.testing.assert_close(layer(x), make(variant)(x), rtol=0, atol=0)
         assert list(layer.buffers()) == []
         assert {name: value for name, value in vars(layer).items() if not name.startswith("_")} == state
-        assert list(layer.state_dict()) == PARAMETERS
+        assert list(layer.state_dict()) == keys(variant)
 
 
 class TestDropout:
@@ -223,7 +324,7 @@ class TestState:
     @every_variant
     def test_the_state_is_four_linear_maps(self, variant):
         layer, x = make(variant), draw(2, 3, 4, 8)
-        assert list(layer.state_dict()) == PARAMETERS
+        assert list(layer.state_dict()) == keys(variant)
         file = io.BytesIO()
         torch.save(layer.state_dict(), file)
         file.seek(0)
@@ -238,7 +339,9 @@ class TestState:
     def test_one_state_serves_every_operator(self):
         state = make(VARIANTS[0]).state_dict()
         for variant in VARIANTS:
-            make(variant).load_state_dict(state, strict=True)
+            loaded = make(variant).load_state_dict(state, strict=variant.options.get("interaction") is None)
+            assert loaded.missing_keys == keys(variant)[: -len(PARAMETERS)]
+            assert loaded.unexpected_keys == []
 
     def test_parameters_are_drawn_anew(self):
         with torch.random.fork_rng():
@@ -358,10 +461,9 @@ class TestTools:
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
 
-    @pytest.mark.parametrize("variant", [v for v in DEFAULTS if v.name in ("additive", "kao_qkv")], ids=str)
-    def test_training_compiled_with_weights(self, variant):
-        layer, x = make(variant, channels_first=True), draw(2, 8, 3, 5).requires_grad_()
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    def test_training_compiled_with_weights(self):
+        layer, x = make(VARIANTS[0], channels_first=True), draw(2, 8, 3, 5).requires_grad_()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         weights = [torch.tensor([1.0, 0, 2], dtype=torch.float64), None]
         leaves = [x, *layer.parameters()]
         ours, theirs = (
@@ -398,5 +500,5 @@ class TestTools:
 
         expected = [torch.func.grad(loss)(parameters, sample) for sample in x]
         together = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-        for name in PARAMETERS:
+        for name in parameters:
             torch.testing.assert_close(together[name], torch.stack([e[name] for e in expected]), rtol=1e-9, atol=1e-11)

@@ -16,7 +16,8 @@ import torch
 from numpy.testing import assert_allclose
 
 import tensorattn as ta
-from tensorattn.planning import ITEM_SIZES, main_effects, make_plan, primitive_for
+from tensorattn.contraction_tree import main_effects, primitive_for
+from tensorattn.planning import ITEM_SIZES, make_plan
 
 ORDERS = range(1, 9)
 LAYOUTS = ("channels_last", "channels_first")

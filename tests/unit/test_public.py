@@ -95,7 +95,7 @@ def public_functions():
             elif inspect.isclass(thing):
                 for name, member in vars(thing).items():
                     method = inspect.unwrap(getattr(member, "__func__", member))
-                    if inspect.isfunction(method) and not name.startswith("_"):
+                    if inspect.isfunction(method) and "_" not in (name[0], method.__name__[0]):
                         found[f"{thing.__module__}.{thing.__qualname__}.{name}"] = method
     return found
 

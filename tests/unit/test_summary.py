@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tensorattn as ta
-from tensorattn import summary as module
+from tensorattn import summarizing
 
 SIZES = {1: (5,), 2: (4, 3), 3: (3, 4, 2), 4: (2, 3, 2, 3)}
 EVERY = [(order, mode) for order in SIZES for mode in range(order)]
@@ -137,7 +137,7 @@ class TestSummarize:
 
     @pytest.mark.parametrize("block", [1, 7, 1 << 18])
     def test_second_moments_against_numpy(self, block, monkeypatch):
-        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(summarizing, "BLOCK", block)
         key, value = draw(2, 3, 5, 4) + 100, draw(2, 3, 5, 2, seed=1) - 50
         rows, columns = torch.tensor([1, 2, 0]), torch.tensor([3, 1, 1, 0, 2])
         for weights in (None, [rows, columns]):

@@ -1,0 +1,214 @@
+"""A plan executed on PyTorch tensors, forwards and backwards: views, and one primitive a step."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tensorattn.contraction_tree import Kept, primitive_for
+from tensorattn.planning import Plan
+from tensorattn.weights import Vector, accumulation_dtype
+
+__all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
+
+SLAB = 1 << 18  # elements copied at a time where a tensor cannot be read in place: 1 MB in float32
+
+
+def split_shape(tensor: Tensor, order: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Split a shape into batch, mode sizes and channels, unchecked."""
+    shape = tuple(tensor.shape)
+    return shape[: -order - 1], shape[-order - 1 : -1], shape[-1]
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """Return dimensions from the outermost to the innermost in memory; expanded ones count as outermost."""
+    strides = tensor.stride()
+    if 0 not in strides and all(a >= b for a, b in itertools.pairwise(strides)):
+        return tuple(range(len(strides)))
+    return tuple(sorted(range(len(strides)), key=lambda d: (strides[d] != 0, -strides[d], d)))
+
+
+def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tuple[Tensor, ...]:
+    """Execute a plan: in place where the tensor is dense, else slab by slab through a small dense copy.
+
+    The copy also converts half precision to float32, takes away what is not finite where a weight is zero, and bounds
+    what weights that differ between samples cost.
+    """
+    memory = tensor.permute(plan.permutation)
+    dtype = accumulation_dtype(tensor.dtype)
+    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
+    weighted = any(vector is not None for vector in vectors)
+    if not weighted and tensor.dtype == dtype and memory.is_contiguous():
+        nodes = _reduce(plan, memory, aligned, mean)
+    else:
+        shapes = {kept: _kept_shape(plan, kept, memory.shape) for kept in plan.family}
+        nodes = {kept: tensor.new_zeros(shape, dtype=dtype) for kept, shape in shapes.items()}
+        for slab in _slabs(memory.shape):
+            block = memory[slab].to(dtype, memory_format=torch.contiguous_format, copy=True)
+            pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
+            if weighted:
+                block = absent_as_zero(block, [piece for piece in pieces if piece is not None])
+            for kept, part in _reduce(plan, block, pieces, mean).items():
+                if kept in nodes:
+                    nodes[kept][_within(slab, nodes[kept])].add_(part)
+    return tuple(_to_logical(nodes[kept], plan, kept) for kept in plan.family)
+
+
+def absent_as_zero(tensor: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Replace what is not finite by zero where a weight is zero, since zero times it would be NaN.
+
+    Args:
+        tensor: Values.
+        weights: Weights that broadcast to them.
+
+    Returns:
+        Values that can be multiplied by the weights.
+    """
+    present = functools.reduce(torch.logical_and, (weight > 0 for weight in weights))
+    return torch.where(present | tensor.isfinite(), tensor, 0.0)
+
+
+def _reduce(plan: Plan, root: Tensor, aligned: Sequence[Vector], mean: bool) -> dict[Kept, Tensor]:
+    """Execute the steps on a dense tensor in memory order; reduced modes stay as dimensions of size 1."""
+    axes = plan.mode_axes
+    nodes = {tuple(range(len(axes))): root}
+    for step in plan.steps:
+        node, places = nodes[step.source], [axes[mode] for mode in step.reduced]
+        plain = [mode for mode in step.reduced if aligned[mode] is None]
+        factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
+        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
+        nodes[step.target] = _reduce_group(node, places, weights, factor)
+    return nodes
+
+
+def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor: float) -> Tensor:
+    """Reduce one group of adjacent axes with a view and one primitive."""
+    first, last = min(places), max(places) + 1
+    shape = node.shape
+    left, group, right = math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
+    reduced = [1 if axis in places else size for axis, size in enumerate(shape)]
+    if any(weight.numel() != math.prod(weight.shape[axis] for axis in places) for weight in weights):
+        product = functools.reduce(torch.mul, weights, node)  # weights differ between samples
+        return (product * factor).sum(places, keepdim=True)
+    primitive = primitive_for(left, group, right)
+    if not weights and primitive == "view":
+        return node * factor if factor != 1 else node
+    if not weights and primitive == "sum":
+        return node.reshape(left, group, right).sum(1).mul_(factor).reshape(reduced)
+    if weights:
+        vector = functools.reduce(torch.mul, weights) * factor
+        vector = vector.expand(*(shape[axis] if axis in places else 1 for axis in range(len(shape)))).reshape(-1)
+    else:
+        vector = node.new_full((group,), factor)
+    if right == 1:
+        return torch.mv(node.reshape(left, group), vector).reshape(reduced)
+    if left == 1:
+        return torch.mv(node.reshape(group, right).t(), vector).reshape(reduced)
+    return torch.matmul(vector.expand(left, 1, group), node.reshape(left, group, right)).reshape(reduced)
+
+
+def run_backwards(
+    plan: Plan, parts: Sequence[Tensor], vectors: Sequence[Vector], mean: bool, dtype: torch.dtype
+) -> Tensor:
+    """Execute the transpose of a plan: from the leaves of its tree to the root, which is written once."""
+    axes = plan.mode_axes
+    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
+    shape = [(*plan.batch, *plan.sizes, plan.dim)[d] for d in plan.permutation]
+    root = tuple(range(len(axes)))
+    terms: dict[Kept, list[tuple[Tensor, Tensor | None]]] = {}
+    for kept, part in zip(plan.family, parts, strict=True):
+        terms.setdefault(kept, []).append((_to_memory(part, plan, kept), None))
+    for step in reversed(plan.steps):
+        plain = [mode for mode in step.reduced if aligned[mode] is None]
+        factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
+        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
+        grad = _add_up(terms[step.target])
+        scaled = grad if factor == 1 else grad * factor
+        weight = functools.reduce(torch.mul, weights) if weights else None
+        terms.setdefault(step.source, []).append((scaled, weight))
+    result = _write(terms[root], shape, dtype)
+    return result.permute([plan.permutation.index(d) for d in range(len(shape))])
+
+
+def _add_up(terms: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Add weighted terms that broadcast against each other, all small."""
+    return functools.reduce(torch.add, (part if weight is None else part * weight for part, weight in terms))
+
+
+def _write(terms: list[tuple[Tensor, Tensor | None]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Write the sum of broadcast terms into a fresh tensor: two terms in the first pass, one in each further pass."""
+    plain = [part for part, weight in terms if weight is None]
+    weighted = [(part, weight) for part, weight in terms if weight is not None]
+    if len(plain) > 1 and not weighted:
+        first, second, *plain = plain
+        if first.dtype == dtype and torch.broadcast_shapes(first.shape, second.shape) == tuple(shape):
+            result = torch.add(first, second)
+        else:
+            result = torch.add(first.expand(shape), second, out=first.new_empty(shape, dtype=dtype))
+    elif weighted:
+        part, weight = weighted.pop()
+        result = (part * weight).expand(shape).contiguous()
+    else:
+        result = plain.pop().expand(shape).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    try:
+        for part in plain:
+            result.add_(part)
+        for part, weight in weighted:
+            result.addcmul_(part, weight)
+    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
+        return _add_up(terms).expand(shape).to(dtype)
+    return result.to(dtype)
+
+
+def _aligned(vector: Vector, plan: Plan, mode: int) -> Vector:
+    """View the weights of a mode with one dimension for each of the tensor's, in memory order."""
+    if vector is None:
+        return None
+    missing = len(plan.batch) - (vector.dim() - 1)
+    shape = [1] * missing + list(vector.shape[:-1]) + [1] * (len(plan.sizes) + 1)
+    shape[len(plan.batch) + mode] = vector.shape[-1]
+    return vector.reshape(shape).permute(plan.permutation)
+
+
+def _kept_shape(plan: Plan, kept: Kept, shape: Sequence[int]) -> list[int]:
+    """Shape of a node in memory order, with reduced modes of size 1."""
+    reduced = {axis for mode, axis in enumerate(plan.mode_axes) if mode not in kept}
+    return [1 if axis in reduced else size for axis, size in enumerate(shape)]
+
+
+def _to_logical(node: Tensor, plan: Plan, kept: Kept) -> Tensor:
+    """Bring a node from memory order to ``(*batch, *kept sizes, D)``."""
+    node = node.permute([plan.permutation.index(d) for d in range(node.dim())])
+    return node.squeeze([len(plan.batch) + mode for mode in range(len(plan.sizes)) if mode not in kept])
+
+
+def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
+    """Bring ``(*batch, *kept sizes, D)`` to memory order, with reduced modes of size 1."""
+    for mode in range(len(plan.sizes)):
+        if mode not in kept:
+            part = part.unsqueeze(len(plan.batch) + mode)
+    return part.permute(plan.permutation).contiguous()
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Cut a tensor in memory order into slabs of at most `SLAB` elements."""
+    inner = math.prod(shape)
+    ranges: list[list[slice]] = []
+    for size in shape:
+        if inner <= SLAB:
+            break
+        inner //= size
+        step = max(1, SLAB // inner)
+        ranges.append([slice(start, start + step) for start in range(0, size, step)])
+    yield from itertools.product(*ranges)
+
+
+def _within(slab: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
+    """Restrict a slab to a tensor that broadcasts: dimensions of size 1 are taken whole."""
+    pairs = zip(slab, tensor.shape, strict=False)
+    return tuple(slice(None) if size == 1 else part for part, size in pairs)

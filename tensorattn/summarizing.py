@@ -1,0 +1,198 @@
+r"""From keys and values to their summary: marginal means on one plan, weights behind them, second moments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tensorattn.contraction import contract
+from tensorattn.contraction_tree import Family, Kept, main_effects
+from tensorattn.errors import ModesError, ShapeError, retells
+from tensorattn.execution import absent_as_zero
+from tensorattn.modes import GridShape, ModeSpec, grid_shape
+from tensorattn.summary import Summary
+from tensorattn.weights import Vector, Vectors, check_floating, check_weights, normalized
+
+__all__ = ["Needs", "attention_summary", "summarize"]
+
+BLOCK = 1 << 18  # elements centred at a time for the second moment
+
+
+class Needs(NamedTuple):
+    """What is wanted of keys and values.
+
+    Attributes:
+        kept: Mode subsets whose marginal means are wanted. The subset of all modes is the tensor itself.
+        second_moment: Whether second moments are wanted.
+        keys: Those of the kept subsets that are wanted of the keys; all if None.
+        values: Those of the kept subsets that are wanted of the values; all if None.
+    """
+
+    kept: Family
+    second_moment: bool = False
+    keys: Family | None = None
+    values: Family | None = None
+
+
+@retells
+def summarize(
+    key: Tensor,
+    value: Tensor,
+    *,
+    order: int,
+    kept: Iterable[Iterable[int]] | None = None,
+    second_moment: bool = False,
+    weights: Sequence[Vector] | None = None,
+) -> Summary:
+    r"""Summarise keys and values by their marginal means.
+
+    Args:
+        key: Keys over the grid.
+        value: Values over the grid. Pass the same tensor as ``key`` to read it once.
+        order: Number of modes N.
+        kept: Mode subsets whose marginal means are wanted; by default the N mode averages and the grand mean.
+        second_moment: Whether to hold the central second moments :math:`\mathrm{E}[(v - \bar v)(k - \bar k)^\top]` of
+            values and keys, and of the keys alone.
+        weights: One non-negative vector a mode, or None for equal weights; multiplicities.
+
+    Returns:
+        The summary, in float32 for half precision.
+
+    Raises:
+        ShapeError: If key and value do not have the same batch dimensions and mode sizes, or a mode is empty.
+        DtypeError: If they are not floating point, or of different types.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ModesError: If ``kept`` names a mode that does not exist.
+
+    Shape:
+        - key: :math:`(*, n_1, \dots, n_N, D)`, value: :math:`(*, n_1, \dots, n_N, D_v)`
+
+    Examples:
+        >>> summary = summarize(torch.ones(2, 4, 5, 8), torch.ones(2, 4, 5, 3), order=2)
+        >>> summary.kept, [tuple(mean.shape) for mean in summary.values]
+        (((0,), (1,), ()), [(2, 4, 3), (2, 5, 3), (2, 3)])
+    """
+    check_floating(key=key, value=value)
+    grid = grid_shape(key.shape, order, "key")
+    values = grid_shape(value.shape, order, "value")
+    for mode, (size, second) in enumerate(zip(grid.sizes, values.sizes, strict=True)):
+        if size != second:
+            raise ShapeError(f"mode {mode} has size {size} in key but {second} in value.")
+    if grid.batch != values.batch:
+        raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
+    spec = ModeSpec.parse(order)
+    family = (
+        (*main_effects(order), ()) if kept is None else tuple(tuple(sorted({spec.index(m) for m in u})) for u in kept)
+    )
+    if not family:
+        raise ModesError("kept is empty, but a summary needs at least one subset of modes.")
+    return attention_summary(key, value, Needs(family, second_moment), check_weights(weights, grid, key))
+
+
+def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors) -> Summary:
+    """Summarise, unchecked.
+
+    Args:
+        key: Keys over the grid.
+        value: Values over the grid.
+        needs: What is wanted.
+        weights: Checked weights of each mode, or None.
+    """
+    order = len(weights)
+    grid = GridShape(tuple(key.shape[: -order - 1]), tuple(key.shape[-order - 1 : -1]), key.shape[-1])
+    vectors = normalized(weights)
+    family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
+    of_keys = family if needs.keys is None else needs.keys
+    of_values = family if needs.values is None else needs.values
+    if value is key:
+        both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
+        means = dict(zip(both, contract(key, both, vectors), strict=True))
+        keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
+    else:
+        keys = dict(zip(of_keys, contract(key, of_keys, vectors), strict=True))
+        values = dict(zip(of_values, contract(value, of_values, vectors), strict=True))
+    covariance = key_covariance = None
+    if needs.second_moment:
+        covariance = _covariance(value, key, values[()], keys[()], vectors, grid)
+        key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], vectors, grid)
+    full = tuple(_with_batch(vector, grid) for vector in weights)
+    weight_of = {kept: _marginal_weight(kept, full, grid) for kept in family}
+    everything = tuple(range(order))
+    weight = weight_of.get(everything)
+    if weight is not None:  # what an absent position holds must not even meet a zero: it may be NaN
+        for means in (keys, values):
+            if everything in means:
+                means[everything] = absent_as_zero(means[everything], [weight.unsqueeze(-1)])
+    return Summary(
+        grid.sizes,
+        family,
+        tuple(keys.get(kept) for kept in family),
+        tuple(values.get(kept) for kept in family),
+        tuple(weight_of.values()),
+        full,
+        covariance,
+        key_covariance,
+    )
+
+
+def _with_batch(vector: Vector, grid: GridShape) -> Vector:
+    """Give weights as many batch dimensions as the tensor has."""
+    if vector is None:
+        return None
+    return vector.reshape(*(1,) * (len(grid.batch) + 1 - vector.dim()), *vector.shape)
+
+
+def _marginal_weight(kept: Kept, weights: Vectors, grid: GridShape) -> Tensor | None:
+    """Weight behind each marginal mean: its indices' own weights times the total weight of every other mode."""
+    factors, count = [], 1
+    for mode, (weight, size) in enumerate(zip(weights, grid.sizes, strict=True)):
+        if weight is None:
+            count *= 1 if mode in kept else size
+        elif mode in kept:
+            factors.append(weight.reshape(*weight.shape[:-1], *(size if k == mode else 1 for k in kept)))
+        else:
+            factors.append(weight.sum(-1).reshape([*weight.shape[:-1], *(1 for _ in kept)]))
+    if not factors:
+        return None
+    product = functools.reduce(torch.mul, factors) * count
+    return product.expand([*product.shape[: len(grid.batch)], *(grid.sizes[mode] for mode in kept)])
+
+
+def _covariance(
+    left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, vectors: Vectors, grid: GridShape
+) -> Tensor:
+    """Second central moment of two tensors over the grid, block by block along the longest mode."""
+    batch, order = len(grid.batch), len(grid.sizes)
+    if order == 0:  # one position has no spread
+        return left_mean.unsqueeze(-1) * right_mean.unsqueeze(-2) * 0
+    longest, step = 0, grid.sizes[0]
+    if not torch.compiler.is_compiling():
+        longest = grid.sizes.index(max(grid.sizes))
+        rest = max(1, max(left.numel(), right.numel()) // grid.sizes[longest])
+        step = max(1, BLOCK // rest)
+    total: Tensor | None = None
+    for start in range(0, grid.sizes[longest], step):
+        length = min(step, grid.sizes[longest] - start)
+        blocks = []
+        for tensor, mean in ((left, left_mean), (right, right_mean)):
+            block = tensor.narrow(batch + longest, start, length).to(mean.dtype)
+            blocks.append(block - mean.reshape(*mean.shape[:-1], *(1,) * order, mean.shape[-1]))
+        count, shares = 1, []
+        for mode, vector in enumerate(vectors):
+            if vector is None:
+                count *= grid.sizes[mode]
+            else:
+                part = vector.narrow(-1, start, length) if mode == longest else vector
+                shape = [part.shape[-1] if k == mode else 1 for k in range(order)]
+                shares.append(part.reshape(*part.shape[:-1], *shape, 1))
+        if shares:
+            blocks = [absent_as_zero(block, shares) for block in blocks]
+        weighed = functools.reduce(torch.mul, shares, blocks[0]) / count
+        term = weighed.flatten(batch, -2).mT @ blocks[1].flatten(batch, -2)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
