@@ -9,6 +9,7 @@ at frame i depends on a later frame, whatever the data.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.summarizing import Needs, attention_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, Vectors
+from tensorattn.weights import Vector, Vectors, accumulation_dtype
 
 __all__ = ["running_summary"]
 
@@ -36,80 +37,52 @@ def running_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors, 
     """
     order = len(weights)
     batch = key.dim() - order - 1
-    frames = key.shape[batch + mode]
     others = [k for k in range(order) if k != mode]
-
-    def within(family: Family | None) -> Family | None:
-        """Kept subsets of a frame: the causal mode left out, the others renumbered."""
-        if family is None:
-            return None
-        renumbered = (tuple(others.index(k) for k in kept if k != mode) for kept in family)
-        return tuple(dict.fromkeys(renumbered))
-
     family = needs.kept if () in needs.kept or not needs.second_moment else (*needs.kept, ())
-    inner = within(family)
-    assert inner is not None
-    moved_key = key.movedim(batch + mode, batch)
-    moved_value = moved_key if value is key else value.movedim(batch + mode, batch)
-    of_frames = Needs(inner, needs.second_moment, within(needs.keys), within(needs.values))
-    per_frame = attention_summary(moved_key, moved_value, of_frames, tuple(_for_frames(weights[k]) for k in others))
+    of_frames = Needs(
+        _within_frames(family, others),
+        needs.second_moment,
+        None if needs.keys is None else _within_frames(needs.keys, others),
+        None if needs.values is None else _within_frames(needs.values, others),
+    )
+    moved = key.movedim(batch + mode, batch)
+    moved_value = moved if value is key else value.movedim(batch + mode, batch)
+    per_frame = attention_summary(moved, moved_value, of_frames, tuple(_for_frames(weights[k]) for k in others))
 
-    weight = weights[mode]
-    like = per_frame._any_mean()[1]
-    if weight is None:
-        weight = like.new_ones(frames)
-    weight = weight.reshape(*(1,) * (batch + 1 - weight.dim()), *weight.shape)
-    total = weight.cumsum(-1)  # (*batch, frames)
-    safe_total = torch.where(total > 0, total, 1)
-    visible = weight.unsqueeze(-2) * torch.ones(frames, frames, dtype=weight.dtype, device=weight.device).tril()
-
-    def through_time(mean: Tensor | None, kept: Kept) -> Tensor | None:
-        """Turn frame means ``(*batch, frames, *others, D)`` into running means, or into tokens beside each other."""
-        if mean is None:
-            return None
-        if mode in kept:
-            tokens = mean.movedim(batch, batch + kept.index(mode)).unsqueeze(batch)
-            past = torch.ones(frames, frames, dtype=torch.bool, device=mean.device).tril()
-            past = past.reshape(frames, *(frames if k == mode else 1 for k in kept), 1)
-            return torch.where(past, tokens, 0.0)  # a later frame must not even multiply a zero: it may hold NaN
-        spread = (1,) * (mean.dim() - batch - 1)
-        sums = (mean * weight.reshape(*weight.shape, *spread)).cumsum(batch)
-        return sums / safe_total.reshape(*safe_total.shape, *spread)
-
+    own = weights[mode]
+    if own is None:
+        own = moved.new_ones(key.shape[batch + mode], dtype=accumulation_dtype(key.dtype))
+    time = _Time(mode, batch, own.reshape(*(1,) * (batch + 1 - own.dim()), *own.shape))
     keys, values, counts = [], [], []
     for kept in family:
-        place = inner.index(tuple(others.index(k) for k in kept if k != mode))
-        keys.append(through_time(per_frame.keys[place], kept))
-        values.append(through_time(per_frame.values[place], kept))
+        place = per_frame.place(_within_frames((kept,), others)[0])
+        keys.append(time.means(per_frame.keys[place], kept))
+        values.append(time.means(per_frame.values[place], kept))
         count = per_frame.weights[place]
         if count is None:
-            inside = [key.shape[batch + k] for k in kept if k != mode]
-            outside = math.prod([key.shape[batch + k] for k in others]) // math.prod(inside)
-            count = like.new_full([1] * (batch + 1) + inside, outside)
-        if mode in kept:
-            dim = batch + 1 + kept.index(mode)
-            counts.append(
-                count.unsqueeze(dim) * visible.reshape(*visible.shape[:-1], *(frames if k == mode else 1 for k in kept))
-            )
-        else:
-            counts.append(count * total.reshape(*total.shape, *(1 for _ in kept)))
-
+            grid = [key.shape[batch + k] for k in kept if k != mode]
+            count = own.new_full([1] * (batch + 1) + grid, per_frame.positions / math.prod(grid))
+        counts.append(time.counts(count, kept))
     mode_weights: list[Vector] = []
-    for k, own in enumerate(weights):
-        if k == mode:
-            mode_weights.append(visible)
-        else:
-            spread = None if own is None else own.reshape(*(1,) * (batch + 1 - own.dim()), *own.shape)
-            mode_weights.append(None if spread is None else spread.unsqueeze(-2))
+    for k, weight in enumerate(weights):
+        if k != mode and weight is not None:
+            weight = weight.reshape(*(1,) * (batch + 1 - weight.dim()), *weight.shape).unsqueeze(-2)
+        mode_weights.append(time.visible if k == mode else weight)
     covariance = key_covariance = None
     if per_frame.covariance is not None and per_frame.key_covariance is not None:
         mean_key, mean_value = per_frame.key(()), per_frame.value(())
-        covariance = _running_covariance(per_frame.covariance, mean_value, mean_key, weight, safe_total)
-        key_covariance = _running_covariance(per_frame.key_covariance, mean_key, mean_key, weight, safe_total)
+        covariance = time.covariance(per_frame.covariance, mean_value, mean_key)
+        key_covariance = time.covariance(per_frame.key_covariance, mean_key, mean_key)
     sizes = tuple(key.shape[batch:-1])
     return Summary(
         sizes, family, tuple(keys), tuple(values), tuple(counts), tuple(mode_weights), covariance, key_covariance
     )
+
+
+def _within_frames(family: Family, others: list[int]) -> Family:
+    """Kept subsets of a frame: the causal mode left out, the others renumbered, each once."""
+    renumbered = (tuple(others.index(k) for k in kept if k in others) for kept in family)
+    return tuple(dict.fromkeys(renumbered))
 
 
 def _for_frames(weight: Vector) -> Vector:
@@ -117,20 +90,67 @@ def _for_frames(weight: Vector) -> Vector:
     return weight if weight is None or weight.dim() == 1 else weight.unsqueeze(-2)
 
 
-def _running_covariance(within: Tensor, left: Tensor, right: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """Second central moment of all frames so far: within frames, and between their means.
+@dataclass(frozen=True)
+class _Time:
+    """Sums over the frames so far.
 
-    Means are taken relative to the first frame that is present, which every later frame may know.
+    Attributes:
+        mode: The causal mode.
+        batch: Number of batch dimensions, without the frames.
+        weight: Weight of each frame, ``(*batch, frames)`` with batch dimensions that may be 1.
     """
-    first = (weight > 0).to(torch.uint8).argmax(-1, keepdim=True)
 
-    def shifted(mean: Tensor) -> Tensor:
-        index = first.unsqueeze(-1).expand(*mean.shape[:-2], 1, mean.shape[-1])
-        return mean - mean.gather(-2, index)
+    mode: int
+    batch: int
+    weight: Tensor
 
-    left, right = shifted(left), shifted(right)
-    moments = within + left.unsqueeze(-1) * right.unsqueeze(-2)
-    sums = (moments * weight[..., None, None]).cumsum(-3) / total[..., None, None]
-    mean_left = (left * weight.unsqueeze(-1)).cumsum(-2) / total.unsqueeze(-1)
-    mean_right = (right * weight.unsqueeze(-1)).cumsum(-2) / total.unsqueeze(-1)
-    return sums - mean_left.unsqueeze(-1) * mean_right.unsqueeze(-2)
+    @property
+    def total(self) -> Tensor:
+        """Weight of all frames so far."""
+        return self.weight.cumsum(-1)
+
+    @property
+    def visible(self) -> Tensor:
+        """Weight of each frame as each frame sees it, ``(*batch, frames, frames)``: zero while it lies ahead."""
+        frames = self.weight.shape[-1]
+        return self.weight.unsqueeze(-2) * self.weight.new_ones(frames, frames).tril()
+
+    def means(self, mean: Tensor | None, kept: Kept) -> Tensor | None:
+        """Turn frame means ``(*batch, frames, *others, D)`` into running means, or into tokens beside each other."""
+        if mean is None:
+            return None
+        if self.mode in kept:
+            frames = mean.shape[self.batch]
+            tokens = mean.movedim(self.batch, self.batch + kept.index(self.mode)).unsqueeze(self.batch)
+            past = torch.ones(frames, frames, dtype=torch.bool, device=mean.device).tril()
+            past = past.reshape(frames, *(frames if k == self.mode else 1 for k in kept), 1)
+            return torch.where(past, tokens, 0.0)  # a later frame must not even multiply a zero: it may hold NaN
+        return self.average(mean, mean.dim() - self.batch - 1)
+
+    def counts(self, count: Tensor, kept: Kept) -> Tensor:
+        """Turn the weights behind frame means into those behind running means, or behind tokens."""
+        if self.mode in kept:
+            visible = self.visible
+            tokens = (visible.shape[-1] if k == self.mode else 1 for k in kept)
+            return count.unsqueeze(self.batch + 1 + kept.index(self.mode)) * visible.reshape(
+                *visible.shape[:-1], *tokens
+            )
+        total = self.total
+        return count * total.reshape([*total.shape, *(1 for _ in kept)])
+
+    def average(self, of_frames: Tensor, dims: int) -> Tensor:
+        """Average over the frames so far what has a number of further dimensions; zero while there is none."""
+        spread = [*self.weight.shape, *(1,) * dims]
+        total = self.total
+        sums = (of_frames * self.weight.reshape(spread)).cumsum(self.batch)
+        return sums / torch.where(total > 0, total, 1).reshape(spread)
+
+    def covariance(self, within: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Second central moment over the frames so far: within frames, and between their means.
+
+        Means are taken relative to the first frame that is present, which every later frame may know.
+        """
+        first = (self.weight > 0).to(torch.uint8).argmax(-1, keepdim=True).unsqueeze(-1)
+        left, right = (m - m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])) for m in (left, right))
+        moments = self.average(within + left.unsqueeze(-1) * right.unsqueeze(-2), 2)
+        return moments - self.average(left, 1).unsqueeze(-1) * self.average(right, 1).unsqueeze(-2)

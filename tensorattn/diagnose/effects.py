@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tensorattn.contraction import contract
-from tensorattn.modes import GridShape
 from tensorattn.contraction_tree import main_effects
+from tensorattn.modes import GridShape
 from tensorattn.weights import Vector, Vectors, check_weights, normalized
 
 __all__ = ["Effects", "Grid", "along_mode", "precise", "read_grid", "split"]

@@ -1,0 +1,127 @@
+"""What an operator does not claim, it does not have: each denial has an example, and no claim is left unmade."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from variants import VARIANTS
+
+import tensorattn as ta
+from tensorattn.errors import OptionError
+from tensorattn.operators import Claim
+from tensorattn.testing import CLAIMED
+
+# Held without being claimed: what the record of an operator could add, or cannot say of all orders.
+UNCLAIMED = {
+    "kao_qkv": {Claim.INVISIBLE_INTERACTION},
+    "kao_qkv-centered=True": {Claim.INVISIBLE_INTERACTION},
+    "truncated": {Claim.CONSTANT_MODE},
+    "truncated-interaction_order=1": {Claim.CONSTANT_MODE, Claim.INVISIBLE_INTERACTION},
+    "truncated-interaction=linear-saturation=0.5": {Claim.CONSTANT_MODE},
+    "truncated-kept=((0,), (0, 1))": {Claim.CONVEX},  # the pair holds the single mode, which is then not counted
+}
+HOW = {Claim.CONVEX: {"order": 3}}  # where two modes are all there are, pairs of them are full attention
+
+
+def claims(variant):
+    return variant.operator.claims(**variant.operator.with_defaults(variant.options))
+
+
+def denied(variant):
+    return [claim for claim in Claim if claim not in claims(variant) | UNCLAIMED.get(str(variant), set())]
+
+
+DENIED = [(variant, claim) for variant in VARIANTS for claim in denied(variant)]
+settings.register_profile("search", settings(), max_examples=200, phases=[Phase.generate])
+
+
+@pytest.fixture
+def searching():
+    before = settings.get_current_profile_name()
+    settings.load_profile("search")
+    yield
+    settings.load_profile(before)
+
+
+@pytest.mark.parametrize(("variant", "claim"), DENIED, ids=[f"{v}: {claim.name}" for v, claim in DENIED])
+def test_what_is_not_claimed_does_not_hold(searching, variant, claim):
+    with pytest.raises((AssertionError, OptionError)):  # an option error where there is no log-sum-exp at all
+        CLAIMED[claim](variant.name, **HOW.get(claim, {}), **variant.options)
+
+
+# The examples of the theory.
+
+
+def column(*rows):
+    return torch.tensor(rows, dtype=torch.float64).unsqueeze(-1)
+
+
+def test_additive_attention_leaves_the_range_of_the_values():
+    """Values 1, 1, 1, 0 and keys that lead to the largest mean of each mode give 1 + 1 - 3/4 = 1.25."""
+    value = column([1.0, 1.0], [1.0, 0.0])
+    output = ta.additive_attention(torch.tensor([1.0]).double(), value, value, order=2, scale=1e4)
+    assert output.item() == pytest.approx(1.25, abs=1e-12)
+    assert ta.kao_kv(torch.tensor([1.0]).double(), value, value, order=2, scale=1e4).item() == pytest.approx(1.0)
+
+
+def test_a_mode_of_size_one_changes_the_joint_softmax():
+    """It adds a token, the mean, with the weight of all others: at rows 0 and 1 and logits 0 and 1 it is 1/2."""
+    value = column([0.0, 1.0]).squeeze(0)
+    query = torch.tensor([1.0]).double()
+    alone = ta.kao_kv(query, value, value, order=1, scale=1.0).item()
+    with_one_more = ta.kao_kv(query, value.unsqueeze(0), value.unsqueeze(0), order=2, scale=1.0).item()
+    e = torch.e
+    assert alone == pytest.approx(e / (1 + e), abs=1e-12)
+    assert with_one_more == pytest.approx((e + 0.5 * e**0.5) / (1 + e + e**0.5), abs=1e-12)
+    kept = [
+        ta.additive_attention(query, v, v, order=v.dim() - 1, scale=1.0).item() for v in (value, value.unsqueeze(0))
+    ]
+    assert kept == pytest.approx([alone, alone], abs=1e-12)
+
+
+def test_repeating_one_mode_changes_the_joint_softmax_and_repeating_all_does_not():
+    value, query = column([0.0, 2.0], [1.0, 5.0]), torch.tensor([1.0]).double()
+    plain = ta.kao_kv(query, value, value, order=2, scale=1.0)
+    one, both = value.repeat_interleave(2, 0), value.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert (ta.kao_kv(query, one, one, order=2, scale=1.0) - plain).abs() > 0.01
+    torch.testing.assert_close(ta.kao_kv(query, both, both, order=2, scale=1.0), plain, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_outer_sums_as_published_count_the_mean_once_a_mode(order):
+    generator = torch.Generator().manual_seed(order)
+    q, k, v = torch.randn(3, *[3] * order, 4, dtype=torch.float64, generator=generator).unbind()
+    mean = v.flatten(0, -2).mean(0).expand_as(q)
+    published, centered = (ta.kao_qkv(q, k, v, order=order, scale=0.0, centered=c) for c in (False, True))
+    torch.testing.assert_close(published, order * mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(centered, mean, rtol=0, atol=1e-14)
+
+
+def test_the_joint_softmax_damps_additive_data_about_as_often_as_there_are_modes():
+    """At small logits the deviation from the mean is 1/N of that of full attention, for modes of equal size."""
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randn(2, 2, 8, 4, dtype=torch.float64, generator=generator)
+    k, v = (rows.unsqueeze(1) + columns for rows, columns in terms)
+    q = torch.randn(64, 4, dtype=torch.float64, generator=generator)
+    mean = v.flatten(0, 1).mean(0)
+    joint, full = (f(q, k, v, order=2, scale=1e-4) - mean for f in (ta.kao_kv, ta.flattened_attention))
+    torch.testing.assert_close(joint, full / 2, rtol=1e-2, atol=1e-7)
+
+
+def test_full_attention_sees_interactions_and_averages_do_not():
+    """Exclusive or: every average is zero, so operators on averages return zero; full attention does not."""
+    tensor, query = column([1.0, -1.0], [-1.0, 1.0]), torch.tensor([1.0]).double()
+    assert ta.additive_attention(query, tensor, tensor, order=2, scale=1.0).item() == 0.0
+    assert ta.kao_kv(query, tensor, tensor, order=2, scale=1.0).item() == 0.0
+    expected = torch.tanh(torch.tensor(1.0)).item()
+    assert ta.flattened_attention(query, tensor, tensor, order=2, scale=1.0).item() == pytest.approx(expected)
+
+
+def test_the_joint_softmax_lets_a_long_mode_drown_a_short_one():
+    """To first order mode m counts n_m / S: of 4 and 64 indices, the short mode keeps 1/17 of its effect."""
+    rows = torch.randn(4, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tensor, query = rows.expand(4, 64, 3), torch.randn(3, generator=torch.Generator().manual_seed(1)).double()
+    mean = rows.mean((0, 1))
+    joint, full = (f(query, tensor, tensor, order=2, scale=1e-5) - mean for f in (ta.kao_kv, ta.flattened_attention))
+    torch.testing.assert_close(joint / full, torch.full((3,), 4 / 68).double(), rtol=1e-3, atol=0)
