@@ -9,10 +9,11 @@ from typing import NoReturn
 
 from tensorattn.attend import command as attend
 from tensorattn.errors import TensorAttentionError
+from tensorattn.verify import command as verify
 
 __all__ = ["main"]
 
-COMMANDS = (attend.register,)  # one line a command: each adds a parser, and sets `run`
+COMMANDS = (attend.register, verify.register)  # one line a command: each adds a parser, and sets `run`
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the name of the program; without them, those of the process.
 
     Returns:
-        The exit status: 0, or 2 where the input was bad.
+        The exit status: 0, 1 where what was to be verified fails, or 2 where the input was bad.
     """
     parser = _Parser(prog="python -m tensorattn", description="Attention over tensors of any order.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")

@@ -131,7 +131,8 @@ def needs(order: int, *, interaction: str | None, saturation: float | None, incl
 
 def claims(*, interaction: str | None, saturation: float | None, include_self: bool) -> frozenset[Claim]:
     """What holds for sums of softmaxes over means."""
-    return means_claims(interaction, include_self) | (frozenset() if interaction else {Claim.INVISIBLE_INTERACTION})
+    blind = interaction is None and not include_self
+    return means_claims(interaction, include_self) | ({Claim.INVISIBLE_INTERACTION} if blind else frozenset())
 
 
 OPERATOR = Operator(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.errors import retells
@@ -35,18 +35,43 @@ def attend(
         log_weight = None if weight is None else log_weights(weight).movedim(dim, -1)
         fibres = TokenSet(key.movedim(dim, -2), value.movedim(dim, -2), log_weight)
         along = None if bias is None else bias[mode]
-        if causal == mode:
-            later = torch.full((size, size), -math.inf, dtype=key.dtype, device=key.device).triu(1)
-            along = later.reshape(*(1,) * batch, size, size) if along is None else along + later
         if along is not None:
             along = along.reshape(*along.shape[:-2], *(1,) * (order - 1), size, size)
             fibres = fibres._replace(bias=along, rows=torch.arange(size, device=key.device))
-        output, lse, attention = attend_tokens(query.movedim(dim, -2), [fibres], **settings)
+        attend_fibres = _attend_to_the_past if causal == mode else attend_tokens
+        output, lse, attention = attend_fibres(query.movedim(dim, -2), [fibres], **settings)
         outputs.append(output.movedim(-2, dim))
         if attention is not None:
             attentions.append(attention[0].movedim(-2, dim))
     mean = functools.reduce(torch.add, outputs) / order
     return AttentionResult(mean, lse, tuple(attentions) or None)
+
+
+def _attend_to_the_past(
+    query: Tensor, sets: list[TokenSet], **settings: Any
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """Attend from each frame to those up to its own, which alone are looked at: a later one may hold NaN."""
+    (tokens,), size = sets, query.shape[-2]
+    outputs, lses, attentions = [], [], []
+    for frame in range(size):
+        past = TokenSet(
+            tokens.key[..., : frame + 1, :],
+            tokens.value[..., : frame + 1, :],
+            None if tokens.log_weight is None else tokens.log_weight[..., : frame + 1],
+        )
+        if tokens.bias is not None and tokens.rows is not None:
+            past = past._replace(bias=tokens.bias[..., frame : frame + 1, : frame + 1], rows=tokens.rows[:1])
+        output, lse, attention = attend_tokens(query[..., frame : frame + 1, :], [past], **settings)
+        outputs.append(output)
+        if lse is not None:
+            lses.append(lse)
+        if attention is not None:
+            attentions.append(F.pad(attention[0], (0, size - frame - 1)))
+    return (
+        torch.cat(outputs, -2),
+        torch.cat(lses, -1) if lses else None,
+        (torch.cat(attentions, -2),) if attentions else None,
+    )
 
 
 @retells

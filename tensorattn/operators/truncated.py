@@ -160,7 +160,7 @@ def claims(
     include_self: bool,
 ) -> frozenset[Claim]:
     """What holds for sums of softmaxes over means, whichever are kept; exactness asks for all modes to be kept."""
-    exact = {Claim.EXACT_ON_ADDITIVE} if kept is not None else set()
+    exact = {Claim.EXACT_ON_ADDITIVE, Claim.LOG_SUM_EXP} if kept is not None else set()
     return means_claims(interaction, include_self) - exact - {Claim.CONSTANT_MODE}
 
 

@@ -54,10 +54,10 @@ from tensorattn.testing.strategies import (
     queries,
     tensor_normals,
     tensors,
-    weights,
 )
 from tensorattn.testing.subject import Subject, resolve
 from tensorattn.testing.tolerances import ALLOWED, allowed
+from tensorattn.testing.weighing import weights
 
 __all__ = [
     "ALLOWED",

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from tensorattn.testing.strategies import (
     Sizes,
-    Weights,
     additive_tensors,
     batch_sizes,
     mode_sizes,
     queries,
     tensors,
-    weights,
 )
 from tensorattn.testing.tolerances import LARGEST_LOGIT, allowed, largest, largest_logit
+from tensorattn.testing.weighing import Weights, weights
 
 __all__ = ["Case", "cases", "rows"]
 

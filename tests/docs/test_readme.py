@@ -114,13 +114,20 @@ def test_the_tests_run_as_they_do_in_ci() -> None:
     assert re.search(r"^pytest -q\b", script, flags=re.MULTILINE)
 
 
-def test_subcommands_and_their_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    named = re.findall(r"python -m tensorattn(?: (\w+)([^`\n]*))?", README)
-    assert {command for command, _ in named} == {"attend"}
+def print_help(*words: str) -> None:
+    """Let the command line tell what it takes."""
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+
+
+def test_every_subcommand_is_there_and_has_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    print_help()
+    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, flags=re.MULTILINE)
+    named = re.findall(r"python -m tensorattn (\w+)([^`\n]*)", README)
+    assert {command for command, _ in named} == set(commands)
     for command, words in named:
-        with pytest.raises(SystemExit) as ended:
-            main([command, "--help"])
-        assert ended.value.code == 0
+        print_help(command)
         assert set(re.findall(r"--[\w-]+", words)) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 

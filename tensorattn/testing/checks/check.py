@@ -79,7 +79,7 @@ def check(
     """Make a check of a law.
 
     Args:
-        statement: What the law says, a clause.
+        statement: What the law says, a clause; of a law that operators may claim, the claim.
         default: Default type of the tensors.
         share: Share of the examples of the profile that is tried, for laws that take long.
         **drawn: Arguments of `cases`: what the law supposes. A dtype or order here overrides that of the call.
@@ -109,7 +109,7 @@ def check(
         part = f", of which this check takes {share:.0%}" if share < 1 else ""
         told, title, examples = inspect.cleandoc(law.__doc__ or "").partition("Examples:")
         run.__doc__ = told.rstrip() + ARGUMENTS.format(share=part) + title + examples
-        run.__dict__.update(statement=statement, law=law)
+        run.__dict__.update(statement=str(statement), law=law)
         run.__dict__.pop("__wrapped__")  # so that help() shows the signature of the check
         return cast(Check, run)
 

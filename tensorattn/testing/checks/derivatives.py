@@ -11,6 +11,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tensorattn import reference
+from tensorattn.operators import Claim
 from tensorattn.testing.cases import Case, rows
 from tensorattn.testing.checks.check import Draw, check
 from tensorattn.testing.definitions import Array, arrays
@@ -68,7 +69,7 @@ def _passes(
         subject.expect(False, statement, case, f"gradcheck finds: {' '.join(str(cause).split())}")
 
 
-@check("to first order in the scale it is full attention")
+@check(Claim.FIRST_ORDER)
 def check_first_order_law(subject: Subject, case: Case, draw: Draw) -> None:
     r"""Check that the derivative of the output with respect to the scale, at scale zero, is that of full attention.
 

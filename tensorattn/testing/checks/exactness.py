@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-@check("it equals its definition, written in NumPy and float64, one query at a time", empty=True)
+@check("equals its definition, written in NumPy and float64, one query at a time", empty=True)
 def check_equals_reference(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that an operator of this package equals its definition in `tensorattn.reference`.
 
@@ -46,7 +46,7 @@ def check_equals_reference(subject: Subject, case: Case, draw: Draw) -> None:
     subject.expect_close(output, expected, tolerance, "the output must equal its definition", case)
 
 
-@check("it equals flattened attention, whatever the data", empty=True)
+@check(Claim.EXACT, empty=True)
 def check_equals_flattened(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that an operator equals full attention on any data.
 
@@ -56,7 +56,7 @@ def check_equals_flattened(subject: Subject, case: Case, draw: Draw) -> None:
     _equals_flattened(subject, case, "the output must equal flattened attention")
 
 
-@check("it equals flattened attention where keys and values are additive over modes", additive=True)
+@check(Claim.EXACT_ON_ADDITIVE, additive=True)
 def check_equals_flattened_on_additive(subject: Subject, case: Case, draw: Draw) -> None:
     r"""Check that an operator equals full attention on keys and values that are sums of one term a mode.
 
@@ -73,7 +73,7 @@ def check_equals_flattened_on_additive(subject: Subject, case: Case, draw: Draw)
     _equals_flattened(subject, case, "on additive keys and values the output must equal flattened attention")
 
 
-@check("with a single mode it is attention", order=1, empty=True)
+@check("is attention where there is a single mode", order=1, empty=True)
 def check_order_one(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that an operator is plain attention, on any data, where there is a single mode.
 
@@ -98,11 +98,7 @@ def _equals_flattened(subject: Subject, case: Case, statement: str) -> None:
     subject.expect_close(output, expected, case.allowed(), statement, case)
 
 
-@check(
-    "the log-sum-exp is that of the logits, so the output merges with other token sets",
-    additive=True,
-    empty=True,
-)
+@check(Claim.LOG_SUM_EXP, additive=True, empty=True)
 def check_log_sum_exp(subject: Subject, case: Case, draw: Draw) -> None:
     r"""Check that the log-sum-exp is :math:`\log \sum_j w_j e^{s\, q \cdot k_j}` on additive keys.
 

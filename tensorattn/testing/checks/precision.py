@@ -15,7 +15,7 @@ __all__ = ["check_precision"]
 FLOOR = 8  # units of the type that is accumulated in; 1.4 were reached
 
 
-@check("it is as precise as attention written out in the same type", default=torch.float32, share=0.5, max_positions=64)
+@check("is as precise as attention written out in the same type", default=torch.float32, share=0.5, max_positions=64)
 def check_precision(subject: Subject, case: Case, draw: Draw) -> None:
     r"""Check that the error is at most twice that of attention written out in the same type, plus a floor.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorattn import reference
+from tensorattn.operators import Claim
 from tensorattn.testing.cases import Case
 from tensorattn.testing.checks.check import Draw, check
 from tensorattn.testing.checks.symmetries import present
@@ -21,7 +22,7 @@ FAR_LOGIT = 1e4  # the largest logit that must not overflow
 FAR_VALUE = 4e3  # 48 such values add up to more than float16 holds, though their mean is far from that
 
 
-@check("the output lies within the range of the values")
+@check(Claim.CONVEX)
 def check_convex(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that every channel of the output lies between the smallest and the largest value of present positions.
 
@@ -43,7 +44,7 @@ def check_convex(subject: Subject, case: Case, draw: Draw) -> None:
     subject.expect_close(present(case, output), present(case, inside), case.allowed(), statement, case)
 
 
-@check("at scale zero the output is the mean value")
+@check(Claim.ZERO_SCALE_MEAN)
 def check_zero_scale_mean(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that at scale zero, where all logits are zero, every query gets the weighted mean of the values.
 

@@ -15,14 +15,14 @@ from tensorattn.testing.cases import Case
 from tensorattn.testing.checks.check import Draw, check
 from tensorattn.testing.definitions import arrays
 from tensorattn.testing.drawing import generators, numbers
-from tensorattn.testing.strategies import weights
 from tensorattn.testing.subject import Subject
 from tensorattn.testing.tolerances import exact, largest
+from tensorattn.testing.weighing import weights
 
 __all__ = ["check_constant_mode", "check_invisible_interaction", "check_refinement"]
 
 
-@check("a mode along which keys and values are constant can be left out", max_positions=24)
+@check(Claim.CONSTANT_MODE, max_positions=24)
 def check_constant_mode(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that a mode along which keys and values are constant, of size one or more, can be left out.
 
@@ -57,7 +57,7 @@ def check_constant_mode(subject: Subject, case: Case, draw: Draw) -> None:
     _same(subject, case, larger, stretched, math.log(count), statement)
 
 
-@check("repeating every index of a mode equally often changes nothing", max_positions=24)
+@check(Claim.REFINEMENT, max_positions=24)
 def check_refinement(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that repeating every index of one mode equally often changes nothing but the number of positions.
 
@@ -103,7 +103,7 @@ def _same(
     subject.expect_close(after, expected, case.allowed(largest(before)), statement, larger)
 
 
-@check("the interaction residual of keys and values has no effect")
+@check(Claim.INVISIBLE_INTERACTION)
 def check_invisible_interaction(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that adding an interaction, whose mean over every slice is zero, to keys and values changes nothing.
 

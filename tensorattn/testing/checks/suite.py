@@ -123,8 +123,8 @@ def check_operator(
         A new operator gets all that it claims once it is registered.
 
         >>> check_operator("kao_kv", examples=2, report=lambda name, statement: print(statement))
-        it equals its definition, written in NumPy and float64, one query at a time
-        with a single mode it is attention
+        equals its definition, written in NumPy and float64, one query at a time
+        is attention where there is a single mode
         ...
         at scale zero the output is the mean value
     """

@@ -12,9 +12,9 @@ from tensorattn.operators import Claim
 from tensorattn.testing.cases import Case
 from tensorattn.testing.checks.check import Draw, check
 from tensorattn.testing.drawing import generators, numbers
-from tensorattn.testing.strategies import Weights
 from tensorattn.testing.subject import Subject
 from tensorattn.testing.tolerances import allowed, exact, largest
+from tensorattn.testing.weighing import Weights
 
 __all__ = [
     "check_key_shift",
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-@check("it treats indices, modes, batch entries and queries alike, whatever their order")
+@check("treats indices, modes, batch entries and queries alike, whatever their order")
 def check_permutation_equivariance(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that permuting indices, modes, batch entries or queries does nothing but permute.
 
@@ -119,7 +119,7 @@ def _select_queries(case: Case, output: Tensor, draw: Draw) -> tuple[Case, Tenso
     return case.replace(query=query), output, statement
 
 
-@check("adding a constant to all keys changes nothing")
+@check(Claim.KEY_SHIFT)
 def check_key_shift(subject: Subject, case: Case, draw: Draw) -> None:
     r"""Check that keys :math:`k + c` give what k gives, c being constant over positions.
 
@@ -146,7 +146,7 @@ def check_key_shift(subject: Subject, case: Case, draw: Draw) -> None:
     subject.expect_close(after, before, max(case.allowed(magnitude), shifted.allowed(magnitude)), statement, case)
 
 
-@check("an affine map of the values is the same map of the output")
+@check(Claim.VALUE_AFFINE)
 def check_value_affine(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that values ``v W + b`` give the output ``o W + b``: the weights of the values sum to one.
 
@@ -164,7 +164,7 @@ def check_value_affine(subject: Subject, case: Case, draw: Draw) -> None:
     subject.expect_close(present(case, after), present(case, expected), tolerance, statement, case)
 
 
-@check("rotating the channels of queries and keys together changes nothing")
+@check(Claim.ROTATION)
 def check_rotation(subject: Subject, case: Case, draw: Draw) -> None:
     """Check that an orthogonal map of the channels of queries and keys changes nothing: only products count.
 

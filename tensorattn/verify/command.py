@@ -1,0 +1,147 @@
+"""The command `verify`: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tensorattn.attend.optional import MissingPackageError, require
+from tensorattn.errors import OptionError
+from tensorattn.operators import OPERATORS, get_operator
+
+__all__ = ["register"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+MOST_MODES = 6
+
+DESCRIPTION = """\
+Try every theorem on random cases: what the operators claim, what every operator has, and what they are made of.
+
+Prints one table: each statement in words and as a formula, for how many operators and in how many cases it was tried,
+the largest error in units of its tolerance, and the verdict. The tolerance is what rounding may cause in the type;
+statements about exact derivatives, dense algebra or limits are of float64 and say so. A statement that fails is
+followed by the smallest case that was found, to be pasted into Python.
+
+Exit status: 0 if everything holds, 1 if anything fails, 2 where the input is bad.
+"""
+
+
+def register(commands: Any) -> None:
+    """Add the command to the commands of the package.
+
+    Args:
+        commands: What `argparse.ArgumentParser.add_subparsers` returns.
+    """
+    parser = commands.add_parser(
+        "verify",
+        help="try every theorem on random cases of a type and device, with a table of errors and verdicts",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dtype", default="float64", help=f"{', '.join(DTYPES)} (default float64)")
+    parser.add_argument("--device", default="cpu", help="device of the tensors (default cpu)")
+    parser.add_argument("--order", type=_whole, help="number of modes (default: drawn, from 1 to 4)")
+    parser.add_argument(
+        "--examples", type=_whole, default=20, help="cases a statement and operator (default 20; gradients fewer)"
+    )
+    parser.add_argument("--seed", type=_whole, default=0, help="moves the random cases (default 0)")
+    parser.add_argument(
+        "--operator", metavar="NAME", help=f"only what is said of this operator: {', '.join(OPERATORS)}"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What the parser read.
+
+    Returns:
+        The exit status: 0 if everything holds, 1 if not.
+    """
+    if arguments.dtype not in DTYPES:
+        raise OptionError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}.")
+    if arguments.order is not None and not 1 <= arguments.order <= MOST_MODES:
+        raise OptionError(f"--order must be between 1 and {MOST_MODES}, got {arguments.order}.")
+    for name, least in (("examples", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise OptionError(f"--{name} must be at least {least}, got {getattr(arguments, name)}.")
+    if arguments.operator is not None:
+        get_operator(arguments.operator)
+    _check_device(arguments.device)
+    require("hypothesis", extra="test", purpose="the command verify")
+    work = require("tensorattn.verify.work", extra="test", purpose="the command verify")
+    report = require("tensorattn.verify.report", extra="test", purpose="the command verify")
+    asked = work.Asked(
+        dtype=DTYPES[arguments.dtype],
+        device=arguments.device,
+        order=arguments.order,
+        examples=arguments.examples,
+        seed=arguments.seed,
+    )
+    trials = work.trials(asked, arguments.operator)
+    with _progress(len(trials)) as started:
+        verdicts = work.carry_out(trials, started)
+    print(report.table(verdicts))
+    print(report.summary(verdicts, arguments.dtype, arguments.device))
+    for verdict in verdicts:
+        if not verdict.holds:
+            print(f"\n{report.failure(verdict)}")
+    return 0 if all(verdict.holds for verdict in verdicts) else 1
+
+
+def _check_device(name: str) -> None:
+    """Put a number on the device, to see that it is there."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        first = str(cause).split("\n")[0]
+        raise OptionError(f"--device {name!r} cannot be used: {first}") from None
+
+
+def _whole(text: str) -> int:
+    """Read a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+@contextlib.contextmanager
+def _progress(count: int) -> Iterator[Callable[[str], None]]:
+    """Show how far the work is: a bar where tqdm is installed, else a line a statement. Both go to standard error."""
+    try:
+        tqdm = require("tqdm", extra="examples", purpose="the progress bar")
+    except MissingPackageError:
+        told: list[str] = []
+
+        def tell(words: str) -> None:
+            """Print a statement when its work starts."""
+            if words not in told[-1:]:
+                print(f"trying: {words}", file=sys.stderr)
+            told.append(words)
+
+        yield tell
+        return
+    with tqdm.tqdm(total=count, unit="trial", leave=False) as bar:
+        done = 0
+
+        def move(words: str) -> None:
+            """Move on whenever a trial starts, since the one before has ended."""
+            nonlocal done
+            bar.update(int(done > 0))
+            done += 1
+            bar.set_description(words[:60])
+
+        yield move

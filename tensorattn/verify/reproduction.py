@@ -1,0 +1,84 @@
+"""Reproductions: the smallest failing case as lines that can be pasted into Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorattn.testing import Case, Subject
+from tensorattn.verify.statement import THEOREM, Law
+
+__all__ = ["literal", "reproduction"]
+
+TENSORS = ("query", "key", "value")
+BARE = ("inf", "nan")  # numbers that print as names
+
+
+def literal(value: Any) -> str:
+    """Write a value as Python.
+
+    Args:
+        value: Number, text, tensor, generator that was just seeded, case, or tuple, list or set of such.
+
+    Examples:
+        >>> literal((1, torch.tensor([0.5]), None))
+        '(1, torch.tensor([0.5], dtype=torch.float32), None)'
+    """
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, torch.Generator):
+        return f"torch.Generator().manual_seed({value.initial_seed()})"
+    if isinstance(value, Case):
+        names = [*TENSORS, "order", "scale", "weights", "on_grid"]
+        return "Case(\n" + "".join(f"    {name}={literal(getattr(value, name))},\n" for name in names) + ")"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return repr(value)
+
+
+def reproduction(
+    law: Law, subject: Subject, operator: str | None, options: Mapping[str, Any], case: Any, drawn: Sequence[Any]
+) -> str:
+    """Write a trial of one case as Python that raises as it did.
+
+    Args:
+        law: What the case breaks.
+        subject: What was tried.
+        operator: Name of the operator; None for a theorem that is not about one.
+        options: Its options.
+        case: The case.
+        drawn: What the law drew, in order.
+
+    Returns:
+        The lines.
+    """
+    name = law.__name__ if getattr(sys.modules[law.__module__], law.__name__) is law else f"{law.__name__}.law"
+    lines = ["import torch", "from tensorattn.testing import Case, resolve"]
+    if operator is None:
+        lines.append(f"from {type(THEOREM).__module__} import THEOREM")
+        subjected = "THEOREM"
+    else:
+        subjected = f"resolve({operator!r}, {dict(options)!r}, on_grid={subject.on_grid})"
+    lines.append(f"from {law.__module__} import {law.__name__}")
+    values = [f"case = {literal(case)}", f"drawn = iter({literal(list(drawn))})"]
+    if any(word in "".join(values) for word in BARE):
+        lines.insert(0, f"from math import {', '.join(BARE)}")
+    return "\n".join([*lines, "", *values, f"{name}({subjected}, case, lambda strategy: next(drawn))"])
+
+
+def _tensor(tensor: Tensor) -> str:
+    """Write a tensor, with its layout in memory if it is not dense."""
+    device = "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"
+    typed = f"dtype={tensor.dtype}{device}"
+    dense = f"torch.tensor({tensor.tolist()}, {typed})"
+    if tensor.numel() == 0:
+        return f"torch.zeros({tuple(tensor.shape)}, {typed})"
+    if tensor.is_contiguous() or 0 in tensor.stride():
+        return dense
+    return f"torch.empty_strided({tuple(tensor.shape)}, {tensor.stride()}, {typed}).copy_({dense})"

@@ -1,0 +1,155 @@
+"""What a statement is: words, a formula, a law that every case obeys, and where its cases come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensorattn.attend.optional import require
+from tensorattn.testing import Case, Subject
+from tensorattn.testing.cases import cases
+from tensorattn.testing.definitions import Array, as_array
+
+__all__ = ["THEOREM", "Asked", "Law", "Record", "Statement", "Watched", "called", "drawn_cases", "st"]
+
+st = require("hypothesis.strategies", extra="test", purpose="the command verify")
+
+Law = Callable[[Subject, Any, Any], None]  # of a subject, a case and a function that draws; raises AssertionError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for.
+
+    Attributes:
+        dtype: Type of the tensors.
+        device: Device of the tensors.
+        order: Number of modes; None for drawn ones.
+        examples: Number of cases a statement and operator.
+        seed: Moves the random cases.
+    """
+
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+    order: int | None = None
+    examples: int = 20
+    seed: int = 0
+
+    @property
+    def cases(self) -> dict[str, Any]:
+        """The same as arguments of `cases`."""
+        return {"dtype": self.dtype, "device": self.device, "order": self.order}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A theorem that can be tried.
+
+    Attributes:
+        words: What it says, a clause.
+        formula: The same as a formula.
+        law: Raises AssertionError where a case breaks it.
+        strategy: From what the user asked for and the subject to the strategy of its cases.
+        share: Share of the examples that it takes.
+        dtypes: From the type asked for to the types that it is tried in.
+        double: Whether it is of float64 whatever the type.
+        once: Whether its sizes are fixed: its only case is then a seed.
+    """
+
+    words: str
+    formula: str
+    law: Law
+    strategy: Callable[[Asked, Subject], Any]
+    share: float = 1.0
+    dtypes: Callable[[torch.dtype], tuple[torch.dtype, ...]] = lambda dtype: (dtype,)
+    double: bool = False
+    once: bool = False
+
+
+@dataclass
+class Record:
+    """What the comparisons of a statement came to.
+
+    Attributes:
+        worst: Largest error in units of its tolerance.
+    """
+
+    worst: float = 0.0
+
+    def add(self, error: float, tolerance: float) -> None:
+        """Take note of a comparison.
+
+        Args:
+            error: Largest difference.
+            tolerance: Difference that is allowed.
+        """
+        if error > 0:
+            self.worst = max(self.worst, error / tolerance if tolerance > 0 else float("inf"))
+
+
+@dataclass(frozen=True)
+class Watched(Subject):
+    """A subject whose comparisons are recorded.
+
+    Attributes:
+        record: Where they are.
+    """
+
+    record: Record = field(default_factory=Record, compare=False)
+
+    def expect_close(
+        self, got: Tensor | Array, expected: Tensor | Array, tolerance: float, statement: str, case: Case
+    ) -> None:
+        """Record how far two results are apart, and raise unless they agree.
+
+        Args:
+            got: Result.
+            expected: What it should be.
+            tolerance: Largest difference allowed.
+            statement: What is checked, a clause.
+            case: Arguments.
+        """
+        left, right = as_array(got), as_array(expected)
+        if left.shape == right.shape and left.size:
+            with np.errstate(invalid="ignore"):
+                error = np.where(left == right, 0.0, np.abs(left - right))
+            self.record.add(float(np.where(np.isnan(error), np.inf, error).max()), tolerance)
+        super().expect_close(got, expected, tolerance, statement, case)
+
+
+def _nothing(*arguments: object) -> None:
+    """Stand for the function of a theorem that is not about one operator."""
+
+
+THEOREM = Watched("theorem", _nothing)
+
+
+def drawn_cases(**supposed: Any) -> Callable[[Asked, Subject], Any]:
+    """Return where the cases of a theorem come from.
+
+    Args:
+        **supposed: Arguments of `cases`: what the theorem supposes.
+    """
+
+    def strategy(asked: Asked, subject: Subject) -> Any:
+        grid: Mapping[str, Any] = {"on_grid": subject.on_grid, "min_order": subject.least_order}
+        return cases(**{**grid, **asked.cases, **supposed})
+
+    return strategy
+
+
+def called(function: Callable[..., Any], case: Case, **how: Any) -> Any:
+    """Call an operator, or any function with its signature, on a case.
+
+    Args:
+        function: The operator.
+        case: Arguments.
+        **how: More arguments, or others.
+    """
+    given = {"order": case.order, "scale": case.scale, "weights": case.weights, **how}
+    return function(case.query, case.key, case.value, **given)

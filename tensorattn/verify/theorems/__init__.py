@@ -1,0 +1,1 @@
+"""Theorems that are not about one operator alone, one subject a file."""

@@ -1,0 +1,406 @@
+"""The command `verify`: its table, its exit statuses, and the reproduction it prints of what fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import subprocess
+import sys
+import types
+import unicodedata
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import tensorattn as ta
+from tensorattn.__main__ import main
+from tensorattn.attend.optional import MissingPackageError, require
+from tensorattn.operators import OPERATORS, Claim
+from tensorattn.testing import CLAIMED, UNIVERSAL, Case, check_convex
+from tensorattn.verify import claims, command, report, variants, work
+from tensorattn.verify.reproduction import literal
+from tensorattn.verify.searching import search
+from tensorattn.verify.statement import THEOREM, Asked
+from tensorattn.verify.theorems import averages, exactness, limits, softmaxes
+
+PROGRAM = "python -m tensorattn verify"
+VERDICT = re.compile(r"(\S+) +(holds|FAILS)$")
+
+
+def verify(*words: str) -> int:
+    return main(["verify", *words])
+
+
+def check_table(printed: str) -> tuple[int, int]:
+    """The table is aligned and narrow; the number of rows that hold, and that fail."""
+    shown = "".join(letter for letter in printed if not unicodedata.combining(letter))
+    lines = shown.split("\nerror: ")[0].splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0].split() == ["statement", "formula", "tried", "for,", "worst", "cases", "error", "verdict"]
+    gaps = [match.start() for match in re.finditer(" -", lines[1])]
+    assert all(len(line) <= gap or line[gap] == " " for line in lines for gap in gaps)
+    found = [match.groups() for match in map(VERDICT.search, lines) if match]
+    assert all(float(error) <= 1 for error, mark in found if mark == "holds")
+    return sum(mark == "holds" for _, mark in found), sum(mark == "FAILS" for _, mark in found)
+
+
+@pytest.fixture
+def registry():
+    before = dict(OPERATORS)
+    yield OPERATORS
+    OPERATORS.clear()
+    OPERATORS.update(before)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_every_statement_has_a_row_and_the_exit_status_tells_whether_all_hold(capsys, dtype):
+    status = verify("--examples", "2", "--dtype", dtype)
+    printed = capsys.readouterr().out
+    held, failed = check_table(printed)
+    assert status == (1 if failed else 0)
+    expected = {trial.statement.words for trial in work.trials(Asked(examples=2))}
+    assert held + failed == len(expected)
+    assert f"{held} of {len(expected)} statements hold in {dtype} on cpu" in printed
+    assert printed.count("\n# FAILS: ") == failed
+    assert ("(float64)" in printed) and held > 30
+
+
+def test_an_operator_alone_passes(capsys):
+    assert verify("--examples", "3", "--operator", "kronecker_sum", "--dtype", "float32", "--seed", "3") == 0
+    held, failed = check_table(capsys.readouterr().out)
+    assert held > 5 and failed == 0
+
+
+def test_a_given_order_is_the_only_one(registry):
+    orders = set()
+    real = OPERATORS["kao_kv"]
+
+    def spy(query, key, value, *, order, **others):
+        orders.add(order)
+        return ta.kao_kv(query, key, value, order=order, **others)
+
+    registry["kao_kv"] = dataclasses.replace(real, function=spy)
+    assert verify("--examples", "2", "--operator", "kao_kv", "--order", "3") == 0
+    assert orders == {3}
+
+
+# ---- what fails ----------------------------------------------------------------------------------------------
+
+
+def wrong(query, key, value, *, order, **others):
+    """Attention that forgets the grand mean's share: right with a single mode."""
+    result = ta.additive_attention(query, key, value, order=order, **others)
+    if isinstance(result, torch.Tensor):
+        return result + (order - 1) * 1e-3
+    return result._replace(output=result.output + (order - 1) * 1e-3)
+
+
+def test_a_wrong_operator_fails_with_a_reproduction_that_shows_it(capsys, registry):
+    mine = dataclasses.replace(OPERATORS["additive"], name="mine", function=wrong, options={}, claims=claims_of_mine)
+    mine = dataclasses.replace(mine, needs=None, attend=None)
+    ta.register_operator(mine)
+    assert verify("--examples", "10", "--operator", "mine") == 1
+    printed = capsys.readouterr().out
+    held, failed = check_table(printed)
+    assert failed >= 2 and held >= 5
+    assert "mine" in printed.split("fail:\n")[1]
+    pieces = re.split(r"\n\n(?=# FAILS: )", printed)[1:]
+    assert len(pieces) == failed
+    for piece in pieces:
+        told = re.search(r"# mine: (.+?), but there is", piece).group(1)
+        with pytest.raises(AssertionError, match=re.escape(f"mine: {told}, but there is")):
+            exec(piece, {})
+    registry["mine"] = dataclasses.replace(mine, function=ta.additive_attention)
+    for piece in pieces:
+        exec(piece, {})  # the case is what is wrong for the wrong operator only
+
+
+def claims_of_mine():
+    return frozenset({Claim.EXACT_ON_ADDITIVE, Claim.ZERO_SCALE_MEAN, Claim.KEY_SHIFT})
+
+
+def test_an_operator_that_raises_fails(capsys, registry, monkeypatch):
+    def raising(query, key, value, *, order, **others):
+        if key.shape[-1] > 1:
+            raise RuntimeError("no channels, please")
+        return ta.kao_kv(query, key, value, order=order, **others)
+
+    registry["kao_kv"] = dataclasses.replace(OPERATORS["kao_kv"], function=raising)
+    monkeypatch.setattr(work, "CHECKS", (check_convex,))
+    assert verify("--examples", "10", "--operator", "kao_kv") == 1
+    assert "# RuntimeError: no channels, please" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "theorem", [trial.statement for trial in work.trials(Asked()) if trial.variant is None], ids=lambda s: s.words
+)
+def test_every_theorem_can_be_reproduced(theorem):
+    """What a law draws is written out, and runs again from what is written."""
+    asked = Asked(examples=2, seed=1)
+    trial = work.Trial(theorem, None, asked)
+    seen = []
+
+    def keeping(subject, case, draw):
+        drawn = []
+        if theorem.once:
+            theorem.law(subject, case, draw)
+        else:
+            theorem.law(subject, case, lambda strategy: drawn.append(draw(strategy)) or drawn[-1])
+        seen.append((case, drawn))
+
+    subject = trial.subject
+    if theorem.once:
+        keeping(subject, theorem.strategy(asked, subject), None)
+    else:
+        count, failure = search(keeping, subject, theorem.strategy(asked, subject), examples=2, seed=1)
+        assert failure is None and count == 2
+    case, drawn = seen[-1]
+    lines = work.reproduction(theorem.law, subject, None, {}, case, drawn)
+    exec(lines, {})
+
+
+def test_a_broken_theorem_is_found_and_made_small():
+    def law(subject, case, draw):
+        subject.expect(case + draw(st.integers(0, 5)) < 7, "it must be small", case)
+
+    count, failure = search(law, THEOREM, st.integers(0, 100), examples=100, seed=0)
+    assert count > 1 and failure.case + sum(failure.drawn) == 7
+    assert search(law, THEOREM, st.integers(0, 1), examples=10, seed=0)[1] is None
+
+
+def test_the_seed_moves_the_cases():
+    def cases(seed):
+        found = []
+        search(lambda subject, case, draw: found.append(case), THEOREM, st.integers(), examples=10, seed=seed)
+        return found
+
+    assert cases(0) == cases(0) != cases(1)
+
+
+def test_errors_are_counted_in_units_of_the_tolerance():
+    trial = work.trials(Asked())[0]
+    subject = trial.subject
+    subject.expect_close(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]), 2.0, "it must be close", None)
+    assert subject.record.worst == 0.25
+    with pytest.raises(AssertionError):
+        subject.expect_close(torch.tensor([torch.nan]), torch.tensor([1.0]), 2.0, "it must be close", None)
+    assert subject.record.worst == float("inf")
+    assert trial.subject.record.worst == 0.0  # nothing is shared
+
+
+def test_values_are_written_as_python():
+    strided = torch.arange(6.0).reshape(2, 3).mT
+    case = Case(strided, torch.ones(1, 2), torch.tensor([[float("nan")]]), 1, 0.5, (torch.tensor([True]), None), True)
+    known = {"torch": torch, "Case": Case, "nan": float("nan")}
+    again = eval(literal(case), known)
+    assert again.query.equal(strided) and again.query.stride() == (1, 3)
+    assert again.weights[0].dtype == torch.bool and again.weights[1] is None
+    assert (again.scale, again.order, again.on_grid) == (0.5, 1, True)
+    assert again.value.isnan().all()
+    for value in (1, (2,), (1, (3, 4)), [1.5, None], "text", torch.float32, {1, 2}):
+        assert eval(literal(value), known) == value
+    generator = torch.Generator().manual_seed(5)
+    torch.rand(3, generator=generator)
+    assert eval(literal(generator), known).initial_seed() == 5
+
+
+# ---- nothing is forgotten ------------------------------------------------------------------------------------
+
+
+def test_every_check_is_a_statement_with_a_formula():
+    assert set(claims.CHECKS) >= {*CLAIMED.values(), *UNIVERSAL}
+    for check in claims.CHECKS:
+        statement = claims.statement_of(check)
+        assert statement.words == check.statement and statement.formula
+        assert set(inspect.getclosurevars(check).nonlocals) >= {"drawn", "share"}
+
+
+def test_every_operator_is_tried_with_every_option():
+    tried = variants.variants()
+    assert {name for name, _ in tried} == set(OPERATORS)
+    for name, operator in OPERATORS.items():
+        assert set(operator.options) == {option for known, options in tried if known == name for option in options}
+
+
+# ---- bad input, and what is not installed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--dtype", "int8"), "--dtype must be one of float64, float32, bfloat16, float16, got 'int8'."),
+        (("--order", "0"), "--order must be between 1 and 6, got 0."),
+        (("--order", "7"), "--order must be between 1 and 6, got 7."),
+        (("--examples", "0"), "--examples must be at least 1, got 0."),
+        (("--seed", "-1"), "--seed must be at least 0, got -1."),
+        (("--operator", "dense"), "there is no operator 'dense'; the operators are: " + ", ".join(OPERATORS) + "."),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(capsys, words, line):
+    assert verify(*words) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"{PROGRAM}: {line}\n" and printed.out == ""
+
+
+def test_a_device_that_is_not_there_is_told_in_one_line(capsys):
+    assert verify("--device", "nowhere") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{PROGRAM}: --device 'nowhere' cannot be used: ") and printed.count("\n") == 1
+
+
+def test_an_order_must_be_a_number(capsys):
+    with pytest.raises(SystemExit) as ended:
+        verify("--order", "two")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{PROGRAM}: argument --order: must be a whole number, got 'two'")
+
+
+def test_without_hypothesis_one_line_names_the_extra():
+    code = (
+        "import sys\nsys.modules['hypothesis'] = None\nfrom tensorattn.__main__ import main\nsys.exit(main(['verify']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"{PROGRAM}: the command verify needs hypothesis") and ran.stderr.count("\n") == 1
+    assert "pip install 'tensorattn[test]'" in ran.stderr
+
+
+def test_without_tqdm_there_are_lines(capsys, monkeypatch):
+    def without_tqdm(module, **how):
+        if module == "tqdm":
+            raise MissingPackageError("not here")
+        return require(module, **how)
+
+    monkeypatch.setattr(command, "require", without_tqdm)
+    assert verify("--examples", "1", "--operator", "kronecker_product") == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(set(told)) > 5 and all(line.startswith("trying: ") for line in told)
+
+
+def test_numbers_are_short():
+    verdict = work.Verdict(claims.statement_of(CLAIMED[Claim.CONVEX]), worst=0.0)
+    for worst, text in ((0.0, "0"), (0.5, "0.500"), (1e-5, "1e-05"), (1234.0, "1e+03"), (float("inf"), "inf")):
+        verdict.worst = worst
+        assert text in report.table([verdict]).splitlines()[2].split()
+
+
+# ---- every theorem can fail ----------------------------------------------------------------------------------
+
+
+def a_little_more(function):
+    """A function whose results are all a little too large."""
+
+    def larger(thing):
+        if isinstance(thing, torch.Tensor):
+            return thing * 1.01 if thing.is_floating_point() else thing
+        if isinstance(thing, np.ndarray):
+            return thing * 1.01
+        if isinstance(thing, list) or type(thing) is tuple:
+            return type(thing)(larger(part) for part in thing)
+        if isinstance(thing, ta.AttentionResult):
+            return ta.AttentionResult(*(larger(part) for part in thing))
+        return thing
+
+    return functools.wraps(function)(lambda *given, **options: larger(function(*given, **options)))
+
+
+def rescaled(function):
+    """An operator that takes another scale where it is told one."""
+
+    def mutant(*tensors, **given):
+        return function(*tensors, **{**given, "scale": 1.01 * given["scale"] if given.get("scale") else 0.3})
+
+    return functools.wraps(function)(mutant)
+
+
+def sees_everything(function):
+    def mutant(*tensors, causal=None, **given):
+        return function(*tensors, **given)
+
+    return functools.wraps(function)(mutant)
+
+
+def without(option):
+    def decorate(function):
+        def mutant(*tensors, **given):
+            return function(*tensors, **{key: value for key, value in given.items() if key != option})
+
+        return functools.wraps(function)(mutant)
+
+    return decorate
+
+
+def half(function):
+    return functools.wraps(function)(lambda *given, **options: 0.5 * function(*given, **options))
+
+
+def merges_nothing(function):
+    def mutant(*given, **options):
+        summary = function(*given, **options)
+        return types.SimpleNamespace(
+            **{name: getattr(summary, name) for name in ("kept", "weights", "key", "value", "covariance")},
+            key_covariance=summary.key_covariance,
+            merge=lambda other, mode: summary,
+        )
+
+    return mutant
+
+
+def plans_too_much(function):
+    def mutant(*given, **options):
+        made = function(*given, **options)
+        return types.SimpleNamespace(execute=lambda *arrays: a_little_more(made.execute)(*arrays))
+
+    return mutant
+
+
+def signs_only(function):
+    return lambda family: {kept: (-1) ** len(kept) for kept in function(family)}
+
+
+MISTAKES = {
+    "independent_groups": (exactness, "truncated_attention", rescaled),
+    "all_modes": (exactness, "truncated_attention", without("interaction_order")),
+    "additive_keys": (exactness, "truncated_attention", rescaled),
+    "missing_interaction": (exactness, "additive_attention", rescaled),
+    "degenerate_laws": (exactness, "additive_attention", rescaled),
+    "orthogonal_channels": (exactness, "kronecker_product_attention", rescaled),
+    "counted_once": (softmaxes, "counting_numbers", signs_only),
+    "ladder": (softmaxes, "truncated_attention", a_little_more),
+    "joint_shares": (softmaxes, "kao_kv", rescaled),
+    "geometric_marginals": (softmaxes, "additive_attention", rescaled),
+    "bounded": (softmaxes, "additive_attention", a_little_more),
+    "exclusive_or": (softmaxes, "error_bound", half),
+    "causal_exact": (limits, "additive_attention", sees_everything),
+    "first_orders": (limits, "kao_kv", a_little_more),
+    "first_order_errors": (limits, "additive_attention", a_little_more),
+    "second_order_errors": (limits, "additive_attention", without("interaction")),
+    "decay": (limits, "additive_attention", without("interaction")),
+    "plateau": (
+        limits,
+        "additive_attention",
+        lambda function: functools.partial(function, interaction="linear", saturation=None),
+    ),
+    "adjoint": (averages, "outer_sum", a_little_more),
+    "merging": (averages, "summarize", merges_nothing),
+    "plans": (averages, "plan", plans_too_much),
+    "laws_of_averages": (averages, "marginal_mean_law", without("weights")),
+}
+THEOREMS = {trial.statement.law.__name__: trial for trial in work.trials(Asked(examples=40)) if trial.variant is None}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_theorem_fails_on_a_mistake(monkeypatch, name):
+    module, function, mistake = MISTAKES[name]
+    monkeypatch.setattr(module, function, mistake(getattr(module, function)))
+    trial = THEOREMS[name]
+    count, failure = work._attempt(trial, trial.subject, shrink=False)
+    assert failure is not None, f"{count} cases show nothing"
+
+
+def test_every_theorem_has_a_mistake():
+    assert set(MISTAKES) == set(THEOREMS)
