@@ -21,7 +21,7 @@ from tensorattn.testing.strategies import (
     queries,
     tensors,
 )
-from tensorattn.testing.tolerances import LARGEST_LOGIT, allowed, largest, largest_logit
+from tensorattn.testing.tolerances import LARGEST_LOGIT, allowed, exact, largest, largest_logit
 from tensorattn.testing.weighing import Weights, weights
 
 __all__ = ["Case", "cases", "rows"]
@@ -39,6 +39,7 @@ class Case:
         scale: Factor of the logits; None is the default of the operators, 1/√D.
         weights: One vector or None a mode, or None.
         on_grid: Whether queries lie on the grid of the keys because the operator wants them there.
+        pooled: Whether logits are those of queries and keys summed over all modes but one.
     """
 
     query: Tensor
@@ -48,6 +49,7 @@ class Case:
     scale: float | None = None
     weights: Weights = None
     on_grid: bool = False
+    pooled: bool = False
 
     @property
     def batch(self) -> Sizes:
@@ -78,7 +80,15 @@ class Case:
     def logit(self) -> float:
         """Largest absolute logit of any query with any key of its batch entry."""
         batch = len(self.batch)
-        return largest_logit(rows(self.query, batch), rows(self.key, batch), self.factor)
+        if not self.pooled:
+            return largest_logit(rows(self.query, batch), rows(self.key, batch), self.factor)
+        counts, largest_of_all = self.position_weights().unsqueeze(-1), 0.0
+        for mode in range(self.order):
+            others = [batch + m for m in range(self.order) if m != mode]
+            sums = [(exact(t) * counts).nan_to_num() for t in (self.query, self.key)]
+            sums = [t.sum(others) if others else t for t in sums]
+            largest_of_all = max(largest_of_all, largest_logit(*sums, self.factor))
+        return largest_of_all
 
     @functools.cached_property
     def magnitude(self) -> float:
@@ -147,6 +157,7 @@ def cases(
     order: int | None = None,
     min_order: int = 1,
     on_grid: bool = False,
+    pooled: bool = False,
     additive: bool = False,
     weighted: bool = True,
     integer: bool = False,
@@ -162,6 +173,7 @@ def cases(
         order: Number of modes; by default drawn, up to 4.
         min_order: Smallest number of modes that is drawn.
         on_grid: Whether queries must lie on the grid of the keys.
+        pooled: Whether logits are those of sums over all modes but one.
         additive: Whether keys and values are additive over the modes.
         weighted: Whether there may be position weights.
         integer: Whether weights must be whole numbers.
@@ -179,7 +191,9 @@ def cases(
         >>> find(cases(order=2), lambda case: case.sizes[1] > 1 and case.query.dim() > 1)
         Case(batch=(), sizes=(1, 2), positions=(1, 2), D=1, D_v=1, scale=None, weights=None, torch.float64)
     """
-    return _cases(order, min_order, on_grid, additive, weighted, integer, empty, max_positions, max_dim, dtype, device)
+    return _cases(
+        order, min_order, on_grid, pooled, additive, weighted, integer, empty, max_positions, max_dim, dtype, device
+    )
 
 
 def rows(tensor: Tensor, batch: int) -> Tensor:
@@ -202,6 +216,7 @@ def _cases(
     order: int | None,
     min_order: int,
     on_grid: bool,
+    pooled: bool,
     additive: bool,
     weighted: bool,
     integer: bool,
@@ -227,7 +242,7 @@ def _cases(
     given = draw(weights(sizes, batch=batch, integer=integer, empty=empty, device=device)) if weighted else None
     exponent = draw(st.none() | st.floats(-2, 0.5) | st.floats(0.5, 1))
     scale = None if exponent is None else 10**exponent
-    return _bounded(Case(query, key, value, len(sizes), scale, given, on_grid))
+    return _bounded(Case(query, key, value, len(sizes), scale, given, on_grid, pooled))
 
 
 def _bounded(case: Case) -> Case:

@@ -54,6 +54,11 @@ class Subject:
         """Whether each query sees the token at its own position once more."""
         return bool(self.options.get("include_self"))
 
+    @property
+    def pooled(self) -> bool:
+        """Whether queries and keys are summed over positions before they meet."""
+        return self.options.get("pool") == "sum"
+
     def reordered(self, modes: Sequence[int]) -> Subject:
         """Return the operator for tensors whose modes were reordered: options that name modes name the same ones.
 

@@ -102,7 +102,7 @@ def check(
         ) -> None:
             subject = resolve(operator, options, on_grid=on_grid)
             supposed = {"dtype": dtype, "device": device, "order": order, "min_order": subject.least_order}
-            strategy = cases(**{**supposed, "on_grid": subject.on_grid, **drawn})
+            strategy = cases(**{**supposed, "on_grid": subject.on_grid, "pooled": subject.pooled, **drawn})
             count = max(1, round((settings().max_examples if examples is None else examples) * share))
             for_all(strategy, functools.partial(law, subject), examples=count)
 
