@@ -85,9 +85,10 @@ class Case:
         counts, largest_of_all = self.position_weights().unsqueeze(-1), 0.0
         for mode in range(self.order):
             others = [batch + m for m in range(self.order) if m != mode]
-            sums = [(exact(t) * counts).nan_to_num() for t in (self.query, self.key)]
-            sums = [t.sum(others) if others else t for t in sums]
-            largest_of_all = max(largest_of_all, largest_logit(*sums, self.factor))
+            query, key = (exact(tensor) * counts for tensor in (self.query, self.key))
+            if others:
+                query, key = query.sum(others), key.sum(others)
+            largest_of_all = max(largest_of_all, largest_logit(query, key, self.factor))
         return largest_of_all
 
     @functools.cached_property

@@ -118,7 +118,7 @@ def plateau(subject: Subject, case: tuple[int, torch.dtype, str], draw: Any) -> 
 
 def _expect_number(subject: Subject, case: Any, found: float, expected: float, tolerance: float, what: str) -> None:
     """Compare two numbers."""
-    got, wanted = (torch.tensor(number).double() for number in (found, expected))
+    got, wanted = (torch.tensor(number, dtype=torch.float64) for number in (found, expected))
     subject.expect_close(got, wanted, tolerance, what, case)
 
 

@@ -105,12 +105,12 @@ def exclusive_or(subject: Subject, case: int, draw: Any) -> None:
     sides = (torch.tensor([1.0, -1.0]).double().reshape([2] + [1] * mode) for mode in range(case))
     parity = functools.reduce(torch.mul, sides).unsqueeze(-1)
     for spread in (0.1, 1.0):
-        query = torch.tensor([spread / 2]).double()
+        query = torch.tensor([spread / 2], dtype=torch.float64)
         how: dict[str, Any] = {"order": case, "scale": 1.0}
         full: Any = flattened_attention(query, parity, parity, **how)
         error = (full - additive_attention(query, parity, parity, **how)).norm()
         ratio = error_bound(query, parity, parity, oscillation="exact", **how) / error
-        expected = 1 + torch.tensor(spread / 4).double().tanh() ** 2
+        expected = 1 + torch.tensor(spread / 4, dtype=torch.float64).tanh() ** 2
         statement = f"the bound must be attained at an oscillation of {spread}"
         subject.expect_close(ratio, expected, 1e-12, statement, case)  # type: ignore[arg-type]
 
