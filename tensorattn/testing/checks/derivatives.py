@@ -105,7 +105,8 @@ def expect_slope(subject: Subject, case: Case, slope: Tensor, draw: Draw, statem
     reach = cotangent.abs().sum(-1) * exact(case.query).abs().sum(-1)
     size = float(reach.sum()) * case.magnitude * largest(case.key)
     tolerance = allowed("slope", case.dtype, magnitude=size)
-    subject.expect_close(torch.tensor(found), torch.tensor(expected), tolerance, statement, case)
+    ours, theirs = (torch.tensor(number, dtype=torch.float64) for number in (found, expected))
+    subject.expect_close(ours, theirs, tolerance, statement, case)
 
 
 def marginal_covariance(case: Case, kept: Iterable[int]) -> Tensor:
