@@ -22,7 +22,7 @@ from tensorattn.contraction_tree import Family, Kept
 from tensorattn.errors import OptionError, ShapeError
 from tensorattn.modes import ModeSpec
 from tensorattn.softmax import TokenSet
-from tensorattn.weights import Vector, Vectors, log_weights
+from tensorattn.weights import Vector, Vectors, counting_dtype, log_weights
 
 __all__ = ["Summary"]
 
@@ -154,7 +154,7 @@ class Summary:
         return TokenSet(
             key.flatten(batch, -2),
             value.flatten(batch, -2),
-            None if weight is None else log_weights(weight.flatten(batch)),
+            None if weight is None else log_weights(weight.flatten(batch)).to(key.dtype),
             math.prod(outside),
             coefficient,
         )
@@ -336,10 +336,13 @@ class Summary:
             ]
             return dataclasses.replace(self, mode_weights=tuple(written))
         ones, (_, like) = [1] * len(self.batch), self._any_mean()
+        counting = counting_dtype(like.device)
         grids = [[self.sizes[mode] for mode in kept] for kept in self.kept]
         return dataclasses.replace(
             self,
-            weights=tuple(like.new_full([*ones, *grid], self.positions / math.prod(grid)) for grid in grids),
+            weights=tuple(
+                like.new_full([*ones, *grid], self.positions / math.prod(grid), dtype=counting) for grid in grids
+            ),
             mode_weights=tuple(like.new_ones([*ones, size]) for size in self.sizes),
         )
 
@@ -358,7 +361,8 @@ def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor 
         fallback = _share(first, second)
         if isinstance(fallback, Tensor):
             fallback = fallback.reshape([*fallback.shape, *(1 for _ in first.kept[place])])
-    return torch.where(total > 0, weights[1] / torch.where(total > 0, total, 1), fallback)
+    share = torch.where(total > 0, weights[1] / torch.where(total > 0, total, 1), fallback)
+    return share.to(first._any_mean()[1].dtype)
 
 
 def _sum(first: Vector, second: Vector) -> Vector:

@@ -11,7 +11,16 @@ from torch import Tensor
 from tensorattn.errors import DtypeError, WeightsError
 from tensorattn.modes import GridShape
 
-__all__ = ["Vector", "Vectors", "accumulation_dtype", "check_floating", "check_weights", "log_weights", "normalized"]
+__all__ = [
+    "Vector",
+    "Vectors",
+    "accumulation_dtype",
+    "check_floating",
+    "check_weights",
+    "counting_dtype",
+    "log_weights",
+    "normalized",
+]
 
 Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for equal weights
 Vectors = tuple[Vector, ...]
@@ -104,6 +113,15 @@ def _check_values(vector: Tensor, mode: int) -> None:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which averages of a type are accumulated: float32 for half precision."""
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def counting_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which weights of modes are multiplied, where products may be very large or small.
+
+    Args:
+        device: Device of the weights: MPS has no float64.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def log_weights(weights: Tensor) -> Tensor:
