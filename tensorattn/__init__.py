@@ -11,7 +11,7 @@ from tensorattn.errors import (
     WeightsError,
 )
 from tensorattn.modes import ModeSpec
-from tensorattn.nn import TensorAttention
+from tensorattn.nn import LearnedPositions, RotaryEmbedding, SinCosPositions, TensorAttention
 from tensorattn.operators import OPERATORS, AttentionResult, Claim, Operator, get_operator, register_operator
 from tensorattn.operators.additive import additive_attention
 from tensorattn.operators.axial import axial_attention
@@ -35,12 +35,15 @@ __all__ = [
     "Claim",
     "DtypeError",
     "ErrorEstimate",
+    "LearnedPositions",
     "ModeSpec",
     "ModesError",
     "Operator",
     "OptionError",
     "Plan",
+    "RotaryEmbedding",
     "ShapeError",
+    "SinCosPositions",
     "Summary",
     "TensorAttention",
     "TensorAttentionError",
