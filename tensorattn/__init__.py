@@ -11,7 +11,17 @@ from tensorattn.errors import (
     WeightsError,
 )
 from tensorattn.modes import ModeSpec
-from tensorattn.nn import LearnedPositions, RotaryEmbedding, SinCosPositions, TensorAttention
+from tensorattn.nn import (
+    DropPath,
+    GatedMLP,
+    LearnedPositions,
+    PatchEmbedding,
+    PatchUnembedding,
+    RotaryEmbedding,
+    SinCosPositions,
+    TensorAttention,
+    TensorTransformerBlock,
+)
 from tensorattn.operators import OPERATORS, AttentionResult, Claim, Operator, get_operator, register_operator
 from tensorattn.operators.additive import additive_attention
 from tensorattn.operators.axial import axial_attention
@@ -33,13 +43,17 @@ __all__ = [
     "AdditiveFraction",
     "AttentionResult",
     "Claim",
+    "DropPath",
     "DtypeError",
     "ErrorEstimate",
+    "GatedMLP",
     "LearnedPositions",
     "ModeSpec",
     "ModesError",
     "Operator",
     "OptionError",
+    "PatchEmbedding",
+    "PatchUnembedding",
     "Plan",
     "RotaryEmbedding",
     "ShapeError",
@@ -47,6 +61,7 @@ __all__ = [
     "Summary",
     "TensorAttention",
     "TensorAttentionError",
+    "TensorTransformerBlock",
     "WeightsError",
     "additive_attention",
     "additive_fraction",

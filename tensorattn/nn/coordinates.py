@@ -170,7 +170,7 @@ class ModeCoordinates:
         """
         steps = torch.arange(count, device=places.device, dtype=places.dtype)
         if self.periodic[mode]:
-            return 2 * math.pi * torch.remainder(places.unsqueeze(-1) * (steps + 1), 1)
+            return places.unsqueeze(-1) * (2 * math.pi * (steps + 1))
         return places.unsqueeze(-1) * base ** (-steps / count)
 
     def shown(self) -> list[str]:

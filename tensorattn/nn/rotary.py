@@ -170,6 +170,6 @@ class RotaryEmbedding(nn.Module):
 def _turn(share: Tensor, angles: Tensor) -> Tensor:
     """Turn neighbouring channels ``(*, 2K)`` as points of a plane by angles ``(*, K)``."""
     dtype = accumulation_dtype(share.dtype)
-    x, y = share.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    x, y = share.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # half precision is multiplied in float32
     return torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2).to(share.dtype)
