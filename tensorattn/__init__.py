@@ -10,6 +10,7 @@ from tensorattn.errors import (
     TensorAttentionError,
     WeightsError,
 )
+from tensorattn.models import TensorTransformer, TensorTransformerConfig
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import (
     DropPath,
@@ -61,7 +62,9 @@ __all__ = [
     "Summary",
     "TensorAttention",
     "TensorAttentionError",
+    "TensorTransformer",
     "TensorTransformerBlock",
+    "TensorTransformerConfig",
     "WeightsError",
     "additive_attention",
     "additive_fraction",

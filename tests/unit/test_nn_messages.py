@@ -251,3 +251,205 @@ def test_turned_modes(make):
         refused(
             error, f"RotaryEmbedding.rotate_mode: {told}", rotary.rotate_mode, tensor, mode, coordinates=coordinates
         )
+
+
+# Patches.
+
+
+PATCHES = {
+    "zero": (0, OptionError, "patch of mode 'h' must be a positive whole number, got 0."),
+    "part": ((2, 2.5), OptionError, "patch of mode 'w' must be a positive whole number, got 2.5."),
+    "truth value": ((True, 2), OptionError, "patch of mode 'h' must be a positive whole number, got True."),
+    "word": ("2", OptionError, "patch of mode 'h' must be a positive whole number, got '2'."),
+    "too many": ((1, 2, 3), ModesError, "patch has 3 entries, but order 2 needs one a mode."),
+    "no such mode": ({"t": 2}, ModesError, "there is no mode 't' among 'h w' (order 2)."),
+    "twice": ({"w": 2, 1: 2}, ModesError, "patch names mode 'w' twice."),
+}
+
+
+@pytest.mark.parametrize("kind", [ta.PatchEmbedding, ta.PatchUnembedding], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("case", PATCHES)
+def test_patches(kind, case):
+    patch, error, rule = PATCHES[case]
+    refused(error, f"{kind.__name__}: {rule}", kind, 3, 4, patch, modes="h w")
+
+
+def test_channels_of_patches():
+    for kind, names in (
+        (ta.PatchEmbedding, ("in_channels", "embed_dim")),
+        (ta.PatchUnembedding, ("embed_dim", "out_channels")),
+    ):
+        for place, name in enumerate(names):
+            channels = [4, 4]
+            channels[place] = 0
+            refused(OptionError, f"{kind.__name__}: {name} must be at least 1, got 0.", kind, *channels, 2, modes=2)
+
+
+def test_sizes_that_patches_do_not_divide(make):
+    module = ta.PatchEmbedding(8, 4, (2, 8), modes="h w")
+    hint = "\n  Crop it, choose another patch, or repeat its last index with pad=True."
+    told = f"PatchEmbedding: mode 'w' has size 30 in x, which patches of 8 do not divide.{reading(2, 4, 30, 8)}{hint}"
+    refused(ShapeError, told, module, make(2, 4, 30, 8))
+    first = ta.PatchEmbedding(8, 4, (2, 8), modes="h w", channels_first=True)
+    told = f"PatchEmbedding: mode 'h' has size 3 in x, which patches of 2 do not divide.{hint}"
+    refused(ShapeError, told, first, make(2, 8, 3, 32))
+
+
+def test_inputs_of_patches(make):
+    embedding, unembedding = ta.PatchEmbedding(8, 8, 1, modes="h w"), ta.PatchUnembedding(8, 4, (2, 8), modes="h w")
+    for module, called in ((embedding, "in_channels"), (unembedding, "embed_dim")):
+        name = type(module).__name__
+        cases = [
+            (make(2, 30, 4, 7), ShapeError, f"x has 7 channels, but {called} is 8.{reading(2, 30, 4, 7)}"),
+            (
+                make(2, 30, 0, 8),
+                ShapeError,
+                f"mode 'w' has size 0 in x, but every mode needs at least 1 index.{reading(2, 30, 0, 8)}",
+            ),
+            (
+                make(2, 30, 4, 8, dtype=torch.float64),
+                DtypeError,
+                f"the type is torch.float64 in x but torch.float32 in the parameters.{reading(2, 30, 4, 8)}",
+            ),
+        ]
+        for x, error, told in cases:
+            refused(error, f"{name}: {told}", module, x)
+    cases = [
+        ((60, 24), "mode 'w' has size 24 in sizes, but 4 patches of 8 in x hold 25 to 32."),
+        ((61, 32), "mode 'h' has size 61 in sizes, but 30 patches of 2 in x hold 59 to 60."),
+    ]
+    for sizes, rule in cases:
+        told = f"PatchUnembedding: {rule}{reading(2, 30, 4, 8)}"
+        refused(ShapeError, told, unembedding, make(2, 30, 4, 8), sizes=sizes)
+    told = f"PatchUnembedding: sizes has 1 entries, but order 2 needs one a mode.{reading(2, 30, 4, 8)}"
+    refused(ModesError, told, unembedding, make(2, 30, 4, 8), sizes=(60,))
+
+
+# Blocks and models.
+
+
+BLOCKS = {
+    "heads": ({"num_heads": 3}, "embed_dim must be divisible by num_heads, got 8 and 3."),
+    "operator": (
+        {"operator": "nope"},
+        f"there is no operator 'nope'; the operators are: {', '.join(ta.OPERATORS)}.",
+    ),
+    "option": (
+        {"centred": True},
+        "operator 'additive' has no option 'centred'; its options are: interaction, saturation, include_self.",
+    ),
+    "dropout": ({"dropout": 2.0}, "dropout must be between 0 and 1, got 2.0."),
+    "causal": (
+        {"causal": 0, "operator": "kronecker_sum"},
+        "causal has no meaning for operator 'kronecker_sum': its queries are pooled over positions.",
+    ),
+}  # fmt: skip
+OWN = {
+    "drop path": ({"drop_path": -0.5}, "drop_path must be between 0 and 1, got -0.5."),
+    "mlp": ({"mlp_ratio": 0.0}, "mlp_ratio leaves no hidden channels, got 0.0 with embed_dim 8."),
+}
+
+
+@pytest.mark.parametrize("case", [*BLOCKS, *OWN])
+def test_blocks(case):
+    options, rule = {**BLOCKS, **OWN}[case]
+    options = {"num_heads": 2, "modes": "h w", **options}
+    refused(OptionError, f"TensorTransformerBlock: {rule}", ta.TensorTransformerBlock, 8, **options)
+
+
+def test_modes_of_blocks():
+    for options, rule in (
+        ({"modes": "h h"}, "mode names must differ, but 'h' appears 2 times in 'h h'."),
+        ({"modes": "h w", "causal": "t"}, "there is no mode 't' among 'h w' (order 2)."),
+    ):
+        refused(ModesError, f"TensorTransformerBlock: {rule}", ta.TensorTransformerBlock, 8, 2, **options)
+
+
+def test_parts_of_blocks():
+    refused(OptionError, "DropPath: p must be between 0 and 1, got 1.5.", ta.DropPath, 1.5)
+    told = "GatedMLP: embed_dim and hidden_dim must be at least 1, got 8 and 0."
+    refused(OptionError, told, ta.GatedMLP, 8, 0)
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_inputs_of_blocks(case, make):
+    shape, error, rule = INPUTS[case]
+    shown = reading(*shape) if len(shape) == 4 else "\n  modes    h w\n  x        (2, 30, 40)   batch=() h=2 w=30 D=40"
+    block = ta.TensorTransformerBlock(8, 2, modes="h w")
+    refused(error, f"TensorTransformerBlock: {rule}{shown}", block, make(*shape))
+    told = f"the type is torch.float64 in x but torch.float32 in the parameters.{reading(2, 30, 40, 8)}"
+    refused(DtypeError, f"TensorTransformerBlock: {told}", block, make(2, 30, 40, 8, dtype=torch.float64))
+    first = ta.TensorTransformerBlock(8, 2, modes="h w", channels_first=True)
+    told = "TensorTransformerBlock: x has 30 channels, but embed_dim is 8."
+    refused(ShapeError, told, first, make(2, 30, 40, 8))
+
+
+CONFIGS = {
+    "depth": ({"depth": 0}, "depth must be at least 1, got 0."),
+    "positions": ({"positions": "rope"}, "positions must be 'sincos', 'learned' or None, got 'rope'."),
+    "no sizes": (
+        {"positions": "learned"},
+        "sizes belongs to positions='learned', but positions is 'learned' and sizes None.",
+    ),
+    "sizes": ({"sizes": [3, 4]}, "sizes belongs to positions='learned', but positions is 'sincos' and sizes (3, 4)."),
+    "spacing": (
+        {"positions": "learned", "sizes": (3, 4), "spacing": 2.0},
+        "spacing belongs to positions='sincos', but positions is 'learned'.",
+    ),
+    "periodic": ({"positions": None, "periodic": ("w",)}, "periodic has no meaning without positions."),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs(case):
+    fields, rule = CONFIGS[case]
+    fields = {"modes": "h w", "in_channels": 3, **fields}
+    told = f"TensorTransformerConfig: {rule}"
+    refused(OptionError, told, ta.TensorTransformerConfig, **fields)
+    refused(OptionError, told, ta.TensorTransformer.from_config, fields)
+
+
+MODELS = {
+    "heads": ({"num_heads": 5}, OptionError, "embed_dim must be divisible by num_heads, got 96 and 5."),
+    "option": (
+        {"options": {"centred": True}},
+        OptionError,
+        "operator 'additive' has no option 'centred'; its options are: interaction, saturation, include_self.",
+    ),
+    "patch": ({"patch": 0}, OptionError, "patch of mode 'h' must be a positive whole number, got 0."),
+    "channels": ({"out_channels": 0}, OptionError, "out_channels must be at least 1, got 0."),
+    "drop path": ({"drop_path": 1.5}, OptionError, "drop_path must be between 0 and 1, got 1.5."),
+    "periodic": ({"periodic": "lon"}, ModesError, "there is no mode 'lon' among 'h w' (order 2)."),
+    "modes": ({"modes": "h h"}, ModesError, "mode names must differ, but 'h' appears 2 times in 'h h'."),
+    "tables": (
+        {"positions": "learned", "sizes": (3, 4, 5)},
+        ModesError,
+        "modes names 2 modes, but sizes has 3.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case):
+    fields, error, rule = MODELS[case]
+    config = ta.TensorTransformerConfig(**{"modes": "h w", "in_channels": 3, **fields})
+    with pytest.raises(error) as caught:  # parts that are right are made before
+        ta.TensorTransformer(config)
+    assert str(caught.value) == f"TensorTransformer: {rule}"
+
+
+def test_configs_from_files():
+    known = ", ".join(ta.TensorTransformerConfig.__dataclass_fields__)
+    told = f"TensorTransformer.from_config: the config has no field 'width'; its fields are: {known}."
+    refused(OptionError, told, ta.TensorTransformer.from_config, {"modes": 2, "in_channels": 3, "width": 4})
+    told = "TensorTransformer.from_config: the config lacks the field 'in_channels'."
+    refused(OptionError, told, ta.TensorTransformer.from_config, {"modes": 2})
+
+
+def test_inputs_of_models(make):
+    config = {"modes": "h w", "in_channels": 8, "depth": 1, "embed_dim": 8, "num_heads": 2, "patch": (1, 8)}
+    model = ta.TensorTransformer.from_config({**config, "positions": None})
+    told = f"PatchEmbedding: x has 7 channels, but in_channels is 8.{reading(2, 30, 40, 7)}"
+    refused(ShapeError, told, model, make(2, 30, 40, 7))
+    told = "TensorTransformer: coordinates has no meaning without positions."
+    refused(OptionError, told, model, make(2, 30, 40, 8), coordinates=[None, None])
