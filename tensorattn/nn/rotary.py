@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensorattn.errors import ShapeError, TensorAttentionError, describe
+from tensorattn.errors import OptionError, ShapeError, TensorAttentionError, describe
 from tensorattn.modes import GridShape
 from tensorattn.nn.coordinates import Coordinates, ModeCoordinates, Periodic, Spacing, check_base, pairs_a_mode
 from tensorattn.nn.layout import check_grid, show_modes
+from tensorattn.operators import get_operator
 from tensorattn.weights import Vector, accumulation_dtype
 
 __all__ = ["RotaryEmbedding"]
@@ -31,7 +33,8 @@ class RotaryEmbedding(nn.Module):
       before, they are averaged over turns of the other modes, whose shares fade.
     - ``additive``, ``truncated``, ``kao_kv`` and ``kao_qkv`` average turned keys, in which the shares of the other
       modes fade, and so do positions with them. Turned keys are additive only if the share of every mode depends on
-      that mode alone; for other additive keys, exactness is lost. Additive positions keep it: `SinCosPositions`.
+      that mode alone; for other additive keys, exactness is lost. `check_operator` refuses these operators. Additive
+      positions keep exactness: `SinCosPositions`.
 
     Args:
         head_dim: Channels D of a head: at least two a mode. A last odd channel is left as it is.
@@ -155,6 +158,31 @@ class RotaryEmbedding(nn.Module):
         start = 2 * sum(self.pairs[:index])
         before, share, after = tensor.tensor_split([start, start + 2 * self.pairs[index]], -1)
         return torch.cat([before, _turn(share, angle), after], -1)
+
+    def check_operator(self, operator: str, **options: Any) -> None:
+        """Refuse an operator that averages keys of different turns.
+
+        What is left are operators that see the keys of all positions, and those that pool queries and keys for each
+        mode, which turn what is pooled.
+
+        Args:
+            operator: Its name in `OPERATORS`.
+            **options: Its options, modes by their indices.
+
+        Raises:
+            OptionError: If turned keys have no meaning for it, or there is no such operator or option.
+        """
+        try:
+            record, order = get_operator(operator), self.axes.modes.order
+            needs = record.needs(order, **record.with_defaults(options))
+            seen = {kept for kept in (needs.kept if needs.keys is None else needs.keys) if kept}
+            if not record.pools and seen != {tuple(range(order))}:
+                raise OptionError(
+                    f"it has no meaning for operator {operator!r}, which averages keys of different turns.",
+                    hint="Add positions instead, which keeps exactness: SinCosPositions or LearnedPositions.",
+                )
+        except TensorAttentionError as cause:
+            raise cause.retold("RotaryEmbedding") from None
 
     def _check_channels(self, grid: GridShape) -> None:
         """Refuse other channels than those of a head."""

@@ -97,6 +97,33 @@ def test_types(dtype):
     assert (meta.shape, meta.dtype, meta.device.type) == (x.shape, dtype, "meta")
 
 
+def test_operators_it_has_a_meaning_for():
+    """Those that see the keys of all positions, and those that pool; at order 1 there is nothing to average over."""
+    suits = {}
+    for order in (1, 2, 3):
+        rotary = ta.RotaryEmbedding(2 * order, modes=order)
+        suits[order] = set()
+        for name in ta.OPERATORS:
+            try:
+                rotary.check_operator(name)
+                suits[order].add(name)
+            except ta.OptionError:
+                pass
+    always = {"flattened", "axial", "kronecker_product", "kronecker_sum"}
+    # By default `truncated` keeps two modes, which are all there are at order 2: it is full attention.
+    assert suits == {1: set(ta.OPERATORS), 2: {*always, "truncated"}, 3: always}
+
+
+def test_averages_of_turned_keys_fade():
+    """Of equal keys, turned and averaged, the share of the mode that is kept stays as long; the others get shorter."""
+    rotary = ta.RotaryEmbedding(16, modes=2, periodic=1)
+    means = ta.mode_averages(rotary(torch.ones(8, 9, 16).double()), order=2)
+    for mode, mean in enumerate(means):
+        own, other = mean.unflatten(-1, (2, 4, 2)).norm(dim=-1)[:, [mode, 1 - mode]].unbind(1)
+        torch.testing.assert_close(own, torch.full_like(own, 2**0.5), **CLOSE)
+        assert (other[:, 0] < 0.5).all() and other[0, 0] < other[0, -1] + 1e-9
+
+
 def test_gradients():
     rotary = ta.RotaryEmbedding(5, modes="h lon", periodic={"lon": 2.0})
     x, places = draw(2, 2, 3, 5).requires_grad_(), draw(3).requires_grad_()
