@@ -228,7 +228,7 @@ class TensorTransformer(nn.Module):
         if coordinates is not None and self.positions is None:
             raise OptionError("coordinates has no meaning without positions.").retold("TensorTransformer")
         first = self.config.channels_first
-        y = self.embedding(x)
+        y = self.embedding(x).to(self.norm.weight.dtype)  # autocast leaves the skip connections in full precision
         y = y.movedim(1, -1) if first else y
         if self.positions is not None:
             y = self.positions(y, coordinates=coordinates)

@@ -193,8 +193,11 @@ class TestTypes:
         model = make(torch.float32, out_channels=2, patch=(1, 2), **settings)
         x = draw(2, 3, 6, 3, dtype=torch.float32)
         exact = model(x)
+        seen = []
+        model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
         with torch.autocast("cpu", torch.bfloat16):
             y = model(x)
+        assert seen == [torch.float32]  # the skip connections, in full precision
         assert 0 < (y - exact).abs().max() <= 0.1 * exact.abs().max()
         y.float().square().sum().backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
