@@ -111,6 +111,20 @@ class TestValues:
         torch.testing.assert_close(model(x, coordinates=even), model(x), **CLOSE)
         assert (model(x, coordinates={"h": [0.0, 1.0, 2.0, 30.0]}) - model(x)).abs().max() > 1e-3
 
+    def test_weights_reach_every_block(self):
+        """A patch of weight zero is as if absent: what is there does not matter to the others."""
+        model, x = make(patch=(1, 2)), draw(2, 3, 8, 3)
+        weights, other = [None, torch.tensor([1.0, 1, 1, 0])], x.clone()
+        other[:, :, 6:] += 10
+        torch.testing.assert_close(
+            model(other, weights=weights)[:, :, :3], model(x, weights=weights)[:, :, :3], **CLOSE
+        )
+        assert (model(other) - model(x))[:, :, :3].abs().max() > 1e-3
+
+    def test_circles_reach_learned_positions(self):
+        circle = make(**LEARNED, periodic={"h": 4.0}).positions
+        assert circle.extra_repr() == "embed_dim=16, sizes=(3, 4), modes='t h', periodic={'h': 4.0}"
+
     def test_positions_tell_permuted_inputs_apart(self):
         x = draw(2, 3, 4, 3)
         for settings, blind in (({"positions": None}, True), ({}, False), (LEARNED, False)):
