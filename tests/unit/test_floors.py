@@ -27,6 +27,7 @@ FLOORS = {
     "contraction_tree": 2,
     "planning": 2,
     "truncation": 2,
+    "patching": 2,
     "cost": 2,
     "weights": 3,
     "execution": 3,
