@@ -190,7 +190,8 @@ class TensorAttention(nn.Module):
         try:
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
             check_parameters(x, self.q_proj.weight.dtype)
-            check_whole(x.shape, (x, *self.parameters()), skip, out)
+            if skip is not None or out is not None:
+                check_whole(x.shape, (x, *self.parameters()), skip, out)
             last = self._last(x)
             checked = check_weights(weights, grid, last)
         except TensorAttentionError as cause:
