@@ -43,6 +43,7 @@ FLOORS = {
     "distributed": 6,
     "models": 7,
     "diagnose": 7,
+    "measuring": 7,
     "testing": 7,
     "bench": 7,
     "attend": 7,
