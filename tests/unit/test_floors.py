@@ -44,6 +44,7 @@ FLOORS = {
     "models": 7,
     "diagnose": 7,
     "measuring": 7,
+    "progress": 7,
     "testing": 7,
     "bench": 7,
     "attend": 7,
