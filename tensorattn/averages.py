@@ -9,11 +9,12 @@ from torch import Tensor
 
 from tensorattn.contraction import contract, expand
 from tensorattn.contraction_tree import main_effects
-from tensorattn.errors import DtypeError, ShapeError, retells
+from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
+from tensorattn.fused import is_differentiated
 from tensorattn.modes import GridShape, grid_shape
 from tensorattn.weights import Vector, check_floating, check_weights, normalized
 
-__all__ = ["additive_part", "interaction_residual", "mode_averages", "outer_sum"]
+__all__ = ["additive_part", "check_whole", "interaction_residual", "mode_averages", "outer_sum"]
 
 
 @retells
@@ -63,7 +64,7 @@ def mode_averages(
 
 
 @retells
-def outer_sum(vectors: Sequence[Tensor]) -> Tensor:
+def outer_sum(vectors: Sequence[Tensor], *, skip: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     r"""Add one vector a mode into a tensor: the broadcast sum.
 
     :math:`y_{j} = \sum_m v^m[j_m]`. It is the transpose of summing a tensor over all modes but one, so
@@ -71,13 +72,18 @@ def outer_sum(vectors: Sequence[Tensor]) -> Tensor:
 
     Args:
         vectors: One tensor a mode, all with the same batch dimensions, channels and type.
+        skip: A tensor of the shape of the result that is added in the same pass over memory, and read there alone.
+        out: Where to write the result: a tensor of its shape and type, any strides. No derivative goes through it.
 
     Returns:
-        The tensor :math:`(*, n_1, \dots, n_N, D)`.
+        The tensor :math:`(*, n_1, \dots, n_N, D)`: ``out`` where it is given, else a new one, which lies in memory
+        as ``skip`` does.
 
     Raises:
-        ShapeError: If there is no vector, or batch dimensions or channels disagree.
-        DtypeError: If a vector is not of a floating-point type, or the types differ.
+        ShapeError: If there is no vector, batch dimensions or channels disagree, or ``skip`` or ``out`` has not the
+            shape of the result.
+        DtypeError: If a tensor is not of a floating-point type, or the types differ.
+        OptionError: If ``out`` is given where derivatives are asked for.
 
     Shape:
         - vectors[m]: :math:`(*, n_m, D)`
@@ -101,7 +107,34 @@ def outer_sum(vectors: Sequence[Tensor]) -> Tensor:
         if grid.dim != first.dim:
             raise ShapeError(f"channels are {first.dim} in vectors[0] but {grid.dim} in {name}.")
     sizes = tuple(vector.shape[-2] for vector in vectors)
-    return expand(vectors, main_effects(len(sizes)), GridShape(first.batch, sizes, first.dim))
+    check_whole((*first.batch, *sizes, first.dim), vectors, skip, out)
+    return expand(vectors, main_effects(len(sizes)), GridShape(first.batch, sizes, first.dim), skip=skip, out=out)
+
+
+def check_whole(shape: Sequence[int], sources: Sequence[Tensor], skip: Tensor | None, out: Tensor | None) -> None:
+    """Check a tensor that is added to a result, and one that the result is written to.
+
+    Args:
+        shape: Shape of the result.
+        sources: What the result is computed from.
+        skip: What is added to it, or None.
+        out: Where it is written, or None.
+
+    Raises:
+        ShapeError: If one has another shape.
+        DtypeError: If one is not of the type of the sources.
+        OptionError: If ``out`` is given where derivatives are asked for.
+    """
+    whole = {name: tensor for name, tensor in (("skip", skip), ("out", out)) if tensor is not None}
+    check_floating(**{"the result": sources[0]}, **whole)
+    for name, tensor in whole.items():
+        if tuple(tensor.shape) != tuple(shape):
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}, but the result has {tuple(shape)}.")
+    if out is not None and is_differentiated(*sources, *whole.values()):
+        raise OptionError(
+            "out is given where derivatives are asked for, but none goes through it.",
+            hint="Use torch.no_grad(), or leave out.",
+        )
 
 
 @retells
@@ -137,7 +170,7 @@ def additive_part(tensor: Tensor, *, order: int, weights: Sequence[Vector] | Non
     vectors = normalized(check_weights(weights, grid, tensor))
     *means, grand = contract(tensor, (*main_effects(order), ()), vectors)
     means[0] = means[0] - (order - 1) * grand.unsqueeze(-2)
-    return expand(means, main_effects(order), grid).to(tensor.dtype)
+    return expand(means, main_effects(order), grid, dtype=tensor.dtype)
 
 
 @retells

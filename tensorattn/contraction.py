@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.execution import absent_as_zero, memory_order, run, run_backwards, split_shape
+from tensorattn.fused import is_differentiated
 from tensorattn.modes import GridShape
 from tensorattn.planning import make_plan
 from tensorattn.weights import Vector, Vectors, accumulation_dtype
 
-__all__ = ["contract", "expand"]
+__all__ = ["contract", "contract_through", "expand"]
 
 
 def contract(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[Tensor, ...]:
@@ -40,57 +40,99 @@ def contract(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[Tensor, 
     Returns:
         One tensor ``(*batch, *kept sizes, D)`` for each kept subset, in float32 for half precision.
     """
+    return contract_through(tensor, family, vectors)[0]
+
+
+def contract_through(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Compute marginal means, unchecked, and pass the tensor through for further use.
+
+    The derivative of what is done with the tensor that is passed through joins that of the means in one pass.
+
+    Args:
+        tensor: Values ``(*batch, n_1, …, n_N, D)``.
+        family: Kept mode subsets.
+        vectors: Normalised weights of each mode, or None for equal weights.
+
+    Returns:
+        The means as `contract` gives them, and the tensor.
+    """
     everything = tuple(range(len(vectors)))
     smaller = tuple(kept for kept in family if kept != everything)
-    if torch.compiler.is_compiling() or any(v is not None and _is_differentiated(v) for v in vectors):
-        means = _contract_plainly(tensor, smaller, vectors)
+    if torch.compiler.is_compiling() or any(v is not None and is_differentiated(v) for v in vectors):
+        means, passed = _contract_plainly(tensor, smaller, vectors), tensor
+    elif not smaller:
+        means, passed = (), tensor
     else:
-        means = _Contract.apply(tensor, smaller, True, *vectors) if smaller else ()
+        *means, passed = _Contract.apply(tensor, smaller, True, *vectors)
     found = dict(zip(smaller, means, strict=True))
-    return tuple(tensor if kept == everything else found[kept] for kept in family)
+    return tuple(passed if kept == everything else found[kept] for kept in family), passed
 
 
-def _is_differentiated(vector: Tensor) -> bool:
-    """Tell whether derivatives of weights are asked for, backwards or forwards."""
-    return vector.requires_grad or unpack_dual(vector).tangent is not None
-
-
-def expand(parts: Sequence[Tensor], family: Family, grid: GridShape) -> Tensor:
+def expand(
+    parts: Sequence[Tensor],
+    family: Family,
+    grid: GridShape,
+    *,
+    dtype: torch.dtype | None = None,
+    skip: Tensor | None = None,
+    out: Tensor | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
     """Broadcast one part for each kept subset to the whole grid, and add them, unchecked.
 
     Args:
         parts: One tensor ``(*batch, *kept sizes, D)`` for each kept subset.
         family: Kept mode subsets.
         grid: Shape of the result.
+        dtype: Type of the result; that of the parts by default.
+        skip: A tensor of the shape of the result that is added in the same pass.
+        out: Where to write the result, without derivatives.
+        like: A tensor of the shape of the result whose order in memory the result takes; ``skip`` by default.
 
     Returns:
-        The tensor ``(*batch, n_1, …, n_N, D)``, contiguous, in the type of the parts.
+        The tensor ``(*batch, n_1, …, n_N, D)``: ``out``, or a new one, contiguous if there is nothing like it.
     """
+    dtype = parts[0].dtype if dtype is None else dtype
     if torch.compiler.is_compiling():
-        return _expand_plainly(parts, family, grid)
+        total = _expand_plainly(parts, family, grid)
+        total = (total if skip is None else total + skip).to(dtype)
+        return total if out is None else out.copy_(total)
     memory = tuple(range(len(grid.batch) + len(grid.sizes) + 1))
+    like = out if out is not None else skip if like is None else like
+    if like is not None and 0 not in like.stride():
+        memory = memory_order(like)
     vectors = (None,) * len(grid.sizes)
-    return _Expand.apply(family, grid, memory, parts[0].dtype, False, *vectors, *parts)
+    if out is None:
+        return _Expand.apply(family, grid, memory, dtype, False, skip, *vectors, *parts)
+    plan = make_plan(*grid, memory, dtype.itemsize, family)
+    return run_backwards(plan, parts, vectors, False, dtype, skip, out)
 
 
 class _Contract(torch.autograd.Function):
-    """Marginal means, or plain sums, as a linear function of the tensor; the weights are constants."""
+    """Marginal means, or plain sums, as a linear function of the tensor, and the tensor; the weights are constants."""
 
     @staticmethod
     def forward(tensor: Tensor, family: Family, mean: bool, *vectors: Vector) -> tuple[Tensor, ...]:
         grid = GridShape(*split_shape(tensor, len(vectors)))
         plan = make_plan(*grid, memory_order(tensor), tensor.dtype.itemsize, family)
-        return run(plan, tensor, vectors, mean)
+        return *run(plan, tensor, vectors, mean), tensor.view_as(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensor, ctx.family, ctx.mean, *ctx.vectors = inputs
         ctx.grid = GridShape(*split_shape(tensor, len(ctx.vectors)))
         ctx.memory, ctx.dtype = memory_order(tensor), tensor.dtype
+        ctx.means = [(mean.shape, mean.dtype, mean.device) for mean in output[:-1]]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad = _Expand.apply(ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, *ctx.vectors, *grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *of_means, passed = grads
+        parts = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(of_means, ctx.means, strict=True)
+        ]
+        grad = _Expand.apply(ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, passed, *ctx.vectors, *parts)
         return grad, None, None, *(None for _ in ctx.vectors)
 
     @staticmethod
@@ -102,11 +144,11 @@ class _Contract(torch.autograd.Function):
         tensor = _to_front(tensor, in_dims[0], info.batch_size)
         batch_dims = tensor.dim() - len(vectors) - 2
         moved = _vectors_to_front(vectors, in_dims[3:], batch_dims)
-        return _Contract.apply(tensor, family, mean, *moved), (0,) * len(family)
+        return _Contract.apply(tensor, family, mean, *moved), (0,) * (len(family) + 1)
 
 
 class _Expand(torch.autograd.Function):
-    """The transpose of `_Contract`, as a linear function of its parts; the weights are constants."""
+    """The transpose of `_Contract`, as a linear function of its parts and of `skip`; the weights are constants."""
 
     @staticmethod
     def forward(
@@ -115,27 +157,31 @@ class _Expand(torch.autograd.Function):
         memory: tuple[int, ...],
         dtype: torch.dtype,
         mean: bool,
+        skip: Tensor | None,
         *tensors: Any,
     ) -> Tensor:
         order = len(grid.sizes)
         plan = make_plan(*grid, memory, dtype.itemsize, family)
-        return run_backwards(plan, tensors[order:], tensors[:order], mean, dtype)
+        return run_backwards(plan, tensors[order:], tensors[:order], mean, dtype, skip)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, *tensors = inputs
+        ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, skip, *tensors = inputs
         order = len(ctx.grid.sizes)
         ctx.vectors, ctx.part_dtype = tuple(tensors[:order]), tensors[order].dtype
+        ctx.skip_dtype = None if skip is None else skip.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        means = _Contract.apply(grad, ctx.family, ctx.mean, *ctx.vectors)
-        return *(None for _ in range(5 + len(ctx.vectors))), *(mean.to(ctx.part_dtype) for mean in means)
+        *means, passed = _Contract.apply(grad, ctx.family, ctx.mean, *ctx.vectors)
+        skip = None if ctx.skip_dtype is None else passed.to(ctx.skip_dtype)
+        nothing = (None for _ in ctx.vectors)
+        return None, None, None, None, None, skip, *nothing, *(mean.to(ctx.part_dtype) for mean in means)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        parts = tangents[5 + len(ctx.vectors) :]
-        return _Expand.apply(ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, *ctx.vectors, *parts)
+        skip, parts = tangents[5], tangents[6 + len(ctx.vectors) :]
+        return _Expand.apply(ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, skip, *ctx.vectors, *parts)
 
     @staticmethod
     def vmap(
@@ -146,15 +192,17 @@ class _Expand(torch.autograd.Function):
         memory: tuple[int, ...],
         dtype: torch.dtype,
         mean: bool,
+        skip: Tensor | None,
         *tensors: Any,
     ) -> Any:
-        order, places = len(grid.sizes), in_dims[5:]
+        order, places = len(grid.sizes), in_dims[6:]
         vectors = _vectors_to_front(tensors[:order], places[:order], len(grid.batch))
         pairs = zip(tensors[order:], places[order:], strict=True)
         parts = [_to_front(part, place, info.batch_size) for part, place in pairs]
+        skip = None if skip is None else _to_front(skip, in_dims[5], info.batch_size)
         grid = GridShape((info.batch_size, *grid.batch), grid.sizes, grid.dim)
         memory = (0, *(d + 1 for d in memory))
-        return _Expand.apply(family, grid, memory, dtype, mean, *vectors, *parts), 0
+        return _Expand.apply(family, grid, memory, dtype, mean, skip, *vectors, *parts), 0
 
 
 def _to_front(tensor: Tensor, place: int | None, size: int) -> Tensor:

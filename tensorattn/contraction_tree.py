@@ -23,14 +23,34 @@ def main_effects(order: int) -> Family:
 def primitive_for(left: int, group: int, right: int) -> str:
     """Choose the operation that reduces the middle axis of ``(left, group, right)`` fastest.
 
-    Measured: a matrix–vector product reads at full speed for an outermost or an innermost group, a product with a
-    row of weights for a group between; both are slow for short rows and short groups, where a sum is not.
+    Measured: a product with a vector of weights reads at full speed where rows are long, either the rows that it
+    reduces or those that it keeps; a sum does where rows are short.
     """
     if group == 1:
         return "view"
-    if right == 1 or left == 1:
-        return "mv"
-    return "matmul" if right >= 16 and group >= 16 else "sum"
+    if right == 1:
+        return "mv" if group >= 4096 and left >= 8 else "sum"
+    if right < 512:
+        return "sum"
+    return "mv" if left == 1 else "matmul"
+
+
+def slowness(left: int, group: int, right: int) -> float:
+    """Time of the contraction of the middle axis, in reads of its operand by one sum; a fit to measured times.
+
+    Args:
+        left: Product of the sizes before the axis.
+        group: Size of the axis.
+        right: Product of the sizes behind it.
+    """
+    primitive = primitive_for(left, group, right)
+    if primitive == "view":
+        return 0.0
+    if right == 1:
+        return 0.9 if primitive == "mv" else 1 + 16 / group
+    if primitive == "sum":
+        return (2.0 if right < 8 else 1.0 if right < 48 else 1.4) + 8 / group
+    return 0.85 + 300 / right + 1 / group
 
 
 class ContractionTree:
@@ -38,6 +58,7 @@ class ContractionTree:
 
     def __init__(self, memory: Sequence[tuple[int | None, int]], itemsize: int) -> None:
         self.memory = [axis for axis in memory if axis[0] is not None or axis[1] > 1]
+        self.order = sum(mode is not None for mode, _ in memory)
         self.itemsize = itemsize
         self.found: dict[tuple[Kept, frozenset[Kept]], tuple[float, tuple[tuple[Kept, Kept], ...]]] = {}
 
@@ -69,13 +90,12 @@ class ContractionTree:
             yield cost, ((node, reduced), *edges_below, *edges_rest)
 
     def _groups(self, node: Kept, first: Kept) -> set[Kept]:
-        """Groups adjacent in memory whose removal from a node keeps a wanted subset: gaps, prefixes, suffixes."""
-        groups: set[Kept] = set()
-        for run in _runs(mode if mode in node else None for mode, _ in self.memory if mode is None or mode in node):
-            groups.update(_runs(None if mode in first else mode for mode in run))
-            for cut in range(1, len(run)):
-                groups.update(part for part in (run[:cut], run[cut:]) if not set(part) & set(first))
-        return groups
+        """Groups adjacent in memory whose removal keeps a wanted subset: whole gaps; of the whole tensor, ends too."""
+        modes = (mode if mode in node else None for mode, _ in self.memory if mode is None or mode in node)
+        gaps = [gap for run in _runs(modes) for gap in _runs(None if mode in first else mode for mode in run)]
+        if len(node) < self.order:
+            return set(gaps)
+        return {part for gap in gaps for cut in range(len(gap)) for part in (gap[cut:], gap[: len(gap) - cut])}
 
     def extents(self, node: Kept, reduced: Kept) -> tuple[int, int, int]:
         """Sizes of a node seen as ``(left, group, right)`` around the group that is averaged out."""
@@ -89,18 +109,11 @@ class ContractionTree:
         )
 
     def _seconds(self, left: int, group: int, right: int) -> float:
-        """Model the time of one contraction: bytes over bandwidth, slower for short groups and short rows."""
-        primitive = primitive_for(left, group, right)
-        if primitive == "view":
+        """Model the time of one contraction: bytes over bandwidth, and how much slower than one read it is."""
+        slow = slowness(left, group, right)
+        if slow == 0:
             return 0.0
         traffic = (left * group * right + left * right) * self.itemsize
-        slow = 1.1 if primitive == "sum" else 1.0
-        if group < 16:
-            slow *= 1 + 8 / group
-        if right == 1 and group < 64:
-            slow *= 1.5
-        if 1 < right < 16:
-            slow *= 2.0
         bandwidth = 12e9 if traffic > 32e6 else 25e9  # memory, last-level cache
         return 6e-6 + slow * traffic / bandwidth
 

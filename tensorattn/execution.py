@@ -14,9 +14,11 @@ from tensorattn.contraction_tree import Kept, primitive_for
 from tensorattn.planning import Plan
 from tensorattn.weights import Vector, accumulation_dtype
 
-__all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
+__all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "slabs_of", "split_shape"]
 
-SLAB = 1 << 18  # elements copied at a time where a tensor cannot be read in place: 1 MB in float32
+SLAB = 1 << 18  # elements read at a time where one has to be copied, so that they stay in the cache: 1 MB in float32
+
+Term = tuple[Tensor, Tensor | None]  # a part of a sum, and its weight
 
 
 def split_shape(tensor: Tensor, order: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -48,7 +50,7 @@ def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tu
     else:
         shapes = {kept: _kept_shape(plan, kept, memory.shape) for kept in plan.family}
         nodes = {kept: tensor.new_zeros(shape, dtype=dtype) for kept, shape in shapes.items()}
-        for slab in _slabs(memory.shape):
+        for slab in slabs_of(memory.shape, SLAB):
             block = memory[slab].to(dtype, memory_format=torch.contiguous_format, copy=True)
             pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
             if weighted:
@@ -113,16 +115,26 @@ def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor
 
 
 def run_backwards(
-    plan: Plan, parts: Sequence[Tensor], vectors: Sequence[Vector], mean: bool, dtype: torch.dtype
+    plan: Plan,
+    parts: Sequence[Tensor],
+    vectors: Sequence[Vector],
+    mean: bool,
+    dtype: torch.dtype,
+    skip: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Execute the transpose of a plan: from the leaves of its tree to the root, which is written once."""
+    """Execute the transpose of a plan: from the leaves of its tree to the root, which is written once.
+
+    What is to be added on top (`skip`) joins in the same pass, and the result goes to `out` where it is given.
+    """
     axes = plan.mode_axes
     aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
     shape = [(*plan.batch, *plan.sizes, plan.dim)[d] for d in plan.permutation]
     root = tuple(range(len(axes)))
-    terms: dict[Kept, list[tuple[Tensor, Tensor | None]]] = {}
+    terms: dict[Kept, list[Term]] = {}
     for kept, part in zip(plan.family, parts, strict=True):
-        terms.setdefault(kept, []).append((_to_memory(part, plan, kept), None))
+        part = _to_memory(part.to(accumulation_dtype(part.dtype)), plan, kept)  # sums of small parts are not rounded
+        terms.setdefault(kept, []).append((part, None))
     for step in reversed(plan.steps):
         plain = [mode for mode in step.reduced if aligned[mode] is None]
         factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
@@ -131,38 +143,48 @@ def run_backwards(
         scaled = grad if factor == 1 else grad * factor
         weight = functools.reduce(torch.mul, weights) if weights else None
         terms.setdefault(step.source, []).append((scaled, weight))
-    result = _write(terms[root], shape, dtype)
+    if skip is not None:
+        terms[root].append((skip.permute(plan.permutation), None))
+    if out is not None:
+        result = out.permute(plan.permutation)
+        _write(terms[root], result)
+        return out
+    result = parts[0].new_empty(shape, dtype=dtype)
+    try:
+        _write(terms[root], result)
+    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
+        result = _add_up(terms[root]).expand(shape).to(dtype)
     return result.permute([plan.permutation.index(d) for d in range(len(shape))])
 
 
-def _add_up(terms: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Add weighted terms that broadcast against each other, all small."""
+def _add_up(terms: Sequence[Term]) -> Tensor:
+    """Add weighted terms that broadcast against each other."""
     return functools.reduce(torch.add, (part if weight is None else part * weight for part, weight in terms))
 
 
-def _write(terms: list[tuple[Tensor, Tensor | None]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Write the sum of broadcast terms into a fresh tensor: two terms in the first pass, one in each further pass."""
-    plain = [part for part, weight in terms if weight is None]
-    weighted = [(part, weight) for part, weight in terms if weight is not None]
-    if len(plain) > 1 and not weighted:
-        first, second, *plain = plain
-        if first.dtype == dtype and torch.broadcast_shapes(first.shape, second.shape) == tuple(shape):
-            result = torch.add(first, second)
+def _write(terms: Sequence[Term], result: Tensor) -> None:
+    """Write a sum of broadcast terms, the full-sized ones first: one pass over memory, the rest within the cache."""
+    first, *others = sorted(terms, key=lambda term: (term[1] is not None, -term[0].numel()))
+    plain = [part for part, weight in others if weight is None]
+    weighted = [(part, weight) for part, weight in others if weight is not None]
+    exact = all(part.dtype == result.dtype for part, _ in terms)
+    whole = exact and len(terms) <= 2 and not weighted and first[1] is None
+    for slab in [()] if whole else slabs_of(result.shape, 2 * SLAB):
+        target = result[slab]
+        total = target if exact else target.new_empty(target.shape, dtype=accumulation_dtype(result.dtype))
+        one = first[0][_within(slab, first[0])].expand(total.shape)
+        if first[1] is not None:
+            torch.mul(one, first[1][_within(slab, first[1])], out=total)
+        elif plain:
+            torch.add(one, plain[0][_within(slab, plain[0])], out=total)
         else:
-            result = torch.add(first.expand(shape), second, out=first.new_empty(shape, dtype=dtype))
-    elif weighted:
-        part, weight = weighted.pop()
-        result = (part * weight).expand(shape).contiguous()
-    else:
-        result = plain.pop().expand(shape).to(dtype, memory_format=torch.contiguous_format, copy=True)
-    try:
-        for part in plain:
-            result.add_(part)
+            total.copy_(one)
+        for part in plain[1:]:
+            total.add_(part[_within(slab, part)])
         for part, weight in weighted:
-            result.addcmul_(part, weight)
-    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
-        return _add_up(terms).expand(shape).to(dtype)
-    return result.to(dtype)
+            total.addcmul_(part[_within(slab, part)], weight[_within(slab, weight)])
+        if not exact:
+            target.copy_(total)
 
 
 def _aligned(vector: Vector, plan: Plan, mode: int) -> Vector:
@@ -195,15 +217,23 @@ def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
     return part.permute(plan.permutation).contiguous()
 
 
-def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Cut a tensor in memory order into slabs of at most `SLAB` elements."""
+def slabs_of(shape: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a grid into slabs of at most a number of elements, along its outermost dimensions.
+
+    Args:
+        shape: Sizes, the outermost in memory first.
+        elements: Number of elements.
+
+    Returns:
+        The slices of each slab.
+    """
     inner = math.prod(shape)
     ranges: list[list[slice]] = []
     for size in shape:
-        if inner <= SLAB:
+        if inner <= elements:
             break
         inner //= size
-        step = max(1, SLAB // inner)
+        step = max(1, elements // inner)
         ranges.append([slice(start, start + step) for start in range(0, size, step)])
     yield from itertools.product(*ranges)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
+from tensorattn.fused import fused_attention, is_differentiated
 from tensorattn.weights import accumulation_dtype
 
 __all__ = ["TokenSet", "attend_tokens", "join_sets", "join_tokens", "merge_attention"]
@@ -53,9 +54,10 @@ def attend_tokens(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """Add up softmax attention over several sets of tokens, each with its own softmax and coefficient.
 
-    A single set goes through `scaled_dot_product_attention`. Everything else is written out, in chunks of queries,
-    with all sets in one product; half precision is then computed in float32. A batch entry whose tokens are all
-    absent gives zeros and a log-sum-exp of minus infinity.
+    Each set goes through the fused kernel, unless log-sum-exps, attention weights, dropout or a bias a query are asked
+    for: then logits are written out, in chunks of queries, with all sets in one product. Half precision is computed in
+    float32 wherever several sets add up. A batch entry whose tokens are all absent gives zeros and a log-sum-exp of
+    minus infinity.
 
     Args:
         query: ``(*batch, L, D)``.
@@ -69,27 +71,31 @@ def attend_tokens(
         The output ``(*batch, L, D_v)`` in the type of the query; if asked for, the sum over sets of coefficient
         times log-sum-exp ``(*batch, L)``; and the attention weights ``(*batch, L, S)`` of each set.
     """
-    (first, *others), length = sets, query.shape[-2]
-    same_head = query.shape[-1] == first.value.shape[-1]
-    fused = (
-        not (others or return_lse or return_attention) and first.coefficient == 1 and first.bias is None and same_head
-    )
+    length, batch = query.shape[-2], math.prod(query.shape[:-2])
+    fusible = all(tokens.bias is None and query.shape[-1] == tokens.value.shape[-1] for tokens in sets)
+    fused = fusible and not (return_lse or return_attention or dropout_p > 0)
+    held = query.shape[-1] if fused else sum(tokens.key.shape[-2] for tokens in sets)
     step = length
-    if not torch.compiler.is_compiling() and (not fused or query.stride(-1) != 1):
-        tokens = sum(tokens.key.shape[-2] for tokens in sets)
-        step = max(64, CHUNK // max(1, math.prod(query.shape[:-2]) * tokens))
+    if not torch.compiler.is_compiling() and not (fused and _runs_whole(query, sets)):
+        step = max(64, CHUNK // max(1, batch * held))
 
     def attend(start: int) -> tuple[Tensor, ...]:
         """Attend from one chunk; output, log-sum-exp and attention weights as far as they are asked for."""
         chunk = query[..., start : start + step, :]
         if fused:
-            return (_fused(chunk, first, scale, dropout_p),)
+            return (_fused(chunk, sets, scale),)
         output, lse, weights = _explicit(chunk, sets, start, scale, dropout_p, return_lse)
         return output, *(() if lse is None else (lse,)), *(weights if return_attention else ())
 
     results = _in_chunks(attend, length, step)
     lse = results[1].squeeze(-1) if return_lse else None
     return results[0], lse, tuple(results[1 + return_lse :]) if return_attention else None
+
+
+def _runs_whole(query: Tensor, sets: Sequence[TokenSet]) -> bool:
+    """Tell whether the kernel needs nothing of the size of the queries but them, or has to keep it for derivatives."""
+    in_place = len(sets) == 1 and sets[0].coefficient == 1 and query.stride(-1) == 1
+    return in_place or is_differentiated(query, *(tokens.key for tokens in sets), *(tokens.value for tokens in sets))
 
 
 def _in_chunks(attend: Callable[[int], tuple[Tensor, ...]], length: int, step: int) -> list[Tensor]:
@@ -108,30 +114,28 @@ def _in_chunks(attend: Callable[[int], tuple[Tensor, ...]], length: int, step: i
     return whole
 
 
-def _fused(query: Tensor, tokens: TokenSet, scale: float, dropout_p: float) -> Tensor:
-    """Attend to one set by the fused kernel, which takes exactly two batch dimensions."""
-    batch = query.shape[:-2]
-    bias, alive = None, None
-    if tokens.log_weight is not None:
-        bias = tokens.log_weight.unsqueeze(-2)
-        alive = bias.amax(-1, keepdim=True) > -math.inf
-        bias = torch.where(alive, bias, 0.0)
-
-    def four(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(query.dtype)
-        if len(batch) > 2:
-            return tensor.expand(*batch, *tensor.shape[-2:]).flatten(0, -4)
-        return tensor.reshape(*(1,) * (2 - len(batch)), *tensor.shape)
-
-    output = F.scaled_dot_product_attention(
-        four(query if query.stride(-1) == 1 else query.contiguous()),
-        four(tokens.key),
-        four(tokens.value),
-        attn_mask=None if bias is None else four(bias),
-        dropout_p=dropout_p if tokens.key.shape[-2] > 1 else 0.0,
-        scale=scale,
-    ).reshape(*batch, query.shape[-2], tokens.value.shape[-1])
-    return output if alive is None else output * alive
+def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
+    """Add up what the fused kernel gives for each set."""
+    dtype = query.dtype if len(sets) == 1 else accumulation_dtype(query.dtype)
+    queries, total = query.to(dtype), None
+    choices = sum(tokens.key.shape[-2] > 1 for tokens in sets)
+    if choices > 1:
+        queries = queries.contiguous()  # they are read once a set, and faster so
+    for tokens in sets:
+        key, value = tokens.key.to(dtype), tokens.value.to(dtype)
+        bias, alive = None, None
+        if tokens.log_weight is not None:
+            bias = tokens.log_weight.unsqueeze(-2).to(dtype)
+            alive = bias.amax(-1, keepdim=True) > -math.inf
+            bias = torch.where(alive, bias, 0.0)  # a softmax over nothing would be NaN
+        if key.shape[-2] == 1 and choices:
+            part = value  # whatever the query, which other sets lead to
+        else:
+            part = fused_attention(queries, key, value, bias, scale)
+        part = part if alive is None else part * alive
+        total = torch.mul(part, tokens.coefficient) if total is None else total.add(part, alpha=tokens.coefficient)
+    assert total is not None
+    return total.expand(*query.shape[:-1], -1).to(query.dtype)
 
 
 def _explicit(

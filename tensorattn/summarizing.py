@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.contraction import contract
+from tensorattn.contraction import contract, contract_through
 from tensorattn.contraction_tree import Family, Kept, main_effects
 from tensorattn.errors import ModesError, ShapeError, retells
 from tensorattn.execution import absent_as_zero
@@ -17,7 +17,7 @@ from tensorattn.modes import GridShape, ModeSpec, grid_shape
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector, Vectors, check_floating, check_weights, normalized
 
-__all__ = ["Needs", "attention_summary", "summarize"]
+__all__ = ["Needs", "attention_summary", "self_summary", "summarize"]
 
 BLOCK = 1 << 18  # elements centred at a time for the second moment
 
@@ -102,19 +102,53 @@ def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors
         needs: What is wanted.
         weights: Checked weights of each mode, or None.
     """
+    if value is key:
+        return self_summary(key, needs, weights)[0]
+    family, of_keys, of_values = _wanted(needs)
+    vectors = normalized(weights)
+    keys = dict(zip(of_keys, contract(key, of_keys, vectors), strict=True))
+    values = dict(zip(of_values, contract(value, of_values, vectors), strict=True))
+    return _assemble(key, value, keys, values, family, needs, weights)
+
+
+def self_summary(x: Tensor, needs: Needs, weights: Vectors) -> tuple[Summary, Tensor]:
+    """Summarise a tensor that is both keys and values, unchecked, and pass it through for further use.
+
+    Args:
+        x: Keys and values over the grid.
+        needs: What is wanted.
+        weights: Checked weights of each mode, or None.
+
+    Returns:
+        The summary, and the tensor; its further derivative joins that of the summary in one pass.
+    """
+    family, of_keys, of_values = _wanted(needs)
+    both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
+    found, x = contract_through(x, both, normalized(weights))
+    means = dict(zip(both, found, strict=True))
+    keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
+    return _assemble(x, x, keys, values, family, needs, weights), x
+
+
+def _wanted(needs: Needs) -> tuple[Family, Family, Family]:
+    """Kept subsets that a summary holds, and those that it holds of the keys and of the values."""
+    family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
+    return family, family if needs.keys is None else needs.keys, family if needs.values is None else needs.values
+
+
+def _assemble(
+    key: Tensor,
+    value: Tensor,
+    keys: dict[Kept, Tensor],
+    values: dict[Kept, Tensor],
+    family: Family,
+    needs: Needs,
+    weights: Vectors,
+) -> Summary:
+    """Put means, second moments and the weights behind them together."""
     order = len(weights)
     grid = GridShape(tuple(key.shape[: -order - 1]), tuple(key.shape[-order - 1 : -1]), key.shape[-1])
     vectors = normalized(weights)
-    family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
-    of_keys = family if needs.keys is None else needs.keys
-    of_values = family if needs.values is None else needs.values
-    if value is key:
-        both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
-        means = dict(zip(both, contract(key, both, vectors), strict=True))
-        keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
-    else:
-        keys = dict(zip(of_keys, contract(key, of_keys, vectors), strict=True))
-        values = dict(zip(of_values, contract(value, of_values, vectors), strict=True))
     covariance = key_covariance = None
     if needs.second_moment:
         covariance = _covariance(value, key, values[()], keys[()], vectors, grid)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,28 @@ class Summary:
         """Batch dimensions."""
         place, mean = self._any_mean()
         return tuple(mean.shape[: -len(self.kept[place]) - 1])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that it holds."""
+        parts = (*self.keys, *self.values, *self.weights, *self.mode_weights, self.covariance, self.key_covariance)
+        return tuple(part for part in parts if part is not None)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Summary:
+        """Return the same summary with other tensors in place of its own.
+
+        Args:
+            tensors: One for each of `tensors`, in their order.
+        """
+        given = iter(tensors)
+
+        def replaced(parts: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            return tuple(None if part is None else next(given) for part in parts)
+
+        keys, values = replaced(self.keys), replaced(self.values)
+        weights, mode_weights = replaced(self.weights), replaced(self.mode_weights)
+        moments = replaced((self.covariance, self.key_covariance))
+        return Summary(self.sizes, self.kept, keys, values, weights, mode_weights, *moments)
 
     def _any_mean(self) -> tuple[int, Tensor]:
         """Return one mean that is held, and its place."""

@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorattn.contraction import contract, expand
+from tensorattn.averages import check_whole
+from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import DtypeError, OptionError, ShapeError, TensorAttentionError, describe
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
 from tensorattn.operators.position import frames_first, frames_last
+from tensorattn.positionwise import map_positions
 from tensorattn.running import running_summary
-from tensorattn.summarizing import attention_summary
+from tensorattn.summarizing import self_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_floating, check_weights, normalized
+from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_floating, check_weights
 
 __all__ = ["TensorAttention"]
 
@@ -156,31 +158,51 @@ class TensorAttention(nn.Module):
             parts.append("mode_projections=True")
         return ", ".join(parts)
 
-    def forward(self, x: Tensor, *, weights: Sequence[Vector] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        weights: Sequence[Vector] | None = None,
+        skip: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: Input, channels last or first as the module was told.
             weights: One non-negative vector a mode, ``(n_m,)`` or ``(B, n_m)``, or None for equal weights:
                 multiplicities, so 2 counts an index twice and 0 leaves it out.
+            skip: A tensor of the shape of the input that is added to the output while that is written, as for a skip
+                connection; ``x`` itself or another one.
+            out: Where to write the output, of the shape and type of the input. No derivative goes through it.
 
         Returns:
-            The output, of the shape of the input.
+            The output, of the shape of the input: ``out`` where it is given.
 
         Raises:
-            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode.
-            DtypeError: If the input is not floating point.
+            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode, or if ``skip`` or
+                ``out`` has another shape.
+            DtypeError: If a tensor is not floating point, or the types differ.
             WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+            OptionError: If ``out`` is given where derivatives are asked for.
         """
         try:
             grid = self._check(x)
-            last = x.movedim(1, -1) if self.channels_first else x
+            check_whole(x.shape, (x, *self.parameters()), skip, out)
+            last = self._last(x)
             checked = check_weights(weights, grid, last)
         except TensorAttentionError as cause:
             shown = {} if self.channels_first or not isinstance(x, Tensor) else {"x": tuple(x.shape)}
             raise cause.retold("TensorAttention", describe(self.modes.names, shown) if shown else "") from None
-        y = self._attend(last, grid, checked)
+        added = last if skip is x else None if skip is None else self._last(skip)
+        y = self._attend(last, grid, checked, added, None if out is None else self._last(out))
+        if out is not None:
+            return out
         return y.movedim(-1, 1) if self.channels_first else y
+
+    def _last(self, tensor: Tensor) -> Tensor:
+        """View an input with its channels last."""
+        return tensor.movedim(1, -1) if self.channels_first else tensor
 
     def _check(self, x: Tensor) -> GridShape:
         """Check the input and read its shape; modes go by their names."""
@@ -201,9 +223,9 @@ class TensorAttention(nn.Module):
                 raise ShapeError(f"mode {name!r} has size 0 in x, but every mode needs at least 1 index.")
         return GridShape((x.shape[0],), sizes, channels)
 
-    def _attend(self, x: Tensor, grid: GridShape, weights: Vectors) -> Tensor:
+    def _attend(self, x: Tensor, grid: GridShape, weights: Vectors, skip: Tensor | None, out: Tensor | None) -> Tensor:
         """Summarise the input once, project the summary, attend, project back."""
-        operator, order, causal = get_operator(self.operator), self.modes.order, self.causal
+        operator = get_operator(self.operator)
         settings: dict[str, Any] = {
             "scale": default_scale(self.embed_dim // self.num_heads),
             "dropout_p": self.dropout if self.training else 0.0,
@@ -211,46 +233,84 @@ class TensorAttention(nn.Module):
             "return_attention": False,
             **self.options,
         }
-        if self.interaction_gain is not None:
-            settings["gain"] = self.interaction_gain.to(accumulation_dtype(x.dtype))
-        needs = operator.needs(order, **self.options)
-        if causal is not None and operator.query == "positions":
-            summary = running_summary(x, x, needs, weights, causal)
-            x = frames_first(x, causal, 1)
-        else:
-            if causal is not None:
-                settings["causal"] = causal
-            summary = attention_summary(x, x, needs, weights)
-        batch = len(summary.batch)
-        summary = self._project(summary)
-        if self.options.get("include_self"):
-            settings["own"] = tuple(self._split(linear(x), batch) for linear in (self.k_proj, self.v_proj))
+        needs = operator.needs(self.modes.order, **self.options)
+        if self.causal is not None and operator.query == "positions":
+            summary = running_summary(x, x, needs, weights, self.causal)
+            frames = frames_first(x, self.causal, 1)
+            added = frames if skip is x else None if skip is None else frames_first(skip, self.causal, 1)
+            target = None if out is None else frames_first(out, self.causal, 1)
+            return frames_last(self._attend_positions(frames, summary, settings, added, target), self.causal, 1)
+        summary, passed = self_summary(x, needs, weights)
+        skip = passed if skip is x else skip
+        if operator.query == "positions":
+            return self._attend_positions(passed, summary, settings, skip, out)
         if operator.takes_means(**self.options):
-            return self._attend_means(x, grid, weights, summary, settings)
-        output = operator.attend(self._split(self.q_proj(x), batch), summary, **settings).output
-        output = self.out_proj(self._join(output, batch))
-        return frames_last(output, causal, 1) if causal is not None and operator.query == "positions" else output
+            output = self._attend_means(passed, summary, settings)
+            if isinstance(output, tuple):
+                effects = main_effects(self.modes.order)
+                return expand(output, effects, grid, dtype=x.dtype, skip=skip, out=out, like=x)
+        else:
+            query, projected = self._split(self.q_proj(passed), 1), self._project(summary)
+            output = operator.attend(query, projected, **settings, **self._gain(), **self._causality()).output
+        y = self.out_proj(self._join(output, 1))
+        if out is not None:
+            return out.copy_(y) if skip is None else torch.add(y, skip, out=out)
+        return y if skip is None else y + skip
 
-    def _attend_means(
-        self, x: Tensor, grid: GridShape, weights: Vectors, summary: Summary, settings: dict[str, Any]
+    def _attend_positions(
+        self, x: Tensor, summary: Summary, settings: dict[str, Any], skip: Tensor | None, out: Tensor | None
     ) -> Tensor:
+        """Attend from each position by itself: project it, attend, project back, for a slab of positions at a time."""
+        operator, batch = get_operator(self.operator), len(summary.batch)
+        summary = self._project(summary)
+        held, gain = summary.tensors, self._gain()
+        maps = [self.q_proj, self.out_proj, *((self.k_proj, self.v_proj) if self.options.get("include_self") else ())]
+        matrices = [tensor for linear in maps for tensor in (linear.weight, linear.bias) if tensor is not None]
+
+        def attend(part: Tensor, *tensors: Tensor) -> Tensor:
+            given, rest = summary.with_tensors(tensors), iter(tensors[len(held) :])
+            pairs = [(next(rest), None if linear.bias is None else next(rest)) for linear in maps]
+            query, *own = (
+                self._split(F.linear(part, *pair), batch)
+                for pair, linear in zip(pairs, maps, strict=True)
+                if linear is not self.out_proj
+            )
+            extra = {**dict(zip(gain, rest, strict=True)), **({"own": tuple(own)} if own else {})}
+            output = operator.attend(query, given, **settings, **extra).output
+            return F.linear(self._join(output, batch), *pairs[1])
+
+        tensors = (*held, *matrices, *gain.values())
+        random = settings["dropout_p"] > 0
+        return map_positions(attend, x, tensors, batch=batch, random=random, skip=skip, out=out)
+
+    def _gain(self) -> dict[str, Tensor]:
+        """Factor of the interaction correction a head, if there is one."""
+        gain = self.interaction_gain
+        return {} if gain is None else {"gain": gain.to(accumulation_dtype(gain.dtype))}
+
+    def _causality(self) -> dict[str, int]:
+        """The causal mode, for operators over the grid, if there is one."""
+        return {} if self.causal is None else {"causal": self.causal}
+
+    def _attend_means(self, x: Tensor, summary: Summary, settings: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
         """Attend from averages: queries are projected in S rows, and so is an output that is an outer sum."""
-        order = self.modes.order
-        means = contract(x, (*main_effects(order), ()), normalized(weights))
+        kept = [*main_effects(self.modes.order), *(() for _ in (0,) if () in summary.kept)]
         if self.q_norm is not None and self.k_norm is not None:
             settings |= {
                 "query_norm": functools.partial(_norm, self.q_norm),
                 "key_norm": functools.partial(_norm, self.k_norm),
             }
         queries = tuple(
-            self._split(_linear(mean, *self._rows(self.q_proj, mode)), 1) for mode, mean in enumerate(means)
+            self._split(_linear(summary.key(subset), *self._rows(self.q_proj, mode)), 1)
+            for mode, subset in enumerate(kept)
         )
-        output = get_operator(self.operator).attend(queries, summary, **settings).output
+        output = get_operator(self.operator).attend(queries, self._project(summary), **settings).output
         if isinstance(output, Tensor):
-            return self.out_proj(self._join(output, 1))
+            return output
         weight, bias = self.out_proj.weight, self.out_proj.bias
-        parts = [_linear(self._join(part, 1), weight, bias if mode == 0 else None) for mode, part in enumerate(output)]
-        return expand(parts, main_effects(order), grid).to(x.dtype)
+        return tuple(
+            _linear(self._join(part, 1), weight, bias if mode == 0 else None) for mode, part in enumerate(output)
+        )
 
     def _project(self, summary: Summary) -> Summary:
         """Project a summary of the input to that of keys and values, with heads as last batch dimension."""

@@ -281,6 +281,45 @@ class TestOuterSum:
             result.add_(1)
             close(vectors, before)
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("order", [1, 2, 3, 5])
+    def test_adds_a_tensor_and_writes_where_it_is_told(self, order, layout, slabs):
+        skip = LAYOUTS[layout](draw(*grid(order)), order)
+        vectors = [draw(2, n, 3, seed=k) for k, n in enumerate(skip.shape[1:-1])]
+        plain = ta.outer_sum(vectors)
+        close([ta.outer_sum(vectors, skip=skip)], [plain + skip])
+        for source, expected in ((None, plain), (skip, plain + skip)):
+            out = LAYOUTS[layout](torch.full_like(plain, math.nan), order)
+            assert ta.outer_sum(vectors, skip=source, out=out) is out
+            close([out], [expected])
+        expected = plain + skip
+        assert ta.outer_sum(vectors, skip=skip, out=skip) is skip
+        close([skip], [expected])
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_half_precision_is_rounded_once(self, dtype, slabs):
+        skip = draw(*grid(3), dtype=dtype)
+        vectors = [draw(2, n, 3, seed=k, dtype=dtype) for k, n in enumerate(skip.shape[1:-1])]
+        exact = ta.outer_sum([v.double() for v in vectors], skip=skip.double()).to(dtype)
+        result = ta.outer_sum(vectors, skip=skip)
+        assert result.dtype == dtype
+        close([result], [exact], rtol=torch.finfo(dtype).eps, atol=0)
+
+    def test_lies_in_memory_as_what_is_added(self):
+        skip = LAYOUTS["channels first"](draw(*grid(3)), 3)
+        vectors = [draw(2, n, 3, seed=k) for k, n in enumerate(skip.shape[1:-1])]
+        assert ta.outer_sum(vectors, skip=skip).stride() == skip.stride()
+
+    @forward_mode
+    def test_derivatives_through_what_is_added(self):
+        skip, vectors = draw(2, 3, 2, 2).requires_grad_(), [draw(2, n, 2, seed=n).requires_grad_() for n in (3, 2)]
+        function = lambda skip, *vectors: ta.outer_sum(vectors, skip=skip) ** 2  # noqa: E731
+        assert gradcheck(function, (skip, *vectors), check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(function, (skip, *vectors))
+        over = torch.vmap(lambda skip: ta.outer_sum([v.detach() for v in vectors], skip=skip))
+        skips = torch.stack([skip.detach(), 2 * skip.detach()])
+        close([over(skips)], [ta.outer_sum(vectors).detach() + skips])
+
     @pytest.mark.parametrize("order", ORDERS)
     def test_is_the_transpose_of_the_averages(self, order):
         x = draw(*grid(order))

@@ -32,6 +32,8 @@ FLOORS = {
     "execution": 3,
     "contraction": 3,
     "averages": 3,
+    "fused": 3,
+    "positionwise": 3,
     "softmax": 3,
     "summary": 4,
     "summarizing": 4,

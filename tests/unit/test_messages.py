@@ -481,6 +481,21 @@ def test_outer_sum(make):
     ]
     for vectors, kind, rule in cases:
         refused(kind, f"outer_sum: {rule}", ta.outer_sum, vectors)
+    whole = [
+        ({"skip": make(2, 30, 41, 5)}, ShapeError, "skip has shape (2, 30, 41, 5), but the result has (2, 30, 40, 5)."),
+        ({"out": make(2, 30, 5)}, ShapeError, "out has shape (2, 30, 5), but the result has (2, 30, 40, 5)."),
+        (
+            {"out": make(2, 30, 40, 5, dtype=torch.float64)},
+            DtypeError,
+            "the type is torch.float32 in the result but torch.float64 in out.",
+        ),
+    ]
+    for arguments, kind, rule in whole:
+        refused(kind, f"outer_sum: {rule}", ta.outer_sum, [rows, columns], **arguments)
+    rule = "out is given where derivatives are asked for, but none goes through it."
+    hint = "\n  Use torch.no_grad(), or leave out."
+    learned, out = [rows.clone().requires_grad_(), columns], make(2, 30, 40, 5)
+    refused(OptionError, f"outer_sum: {rule}{hint}", ta.outer_sum, learned, out=out)
     rule = "vectors[0] has 1 dimensions, but order 1 needs at least 2."
     hint = "\n  The layout is (*batch, n_1, ..., n_N, D)."
     refused(ShapeError, f"outer_sum: {rule}{hint}", ta.outer_sum, [make(100)])

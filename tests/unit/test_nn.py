@@ -14,6 +14,7 @@ from torch.export import Dim
 from variants import VARIANTS
 
 import tensorattn as ta
+from tensorattn import positionwise
 from tensorattn.operators import OPERATORS
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -175,6 +176,64 @@ class TestValues:
         torch.testing.assert_close(layer(x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)), layer(x), **CLOSE)
         row = x[:, :1].expand(2, 3, 4, 8)
         torch.testing.assert_close(layer(row), layer(row.contiguous()), **CLOSE)
+
+
+class TestSkipAndOut:
+    """What is added to the output while it is written, and where that goes; with slabs of a few positions too."""
+
+    @pytest.fixture(autouse=True, params=["whole", "slabs"])
+    def _slabs(self, request, monkeypatch):
+        if request.param == "slabs":
+            monkeypatch.setattr(positionwise, "POSITIONS", 14)
+
+    @every_variant
+    @pytest.mark.parametrize("channels_first", [False, True])
+    @pytest.mark.parametrize("causal", [None, 1])
+    def test_equal_adding_afterwards(self, variant, channels_first, causal):
+        if causal is not None and "causal" in variant.operator.lacks:
+            return
+        layer = make(variant, 3, channels_first=channels_first, causal=causal)
+        shape = (2, 8, 3, 4, 5) if channels_first else (2, 3, 4, 5, 8)
+        x, other = draw(*shape).requires_grad_(), draw(*shape, seed=1).requires_grad_()
+        for skip in (x, other):
+            leaves = [x, *layer.parameters(), *([other] if skip is other else [])]
+            results = []
+            for y in (layer(x, skip=skip), layer(x) + skip):
+                results.append([y, *torch.autograd.grad((y * draw(*shape, seed=2)).sum(), leaves, allow_unused=True)])
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+            with torch.no_grad():
+                out = torch.full_like(x, torch.nan)
+                assert layer(x, skip=skip, out=out) is out
+                torch.testing.assert_close(out, results[0][0], **CLOSE)
+        with torch.no_grad():
+            assert layer(x, out=out) is out
+            torch.testing.assert_close(out, layer(x), **CLOSE)
+
+    @every_operator
+    def test_layout_in_memory(self, variant, monkeypatch):
+        monkeypatch.setattr(positionwise, "POSITIONS", 14)
+        layer, x = make(variant, 3, channels_first=True), draw(2, 8, 3, 4, 5)
+        if variant.operator.query == "positions" or variant.name == "kao_qkv":
+            assert layer(x, skip=x).is_contiguous()
+
+    @every_operator
+    def test_dropout_is_the_same_in_both_passes(self, variant):
+        layer, x = make(variant, 2, dropout=0.5), draw(2, 5, 6, 8).requires_grad_()
+        y = layer(x)
+        direction = draw(*x.shape, seed=1)
+        (gradient,) = torch.autograd.grad((y * y.detach()).sum(), x)
+        assert gradient.isfinite().all()
+        step = 1e-6
+        losses = []
+        for sign in (1, -1):
+            torch.manual_seed(0)
+            losses.append((layer(x.detach() + sign * step * direction) ** 2).sum() / 2)
+        torch.manual_seed(0)
+        y = layer(x)
+        (gradient,) = torch.autograd.grad((y**2).sum() / 2, x)
+        slope = (losses[0] - losses[1]) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), slope.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)

@@ -1,0 +1,139 @@
+"""Attention to one set of tokens by the fused kernel of PyTorch, with the derivatives that the kernel lacks.
+
+The kernel can be differentiated backwards once. Second derivatives and forward ones are written out as plain
+operations, only where they are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+__all__ = ["fused_attention", "is_differentiated"]
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention, unchecked, of tensors of one type and one head size.
+
+    Args:
+        query: ``(*batch, L, D)``.
+        key: ``(*batch, S, D)``.
+        value: ``(*batch, S, D)``.
+        bias: Added to the logits, ``(*batch, 1, S)`` or broadcastable to ``(*batch, L, S)``; or None.
+        scale: Factor of the logits.
+
+    Returns:
+        The output ``(*batch, L, D)``.
+    """
+    tensors = (query, key, value) if bias is None else (query, key, value, bias)
+    if torch.compiler.is_compiling():
+        return _kernel(query, key, value, bias, scale)
+    return _Fused.apply(query, key, value, bias, scale, is_differentiated(*tensors))[0]
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Tell whether derivatives by some of the tensors are asked for, backwards or forwards.
+
+    Args:
+        *tensors: The tensors.
+    """
+    backwards = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return backwards or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Call the kernel, which is fused for exactly two batch dimensions and contiguous channels alone."""
+    batch = query.shape[:-2]
+
+    def four(tensor: Tensor) -> Tensor:
+        if len(batch) > 2:
+            return tensor.expand(*batch, *tensor.shape[-2:]).flatten(0, -4)
+        return tensor.reshape(*(1,) * (2 - len(batch)), *tensor.shape)
+
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    mask = None if bias is None else four(bias)
+    output = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask=mask, scale=scale)
+    return output.reshape(*batch, *output.shape[-2:])
+
+
+class _Recorded(NamedTuple):
+    """One run of the kernel as autograd recorded it."""
+
+    leaves: tuple[Tensor, ...]
+    output: Tensor
+
+
+class _Fused(torch.autograd.Function):
+    """The kernel; its own backward pass for first derivatives, plain operations for second ones."""
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, record: bool
+    ) -> tuple[Tensor, _Recorded | None]:
+        if not record:
+            return _kernel(query, key, value, bias, scale), None
+        with torch.enable_grad():
+            query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+            output = _kernel(query, key, value, None if bias is None else bias.detach(), scale)
+        return output.detach(), _Recorded((query, key, value), output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *tensors, ctx.scale, _ = inputs
+        ctx.recorded = output[1]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        query, key, value, bias = ctx.saved_tensors
+        wants_bias = bias is not None and ctx.needs_input_grad[3]
+        if ctx.recorded is not None and not torch.is_grad_enabled() and not wants_bias:
+            leaves, output = ctx.recorded
+            return *torch.autograd.grad(output, leaves, grad, retain_graph=True), None, None, None
+        weights = _weights(query, key, bias, ctx.scale)
+        of_weights = grad @ value.mT
+        of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+        of_bias = of_logits.sum_to_size(bias.shape) if wants_bias else None
+        return of_logits @ key * ctx.scale, of_logits.mT @ query * ctx.scale, weights.mT @ grad, of_bias, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, query_t: Any, key_t: Any, value_t: Any, bias_t: Any, *_: None) -> tuple[Tensor, None]:
+        query, key, value, bias = ctx.saved_tensors
+        weights = _weights(query, key, bias, ctx.scale)
+        of_logits = ctx.scale * (query_t @ key.mT + query @ key_t.mT)
+        of_logits = of_logits if bias_t is None else of_logits + bias_t
+        of_weights = weights * (of_logits - (of_logits * weights).sum(-1, keepdim=True))
+        return of_weights @ value + weights @ value_t, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        record: bool,
+    ) -> Any:
+        query, key, value = (
+            _to_front(tensor, dim, info.batch_size) for tensor, dim in zip((query, key, value), in_dims, strict=False)
+        )
+        bias = None if bias is None else _to_front(bias, in_dims[3], info.batch_size)
+        return (_kernel(query, key, value, bias, scale), None), (0, None)
+
+
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Write out the attention weights ``(*batch, L, S)``."""
+    logits = (query * scale) @ key.mT
+    return torch.softmax(logits if bias is None else logits + bias, -1)
+
+
+def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Make the dimension that `vmap` maps over the first batch dimension."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -1,0 +1,102 @@
+"""The fused kernel wrapped: values, derivatives of every kind, and transforms, against attention written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from tensorattn.fused import fused_attention, is_differentiated
+
+CLOSE = {"rtol": 1e-11, "atol": 1e-12}
+BATCHES = [(), (2,), (2, 3), (2, 1, 3)]
+
+# torch scripts some decompositions the first time that it differentiates forward.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def arguments(batch=(2,)):
+    """Queries, keys, values and a bias of the tokens."""
+    return draw(*batch, 5, 4), draw(*batch, 6, 4, seed=1), draw(*batch, 6, 4, seed=2), draw(*batch, 1, 6, seed=3)
+
+
+def written_out(query, key, value, bias, scale=0.3):
+    logits = scale * query @ key.mT
+    return torch.softmax(logits if bias is None else logits + bias, -1) @ value
+
+
+def fused(query, key, value, bias, scale=0.3):
+    return fused_attention(query, key, value, bias, scale)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_values(batch, biased):
+    *tensors, bias = arguments(batch)
+    bias = bias if biased else None
+    torch.testing.assert_close(fused(*tensors, bias), written_out(*tensors, bias), **CLOSE)
+    apart = [t.mT.contiguous().mT for t in tensors]
+    torch.testing.assert_close(fused(*apart, bias), written_out(*tensors, bias), **CLOSE)
+
+
+@forward_mode
+@pytest.mark.parametrize("biased", [False, True])
+def test_first_and_second_derivatives_in_both_directions(biased):
+    *tensors, bias = (tensor[:1, :3].requires_grad_() for tensor in arguments())
+    inputs = (*tensors, bias[..., :3]) if biased else (*tensors, None)
+    function = lambda q, k, v, b: fused(q, k, v, b)  # noqa: E731
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, inputs)
+
+
+def test_first_derivatives_are_those_of_the_kernel():
+    *tensors, bias = arguments()
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    for function in (fused, written_out):
+        output = function(*leaves, bias)
+        ours = torch.autograd.grad(output, leaves, draw(*output.shape, seed=4), retain_graph=True)
+        again = torch.autograd.grad(output, leaves, draw(*output.shape, seed=4))
+        for one, two in zip(ours, again, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+        if function is fused:
+            kept = ours
+    for one, two in zip(kept, ours, strict=True):
+        torch.testing.assert_close(one, two, **CLOSE)
+
+
+@forward_mode
+def test_transforms():
+    query, key, value, bias = arguments()
+    queries = torch.stack([query, draw(*query.shape, seed=5), draw(*query.shape, seed=6)])
+    results = []
+    for function in (fused, written_out):
+        loss = lambda q, f=function: f(q, key, value, bias).square().sum()  # noqa: E731
+        over_keys = torch.vmap(lambda k, b, f=function: f(query, k, value, b), in_dims=(0, None))
+        results.append(
+            (
+                torch.vmap(lambda q, f=function: f(q, key, value, bias), in_dims=0)(queries),
+                over_keys(torch.stack([key, 2 * key]), bias),
+                torch.func.grad(loss)(query),
+                torch.vmap(torch.func.grad(loss))(queries),
+                torch.func.grad(lambda q, f=loss: torch.vmap(f)(q).sum())(queries),
+                torch.func.jvp(loss, (query,), (queries[1],))[1],
+                torch.func.hessian(loss)(query),
+                torch.func.jacrev(torch.func.jacrev(loss))(query),
+            )
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_differentiated():
+    plain, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert not is_differentiated(plain)
+    assert is_differentiated(plain, leaf)
+    with torch.no_grad():
+        assert not is_differentiated(leaf)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        assert is_differentiated(torch.autograd.forward_ad.make_dual(plain, plain))
