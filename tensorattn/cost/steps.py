@@ -189,13 +189,14 @@ def attention(tape: Tape, query: Value, groups: Sequence[Tokens], head_dim: int,
         groups: The tokens of each softmax.
         head_dim: Channels of a head.
         written_out: Whether logits are written out, some queries at a time. A fused kernel keeps them in the cache,
-            and takes the value of a single token as it is.
+            and the value of a single token is taken as it is beside others.
 
     Returns:
         The output.
     """
     result, rows = Value(query.elements, query.itemsize), query.elements // head_dim
-    softmaxes = [group for group in groups if group.size > 1 or written_out]
+    all_alike = all(group.size == 1 for group in groups)
+    softmaxes = [group for group in groups if group.size > 1 or written_out or all_alike]
     tokens = sum(group.size for group in softmaxes)
     operands = [query] if softmaxes else []
     operands += [value for group in softmaxes for value in (*group.keys, *group.values)]
