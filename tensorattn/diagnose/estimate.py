@@ -18,7 +18,7 @@ from torch import Tensor
 from tensorattn.contraction import contract
 from tensorattn.diagnose.effects import precise
 from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.modes import attention_shapes
+from tensorattn.modes import attention_shapes, is_integer
 from tensorattn.operators import Operator, get_operator
 from tensorattn.operators.flattened import flattened_attention
 from tensorattn.weights import Vector, check_floating, check_weights, normalized
@@ -117,7 +117,7 @@ def sample_positions(count: int, n_queries: int, generator: torch.Generator | No
         >>> sample_positions(4, 64)
         tensor([0, 1, 2, 3])
     """
-    if isinstance(n_queries, bool) or not isinstance(n_queries, int) or n_queries < 2:
+    if not is_integer(n_queries) or n_queries < 2:
         raise OptionError(f"n_queries must be an integer of at least 2, got {n_queries!r}.")
     device = "cpu" if generator is None else generator.device
     return torch.randperm(count, generator=generator, device=device)[:n_queries].sort().values

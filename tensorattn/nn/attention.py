@@ -15,10 +15,11 @@ from tensorattn.averages import check_whole
 from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import DtypeError, OptionError, ShapeError, TensorAttentionError, describe
-from tensorattn.modes import GridShape, ModeSpec
+from tensorattn.modes import GridShape, ModeSpec, mode_subsets
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
 from tensorattn.operators.position import frames_first, frames_last
+from tensorattn.options import check_count, check_probability, check_switch
 from tensorattn.positionwise import map_positions
 from tensorattn.running import running_summary
 from tensorattn.summarizing import self_summary
@@ -99,14 +100,17 @@ class TensorAttention(nn.Module):
         try:
             self.modes = ModeSpec.parse(modes)
             record = get_operator(operator)
+            switches = {"channels_first": channels_first, "bias": bias}
+            for name, value in {**switches, "mode_projections": mode_projections, "qk_norm": qk_norm}.items():
+                check_switch(value, name)
             self.causal = None if causal is None else self.modes.index(causal)
             if options.get("kept") is not None:
-                options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in options["kept"])
+                subsets = mode_subsets(options["kept"])
+                options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
             self.options = record.with_defaults(options)
             record.needs(self.modes.order, **self.options)  # refuses values out of range
             _check_heads(embed_dim, num_heads)
-            if not 0 <= dropout <= 1:
-                raise OptionError(f"dropout must be between 0 and 1, got {dropout}.")
+            check_probability(dropout, "dropout")
             for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
                 if given and not record.pools:
                     raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
@@ -114,6 +118,7 @@ class TensorAttention(nn.Module):
                 raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
         except TensorAttentionError as cause:
             raise cause.retold("TensorAttention") from None
+        embed_dim, num_heads = int(embed_dim), int(num_heads)
         self.embed_dim, self.num_heads, self.operator = embed_dim, num_heads, operator
         self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
         rows = embed_dim * (self.modes.order if mode_projections else 1)
@@ -190,10 +195,12 @@ class TensorAttention(nn.Module):
             grid = self._check(x)
             check_whole(x.shape, (x, *self.parameters()), skip, out)
             last = self._last(x)
-            checked = check_weights(weights, grid, last)
+            checked = check_weights(weights, grid, last, self.modes)
         except TensorAttentionError as cause:
-            shown = {} if self.channels_first or not isinstance(x, Tensor) else {"x": tuple(x.shape)}
-            raise cause.retold("TensorAttention", describe(self.modes.names, shown) if shown else "") from None
+            reading = ""
+            if isinstance(x, Tensor):
+                reading = describe(self.modes.names, {"x": tuple(x.shape)}, channels_first=self.channels_first)
+            raise cause.retold("TensorAttention", reading) from None
         added = last if skip is x else None if skip is None else self._last(skip)
         y = self._attend(last, grid, checked, added, None if out is None else self._last(out))
         if out is not None:
@@ -211,6 +218,8 @@ class TensorAttention(nn.Module):
         own = self.q_proj.weight.dtype
         if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
             raise DtypeError(f"the type is {x.dtype} in x but {own} in the parameters.")
+        if x.device != self.q_proj.weight.device:
+            raise DtypeError(f"the device is {x.device} in x but {self.q_proj.weight.device} in the parameters.")
         if x.dim() != order + 2:
             layout = " ".join(("B", "C", *self.modes.names) if self.channels_first else ("B", *self.modes.names, "C"))
             raise ShapeError(f"x has {x.dim()} dimensions, but the layout ({layout}) has {order + 2}.")
@@ -218,9 +227,10 @@ class TensorAttention(nn.Module):
         if channels != self.embed_dim:
             raise ShapeError(f"x has {channels} channels, but embed_dim is {self.embed_dim}.")
         sizes = tuple(x.shape[2:] if self.channels_first else x.shape[1:-1])
-        for name, size in zip(self.modes.names, sizes, strict=True):
+        for mode, size in enumerate(sizes):
             if size == 0:
-                raise ShapeError(f"mode {name!r} has size 0 in x, but every mode needs at least 1 index.")
+                label = self.modes.label(mode)
+                raise ShapeError(f"mode {label} has size 0 in x, but every mode needs at least 1 index.")
         return GridShape((x.shape[0],), sizes, channels)
 
     def _attend(self, x: Tensor, grid: GridShape, weights: Vectors, skip: Tensor | None, out: Tensor | None) -> Tensor:
@@ -360,6 +370,8 @@ def _norm(norm: nn.LayerNorm, pooled: Tensor) -> Tensor:
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:
     """Check that heads divide the channels."""
+    for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        check_count(count, name)
     if embed_dim < 1 or num_heads < 1:
         raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
     if embed_dim % num_heads:

@@ -28,6 +28,7 @@ FLOORS = {
     "planning": 2,
     "truncation": 2,
     "cost": 2,
+    "options": 3,
     "weights": 3,
     "execution": 3,
     "contraction": 3,
