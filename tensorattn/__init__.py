@@ -10,8 +10,19 @@ from tensorattn.errors import (
     TensorAttentionError,
     WeightsError,
 )
+from tensorattn.models import TensorTransformer, TensorTransformerConfig
 from tensorattn.modes import ModeSpec
-from tensorattn.nn import TensorAttention
+from tensorattn.nn import (
+    DropPath,
+    GatedMLP,
+    LearnedPositions,
+    PatchEmbedding,
+    PatchUnembedding,
+    RotaryEmbedding,
+    SinCosPositions,
+    TensorAttention,
+    TensorTransformerBlock,
+)
 from tensorattn.operators import OPERATORS, AttentionResult, Claim, Operator, get_operator, register_operator
 from tensorattn.operators.additive import additive_attention
 from tensorattn.operators.axial import axial_attention
@@ -33,17 +44,27 @@ __all__ = [
     "AdditiveFraction",
     "AttentionResult",
     "Claim",
+    "DropPath",
     "DtypeError",
     "ErrorEstimate",
+    "GatedMLP",
+    "LearnedPositions",
     "ModeSpec",
     "ModesError",
     "Operator",
     "OptionError",
+    "PatchEmbedding",
+    "PatchUnembedding",
     "Plan",
+    "RotaryEmbedding",
     "ShapeError",
+    "SinCosPositions",
     "Summary",
     "TensorAttention",
     "TensorAttentionError",
+    "TensorTransformer",
+    "TensorTransformerBlock",
+    "TensorTransformerConfig",
     "WeightsError",
     "additive_attention",
     "additive_fraction",

@@ -57,7 +57,7 @@ class ContractionTree:
     """Search for the cheapest tree of contractions over one memory order."""
 
     def __init__(self, memory: Sequence[tuple[int | None, int]], itemsize: int) -> None:
-        self.memory = [axis for axis in memory if axis[0] is not None or axis[1] > 1]
+        self.memory = [axis for axis in memory if axis[0] is not None or axis[1] != 1]
         self.order = sum(mode is not None for mode, _ in memory)
         self.itemsize = itemsize
         self.found: dict[tuple[Kept, frozenset[Kept]], tuple[float, tuple[tuple[Kept, Kept], ...]]] = {}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tensorattn.contraction_tree import Kept, primitive_for
-from tensorattn.planning import Plan
+from tensorattn.planning import Plan, Step
 from tensorattn.weights import Vector, accumulation_dtype
 
 __all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "slabs_of", "split_shape"]
 
-SLAB = 1 << 18  # elements read at a time where one has to be copied, so that they stay in the cache: 1 MB in float32
+SLAB = 1 << 19  # elements worked on at a time where one pass is not enough, so that they stay in the cache
 
 Term = tuple[Tensor, Tensor | None]  # a part of a sum, and its weight
 
@@ -38,27 +38,62 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tuple[Tensor, ...]:
     """Execute a plan: in place where the tensor is dense, else slab by slab through a small dense copy.
 
-    The copy also converts half precision to float32, takes away what is not finite where a weight is zero, and bounds
-    what weights that differ between samples cost.
+    The copy also converts half precision to float32, and takes away what is not finite where a weight is zero.
     """
     memory = tensor.permute(plan.permutation)
     dtype = accumulation_dtype(tensor.dtype)
     aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
-    weighted = any(vector is not None for vector in vectors)
-    if not weighted and tensor.dtype == dtype and memory.is_contiguous():
-        nodes = _reduce(plan, memory, aligned, mean)
-    else:
-        shapes = {kept: _kept_shape(plan, kept, memory.shape) for kept in plan.family}
-        nodes = {kept: tensor.new_zeros(shape, dtype=dtype) for kept, shape in shapes.items()}
-        for slab in slabs_of(memory.shape, SLAB):
-            block = memory[slab].to(dtype, memory_format=torch.contiguous_format, copy=True)
-            pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
-            if weighted:
-                block = absent_as_zero(block, [piece for piece in pieces if piece is not None])
-            for kept, part in _reduce(plan, block, pieces, mean).items():
-                if kept in nodes:
-                    nodes[kept][_within(slab, nodes[kept])].add_(part)
+    nodes: dict[Kept, Tensor] | None = None
+    if tensor.dtype == dtype and memory.is_contiguous() and _reads_in_place(plan, vectors):
+        nodes = _reduce(plan, {tuple(range(len(plan.sizes))): memory}, plan.steps, aligned, mean)
+        if any(vector is not None for vector in vectors) and not _finite(nodes):
+            nodes = None
+    if nodes is None:
+        nodes = _run_by_slabs(plan, memory, aligned, mean, dtype)
+    everything = tuple(range(len(plan.sizes)))
+    if everything in plan.family:
+        nodes[everything] = memory.to(dtype)
     return tuple(_to_logical(nodes[kept], plan, kept) for kept in plan.family)
+
+
+def _reads_in_place(plan: Plan, vectors: Sequence[Vector]) -> bool:
+    """Tell whether no step needs a temporary: weights that differ between samples need the batch outermost."""
+    batch = len(plan.batch)
+    return plan.permutation[:batch] == tuple(range(batch)) or all(v is None or v.dim() == 1 for v in vectors)
+
+
+def _run_by_slabs(
+    plan: Plan, memory: Tensor, aligned: Sequence[Vector], mean: bool, dtype: torch.dtype
+) -> dict[Kept, Tensor]:
+    """Execute a plan slab by slab, each copied to the same scratch memory.
+
+    The tensor itself is only averaged into the first nodes of the tree, which add up over slabs; the rest of the tree
+    is made of those.
+    """
+    root = tuple(range(len(plan.sizes)))
+    first = [step for step in plan.steps if step.source == root]
+    nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, memory.shape), dtype=dtype) for step in first}
+    slabs = list(slabs_of(memory.shape, SLAB))
+    scratch = memory.new_empty(max(memory[slab].numel() for slab in slabs), dtype=dtype)
+    for slab in slabs:
+        part = memory[slab]
+        block = scratch[: part.numel()].view(part.shape).copy_(part)
+        pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
+        weights = [piece for piece in pieces if piece is not None]
+        found = _reduce(plan, {root: block}, first, pieces, mean)
+        if weights and not _finite(found):
+            found = _reduce(plan, {root: absent_as_zero(block, weights)}, first, pieces, mean)
+        for kept, node in nodes.items():
+            node[_within(slab, node)].add_(found[kept])
+    return _reduce(plan, nodes, [step for step in plan.steps if step.source != root], aligned, mean)
+
+
+def _finite(nodes: dict[Kept, Tensor]) -> bool:
+    """Tell whether all means are finite; of tensors without values, assume so."""
+    try:
+        return all(bool(node.isfinite().all()) for node in nodes.values())
+    except RuntimeError:
+        return True
 
 
 def absent_as_zero(tensor: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -75,17 +110,21 @@ def absent_as_zero(tensor: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.where(present | tensor.isfinite(), tensor, 0.0)
 
 
-def _reduce(plan: Plan, root: Tensor, aligned: Sequence[Vector], mean: bool) -> dict[Kept, Tensor]:
-    """Execute the steps on a dense tensor in memory order; reduced modes stay as dimensions of size 1."""
-    axes = plan.mode_axes
-    nodes = {tuple(range(len(axes))): root}
-    for step in plan.steps:
+def _reduce(
+    plan: Plan, nodes: dict[Kept, Tensor], steps: Sequence[Step], aligned: Sequence[Vector], mean: bool
+) -> dict[Kept, Tensor]:
+    """Execute steps on dense nodes in memory order, where reduced modes stay as dimensions of size 1.
+
+    Returns the nodes given and made, but the tensor itself.
+    """
+    axes, nodes = plan.mode_axes, dict(nodes)
+    for step in steps:
         node, places = nodes[step.source], [axes[mode] for mode in step.reduced]
         plain = [mode for mode in step.reduced if aligned[mode] is None]
         factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
         weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
         nodes[step.target] = _reduce_group(node, places, weights, factor)
-    return nodes
+    return {kept: node for kept, node in nodes.items() if len(kept) < len(axes)}
 
 
 def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor: float) -> Tensor:
@@ -95,8 +134,7 @@ def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor
     left, group, right = math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
     reduced = [1 if axis in places else size for axis, size in enumerate(shape)]
     if any(weight.numel() != math.prod(weight.shape[axis] for axis in places) for weight in weights):
-        product = functools.reduce(torch.mul, weights, node)  # weights differ between samples
-        return (product * factor).sum(places, keepdim=True)
+        return _reduce_by_sample(node, places, weights, factor).reshape(reduced)
     primitive = primitive_for(left, group, right)
     if not weights and primitive == "view":
         return node * factor if factor != 1 else node
@@ -112,6 +150,25 @@ def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor
     if left == 1:
         return torch.mv(node.reshape(group, right).t(), vector).reshape(reduced)
     return torch.matmul(vector.expand(left, 1, group), node.reshape(left, group, right)).reshape(reduced)
+
+
+def _reduce_by_sample(node: Tensor, places: list[int], weights: list[Tensor], factor: float) -> Tensor:
+    """Reduce one group of adjacent axes by weights that differ between samples."""
+    first, last, shape = min(places), max(places) + 1, node.shape
+    varying = [axis for axis in range(len(shape)) if axis not in places and any(w.shape[axis] != 1 for w in weights)]
+    batch = varying[-1] + 1
+    entries = math.prod(shape[:batch])
+    if batch > first or entries == 0:
+        return (functools.reduce(torch.mul, weights, node) * factor).sum(places, keepdim=True)
+    left, group, right = (math.prod(shape[start:end]) for start, end in ((batch, first), (first, last), (last, None)))
+    vector = functools.reduce(torch.mul, weights) * factor
+    grid = (shape[axis] if axis < batch or axis in places else 1 for axis in range(len(shape)))
+    vector = vector.expand(*grid).reshape(entries, group)
+    if right == 1:
+        return torch.bmm(node.reshape(entries, left, group), vector.unsqueeze(-1))
+    if left == 1:
+        return torch.bmm(vector.unsqueeze(1), node.reshape(entries, group, right))
+    return torch.matmul(vector[:, None, None], node.reshape(entries, left, group, right))
 
 
 def run_backwards(
@@ -169,7 +226,7 @@ def _write(terms: Sequence[Term], result: Tensor) -> None:
     weighted = [(part, weight) for part, weight in others if weight is not None]
     exact = all(part.dtype == result.dtype for part, _ in terms)
     whole = exact and len(terms) <= 2 and not weighted and first[1] is None
-    for slab in [()] if whole else slabs_of(result.shape, 2 * SLAB):
+    for slab in [()] if whole else slabs_of(result.shape, SLAB):
         target = result[slab]
         total = target if exact else target.new_empty(target.shape, dtype=accumulation_dtype(result.dtype))
         one = first[0][_within(slab, first[0])].expand(total.shape)
@@ -233,7 +290,8 @@ def slabs_of(shape: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]
         if inner <= elements:
             break
         inner //= size
-        step = max(1, elements // inner)
+        pieces = math.ceil(size / max(1, elements // inner))
+        step = math.ceil(size / pieces)  # slabs of about the same size
         ranges.append([slice(start, start + step) for start in range(0, size, step)])
     yield from itertools.product(*ranges)
 

@@ -16,8 +16,8 @@ __all__ = [
     "check_order",
     "grid_shape",
     "is_integer",
+    "mode_parts",
     "mode_subsets",
-    "one_a_mode",
 ]
 
 
@@ -123,7 +123,7 @@ def is_integer(number: object) -> TypeGuard[int]:
     return isinstance(number, int | numbers.Integral) and not isinstance(number, bool)
 
 
-def one_a_mode(given: Any, order: int, argument: str, noun: str, kind: type[TensorAttentionError]) -> tuple[Any, ...]:
+def mode_parts(given: Any, order: int, argument: str, noun: str, kind: type[TensorAttentionError]) -> tuple[Any, ...]:
     """Read an argument that holds one part a mode.
 
     Args:
@@ -140,7 +140,7 @@ def one_a_mode(given: Any, order: int, argument: str, noun: str, kind: type[Tens
         TensorAttentionError: If there are not N of them, of the class ``kind``.
 
     Examples:
-        >>> one_a_mode([None, 2.0], 2, "weights", "vectors", ShapeError)
+        >>> mode_parts([None, 2.0], 2, "weights", "vectors", ShapeError)
         (None, 2.0)
     """
     needs = f"order {order} needs {order} {noun}, one a mode"

@@ -15,7 +15,7 @@ from tensorattn.errors import ModesError, ShapeError, retells
 from tensorattn.execution import absent_as_zero
 from tensorattn.modes import GridShape, ModeSpec, grid_shape
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, Vectors, check_floating, check_weights, normalized
+from tensorattn.weights import Vector, Vectors, check_floating, check_weights, counting_dtype, normalized
 
 __all__ = ["Needs", "attention_summary", "self_summary", "summarize"]
 
@@ -184,6 +184,7 @@ def _marginal_weight(kept: Kept, weights: Vectors, grid: GridShape) -> Tensor | 
     """Weight behind each marginal mean: its indices' own weights times the total weight of every other mode."""
     factors, count = [], 1
     for mode, (weight, size) in enumerate(zip(weights, grid.sizes, strict=True)):
+        weight = None if weight is None else weight.to(counting_dtype(weight.device))
         if weight is None:
             count *= 1 if mode in kept else size
         elif mode in kept:
@@ -203,14 +204,15 @@ def _covariance(
     batch, order = len(grid.batch), len(grid.sizes)
     if order == 0:  # one position has no spread
         return left_mean.unsqueeze(-1) * right_mean.unsqueeze(-2) * 0
-    longest, step = 0, grid.sizes[0]
+    longest, pieces = 0, [(0, grid.sizes[0])]
     if not torch.compiler.is_compiling():
         longest = grid.sizes.index(max(grid.sizes))
         rest = max(1, max(left.numel(), right.numel()) // grid.sizes[longest])
         step = max(1, BLOCK // rest)
+        starts = range(0, grid.sizes[longest], step)
+        pieces = [(start, min(step, grid.sizes[longest] - start)) for start in starts]
     total: Tensor | None = None
-    for start in range(0, grid.sizes[longest], step):
-        length = min(step, grid.sizes[longest] - start)
+    for start, length in pieces:
         blocks = []
         for tensor, mean in ((left, left_mean), (right, right_mean)):
             block = tensor.narrow(batch + longest, start, length).to(mean.dtype)

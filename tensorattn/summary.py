@@ -23,7 +23,7 @@ from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec
 from tensorattn.options import check_count
 from tensorattn.softmax import TokenSet
-from tensorattn.weights import Vector, Vectors, log_weights
+from tensorattn.weights import Vector, Vectors, counting_dtype, log_weights
 
 __all__ = ["Summary"]
 
@@ -155,7 +155,7 @@ class Summary:
         return TokenSet(
             key.flatten(batch, -2),
             value.flatten(batch, -2),
-            None if weight is None else log_weights(weight.flatten(batch)),
+            None if weight is None else log_weights(weight.flatten(batch)).to(key.dtype),
             math.prod(outside),
             coefficient,
         )
@@ -216,10 +216,20 @@ class Summary:
         self._check_projectable(key_weight, value_weight, key_bias, value_bias, num_heads)
         batch = len(self.batch)
 
-        def linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            bias = None if bias is None else bias.to(mean.dtype)
-            mean = F.linear(mean, weight.to(mean.dtype), bias)
-            return mean if num_heads is None else mean.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+        def linear(means: tuple[Tensor | None, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+            """Map all means in one product, but the tensor itself, which nothing is joined to."""
+            held = [
+                mean for mean, kept in zip(means, self.kept, strict=True) if mean is not None and len(kept) < self.order
+            ]
+            rows = iter(_joined_linear(held, batch, weight, bias) if held else ())
+            mapped = [
+                None if mean is None else next(rows) if len(kept) < self.order else _linear(mean, weight, bias)
+                for mean, kept in zip(means, self.kept, strict=True)
+            ]
+            return tuple(
+                mean if mean is None or num_heads is None else mean.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+                for mean in mapped
+            )
 
         def bilinear(moment: Tensor | None, left: Tensor, right: Tensor) -> Tensor | None:
             if moment is None:
@@ -230,8 +240,7 @@ class Summary:
                 moment = moment.unsqueeze(-3)
             return left @ moment @ right.mT
 
-        keys = tuple(None if mean is None else linear(mean, key_weight, key_bias) for mean in self.keys)
-        values = tuple(None if mean is None else linear(mean, value_weight, value_bias) for mean in self.values)
+        keys, values = linear(self.keys, key_weight, key_bias), linear(self.values, value_weight, value_bias)
         weights, mode_weights = self.weights, self.mode_weights
         if num_heads is not None:
             weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
@@ -400,12 +409,32 @@ class Summary:
             ]
             return dataclasses.replace(self, mode_weights=tuple(written))
         ones, (_, like) = [1] * len(self.batch), self._any_mean()
+        counting = counting_dtype(like.device)
         grids = [[self.sizes[mode] for mode in kept] for kept in self.kept]
         return dataclasses.replace(
             self,
-            weights=tuple(like.new_full([*ones, *grid], self.positions / math.prod(grid)) for grid in grids),
+            weights=tuple(
+                like.new_full([*ones, *grid], self.positions / math.prod(grid), dtype=counting) for grid in grids
+            ),
             mode_weights=tuple(like.new_ones([*ones, size]) for size in self.sizes),
         )
+
+
+def _linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear map to means in their own type."""
+    return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+
+
+def _joined_linear(means: Sequence[Tensor], batch: int, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Apply a linear map to several means ``(*batch, *sizes, D)`` in one product."""
+    grids = [mean.shape[batch:-1] for mean in means]
+    tokens = [
+        mean.reshape(*mean.shape[:batch], math.prod(grid), mean.shape[-1])
+        for mean, grid in zip(means, grids, strict=True)
+    ]
+    mapped = _linear(tokens[0] if len(tokens) == 1 else torch.cat(tokens, -2), weight, bias)
+    parts = mapped.split([part.shape[-2] for part in tokens], -2)
+    return [part.reshape(*part.shape[:batch], *grid, part.shape[-1]) for part, grid in zip(parts, grids, strict=True)]
 
 
 def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor | float:
@@ -422,7 +451,8 @@ def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor 
         fallback = _share(first, second)
         if isinstance(fallback, Tensor):
             fallback = fallback.reshape([*fallback.shape, *(1 for _ in first.kept[place])])
-    return torch.where(total > 0, weights[1] / torch.where(total > 0, total, 1), fallback)
+    share = torch.where(total > 0, weights[1] / torch.where(total > 0, total, 1), fallback)
+    return share.to(first._any_mean()[1].dtype)
 
 
 def _sum(first: Vector, second: Vector) -> Vector:

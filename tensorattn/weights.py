@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.errors import DtypeError, TensorAttentionError, WeightsError
-from tensorattn.modes import GridShape, ModeSpec, one_a_mode
+from tensorattn.modes import GridShape, ModeSpec, mode_parts
 
 __all__ = [
     "Vector",
@@ -18,6 +18,7 @@ __all__ = [
     "accumulation_dtype",
     "check_floating",
     "check_weights",
+    "counting_dtype",
     "log_weights",
     "normalized",
     "real_tensor",
@@ -71,7 +72,7 @@ def check_weights(
     order = len(grid.sizes)
     if weights is None:
         return (None,) * order
-    vectors = one_a_mode(weights, order, "weights", "vectors", WeightsError)
+    vectors = mode_parts(weights, order, "weights", "vectors", WeightsError)
     spec = ModeSpec.parse(order) if modes is None else modes
     checked: list[Vector] = []
     for index, (vector, size) in enumerate(zip(vectors, grid.sizes, strict=True)):
@@ -142,6 +143,15 @@ def _check_values(vector: Tensor, mode: str) -> None:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which averages of a type are accumulated: float32 for half precision."""
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def counting_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which weights of modes are multiplied, where products may be very large or small.
+
+    Args:
+        device: Device of the weights: MPS has no float64.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def log_weights(weights: Tensor) -> Tensor:

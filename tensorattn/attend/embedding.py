@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorattn.attend.patches import grid_of, patch_rows
+from tensorattn.attend.patches import patch_rows
 from tensorattn.attend.readers import RecordingError
 from tensorattn.errors import OptionError
+from tensorattn.patching import grid_of
 
 __all__ = ["Tokens", "embed", "logit_scale"]
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from tensorattn.errors import OptionError
+from tensorattn.patching import block_axes, block_shape, grid_of
 
-__all__ = ["choose_patch", "grid_of", "parse_patch", "patch_rows", "patchify"]
+__all__ = ["choose_patch", "parse_patch", "patch_rows", "patchify"]
 
 ROW_ELEMENTS = 2**22  # elements cut at a time, so that a long recording is never held twice
 
@@ -63,20 +64,6 @@ def choose_patch(sizes: Sequence[int], max_positions: int) -> tuple[int, ...]:
     return tuple(patch)
 
 
-def grid_of(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
-    """Return how many patches cover each mode, the last one padded where the size is not divisible.
-
-    Args:
-        sizes: Sizes of the modes.
-        patch: Sizes of a patch.
-
-    Examples:
-        >>> grid_of((30, 240, 322), (4, 8, 8))
-        (8, 30, 41)
-    """
-    return tuple(-(-size // part) for size, part in zip(sizes, patch, strict=True))
-
-
 def patchify(array: np.ndarray[Any, Any], patch: Sequence[int]) -> np.ndarray[Any, Any]:
     """Cut an array into patches. Sizes that are not divisible are padded at the end with the last entries.
 
@@ -98,10 +85,8 @@ def patchify(array: np.ndarray[Any, Any], patch: Sequence[int]) -> np.ndarray[An
     missing = [(0, g * p - n) for g, p, n in zip(grid, patch, sizes, strict=True)]
     if any(after for _, after in missing):
         array = np.pad(array, [*missing, (0, 0)], mode="edge")
-    split = [part for pair in zip(grid, patch, strict=True) for part in pair]
-    blocks = array.reshape(*split, array.shape[-1])  # (g_1, p_1, …, g_N, p_N, C)
-    outside, inside = range(0, 2 * order, 2), range(1, 2 * order, 2)
-    return blocks.transpose(*outside, *inside, 2 * order).reshape(*grid, -1)
+    blocks = array.reshape(*block_shape(grid, patch), array.shape[-1])
+    return blocks.transpose(block_axes(order)).reshape(*grid, -1)
 
 
 def patch_rows(

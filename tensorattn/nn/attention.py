@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tensorattn.averages import check_whole
 from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
-from tensorattn.errors import DtypeError, OptionError, ShapeError, TensorAttentionError, describe
+from tensorattn.errors import OptionError, TensorAttentionError
 from tensorattn.modes import GridShape, ModeSpec, mode_subsets
+from tensorattn.nn.layout import check_input, check_parameters, reading
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
 from tensorattn.operators.position import frames_first, frames_last
@@ -24,7 +25,7 @@ from tensorattn.positionwise import map_positions
 from tensorattn.running import running_summary
 from tensorattn.summarizing import self_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_floating, check_weights
+from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_weights
 
 __all__ = ["TensorAttention"]
 
@@ -192,15 +193,15 @@ class TensorAttention(nn.Module):
             OptionError: If ``out`` is given where derivatives are asked for.
         """
         try:
-            grid = self._check(x)
-            check_whole(x.shape, (x, *self.parameters()), skip, out)
+            grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+            check_parameters(x, self.q_proj.weight)
+            if skip is not None or out is not None:
+                check_whole(x.shape, (x, *self.parameters()), skip, out)
             last = self._last(x)
             checked = check_weights(weights, grid, last, self.modes)
         except TensorAttentionError as cause:
-            reading = ""
-            if isinstance(x, Tensor):
-                reading = describe(self.modes.names, {"x": tuple(x.shape)}, channels_first=self.channels_first)
-            raise cause.retold("TensorAttention", reading) from None
+            told = reading(x, self.modes, channels_first=self.channels_first)
+            raise cause.retold("TensorAttention", told) from None
         added = last if skip is x else None if skip is None else self._last(skip)
         y = self._attend(last, grid, checked, added, None if out is None else self._last(out))
         if out is not None:
@@ -210,28 +211,6 @@ class TensorAttention(nn.Module):
     def _last(self, tensor: Tensor) -> Tensor:
         """View an input with its channels last."""
         return tensor.movedim(1, -1) if self.channels_first else tensor
-
-    def _check(self, x: Tensor) -> GridShape:
-        """Check the input and read its shape; modes go by their names."""
-        order = self.modes.order
-        check_floating(x=x)
-        own = self.q_proj.weight.dtype
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
-            raise DtypeError(f"the type is {x.dtype} in x but {own} in the parameters.")
-        if x.device != self.q_proj.weight.device:
-            raise DtypeError(f"the device is {x.device} in x but {self.q_proj.weight.device} in the parameters.")
-        if x.dim() != order + 2:
-            layout = " ".join(("B", "C", *self.modes.names) if self.channels_first else ("B", *self.modes.names, "C"))
-            raise ShapeError(f"x has {x.dim()} dimensions, but the layout ({layout}) has {order + 2}.")
-        channels = x.shape[1 if self.channels_first else -1]
-        if channels != self.embed_dim:
-            raise ShapeError(f"x has {channels} channels, but embed_dim is {self.embed_dim}.")
-        sizes = tuple(x.shape[2:] if self.channels_first else x.shape[1:-1])
-        for mode, size in enumerate(sizes):
-            if size == 0:
-                label = self.modes.label(mode)
-                raise ShapeError(f"mode {label} has size 0 in x, but every mode needs at least 1 index.")
-        return GridShape((x.shape[0],), sizes, channels)
 
     def _attend(self, x: Tensor, grid: GridShape, weights: Vectors, skip: Tensor | None, out: Tensor | None) -> Tensor:
         """Summarise the input once, project the summary, attend, project back."""

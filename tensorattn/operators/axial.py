@@ -16,7 +16,7 @@ from tensorattn.operators.position import Bias
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, log_weights
+from tensorattn.weights import Vector, accumulation_dtype, log_weights
 
 __all__ = ["OPERATOR", "axial_attention"]
 
@@ -32,7 +32,7 @@ def attend(
     for mode, size in enumerate(summary.sizes):
         dim = batch + mode
         # The weight of a whole position, not of its index: a fibre of absent positions then has no token at all.
-        log_weight = None if weight is None else log_weights(weight).movedim(dim, -1)
+        log_weight = None if weight is None else log_weights(weight).to(key.dtype).movedim(dim, -1)
         fibres = TokenSet(key.movedim(dim, -2), value.movedim(dim, -2), log_weight)
         along = None if bias is None else bias[mode]
         if along is not None:
@@ -43,8 +43,9 @@ def attend(
         outputs.append(output.movedim(-2, dim))
         if attention is not None:
             attentions.append(attention[0].movedim(-2, dim))
-    mean = functools.reduce(torch.add, outputs) / order
-    return AttentionResult(mean, lse, tuple(attentions) or None)
+    dtype = accumulation_dtype(query.dtype)
+    mean = functools.reduce(torch.add, (output.to(dtype) for output in outputs)) / order
+    return AttentionResult(mean.to(query.dtype), lse, tuple(attentions) or None)
 
 
 def _attend_to_the_past(

@@ -59,9 +59,8 @@ def marginal_covariance(summary: Summary, kept: Kept, of_keys: bool) -> Tensor:
     left = key if of_keys else tokens.value - grand.value
     if tokens.log_weight is None:
         return left.mT @ key / key.shape[-2]
-    weight = tokens.log_weight.exp()
-    total = weight.sum(-1, keepdim=True)
-    share = weight / torch.where(total > 0, total, 1)
+    present = tokens.log_weight.amax(-1, keepdim=True) > -math.inf
+    share = torch.softmax(torch.where(present, tokens.log_weight, 0.0), -1) * present
     return (left * share.unsqueeze(-1)).mT @ key
 
 

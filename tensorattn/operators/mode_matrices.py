@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from tensorattn.contraction import contract
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError
+from tensorattn.fused import is_differentiated
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.weights import accumulation_dtype, normalized
@@ -131,10 +132,22 @@ def along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int) -> Tensor:
     else:
         # One entry at a time: a product over all would first copy the matrix of an entry for each of its slices.
         pairs = [(factor.expand(left, -1, -1), slices) for factor, slices in zip(matrix, seen, strict=True)]
-        if torch.is_grad_enabled() and (matrix.requires_grad or tensor.requires_grad):
-            product = torch.stack([torch.bmm(*pair) for pair in pairs])
-        else:
-            product = tensor.new_empty(entries, left, rows, right)
-            for pair, target in zip(pairs, product, strict=True):
-                torch.bmm(*pair, out=target)
+        product = _stacked_products(pairs) if is_differentiated(matrix, tensor) else _written_products(pairs)
     return product.reshape(*shape[:dim], rows, *shape[dim + 1 :])
+
+
+def _stacked_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Batched products, one entry beside the other."""
+    return torch.stack([torch.bmm(*pair) for pair in pairs])
+
+
+def _written_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The same, each written to its place, so that none is held twice."""
+    factor, slices = pairs[0]
+    product = slices.new_empty(len(pairs), slices.shape[0], factor.shape[-2], slices.shape[-1])
+    try:
+        for pair, target in zip(pairs, product, strict=True):
+            torch.bmm(*pair, out=target)
+    except RuntimeError:  # under vmap, where nothing can be written to a place
+        return _stacked_products(pairs)
+    return product

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import Kept
 from tensorattn.errors import DtypeError, OptionError, ShapeError
-from tensorattn.modes import GridShape, ModeSpec, is_integer, one_a_mode
+from tensorattn.modes import GridShape, ModeSpec, is_integer, mode_parts
 from tensorattn.softmax import TokenSet
 from tensorattn.weights import accumulation_dtype, real_tensor
 
@@ -41,7 +41,7 @@ def check_bias(
     if bias is None:
         return None
     order = len(grid.sizes)
-    given = one_a_mode(bias, order, "bias", "tensors", ShapeError)
+    given = mode_parts(bias, order, "bias", "tensors", ShapeError)
     if len(positions) != order:
         raise ShapeError(f"bias needs a query over {order} modes, but query has {len(positions)} position dimensions.")
     checked: list[Tensor | None] = []

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.modes import check_order, mode_subsets, one_a_mode
+from tensorattn.modes import check_order, mode_parts, mode_subsets
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
 from tensorattn.summarizing import Needs
@@ -81,7 +81,7 @@ def truncated_attention(
         saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
             None leaves it unbounded, as is right for Gaussian residuals only.
         include_self: Whether to merge the key and value at each query's own position as one more token; the query is
-            then on the grid of the keys.
+            then on the grid of the keys. It counts once, whatever ``weights`` say of the position.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too, :math:`\sum_U c_U \mathrm{LSE}_U`.
         return_attention: Whether to return the attention weights too.
@@ -113,7 +113,7 @@ def truncated_attention(
     check_order(order)
     kept = None if kept is None else mode_subsets(kept)
     if bias is not None:
-        bias = one_a_mode(bias, order, "bias", "tensors", ShapeError)
+        bias = mode_parts(bias, order, "bias", "tensors", ShapeError)
         covered = {mode for subset in kept_family(order, kept, interaction_order) for mode in subset}
         for mode, part in enumerate(bias):
             if part is not None and mode not in covered:

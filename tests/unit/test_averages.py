@@ -135,6 +135,16 @@ class TestMeans:
             assert [tuple(r.shape) for r in results] == [(0, 2, n, 3) for n in x.shape[2:-1]]
             assert ta.interaction_residual(x, order=order, weights=weights).shape == x.shape
 
+    @pytest.mark.parametrize("place", range(4))
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_an_empty_batch_anywhere_in_memory(self, place, weighted):
+        x = torch.empty(2, 3, 4, 5).narrow(0, 0, 0).movedim(0, place).contiguous().movedim(place, 0)
+        weights = [torch.ones(3), torch.ones(4)] if weighted else None
+        assert [r.shape for r in ta.mode_averages(x, order=2, weights=weights)] == [(0, 3, 5), (0, 4, 5)]
+        assert str(ta.plan((3, 4), dim=2, batch=(0,))).endswith(
+            "0 elements read and 0 written, 0.00 times one read of the tensor"
+        )
+
     def test_expanded_tensors(self, slabs):
         row = draw(2, 1, 5, 1)
         x = row.expand(2, 4, 5, 3)
@@ -167,6 +177,24 @@ class TestWeights:
         rows, columns = ta.mode_averages(self.x, order=2, weights=[counts, None])
         again = ta.mode_averages(repeated, order=2)
         close([rows.repeat_interleave(counts, dim=2), columns], again)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("order", [1, 2, 3, 4])
+    def test_every_layout(self, order, layout, slabs):
+        x = LAYOUTS[layout](draw(*grid(order)), order)
+        for weights in ([positive(n) for n in x.shape[1:-1]], [positive(2, n, seed=n) for n in x.shape[1:-1]]):
+            close(ta.mode_averages(x, order=order, weights=weights), plain(x, order, weights))
+            if order == 1:
+                continue  # the one average is the tensor, whatever its weights
+            absent = [w.clone() for w in weights]
+            for w in absent:
+                w[..., 0] = 0 if w.shape[-1] > 1 else 1
+            dirty = x.clone()
+            for mode, w in enumerate(absent):
+                if w.shape[-1] > 1:
+                    dirty.select(1 + mode, 0).fill_(math.nan)
+            clean = torch.where(dirty.isfinite(), dirty, 0.0)
+            close(ta.mode_averages(dirty, order=order, weights=absent), plain(clean, order, absent))
 
     def test_zero_is_absent(self):
         keep = torch.tensor([True, False, True, True, False])

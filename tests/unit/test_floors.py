@@ -27,6 +27,7 @@ FLOORS = {
     "contraction_tree": 2,
     "planning": 2,
     "truncation": 2,
+    "patching": 2,
     "cost": 2,
     "options": 3,
     "weights": 3,

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorattn.attend.embedding import embed, logit_scale
-from tensorattn.attend.patches import choose_patch, grid_of, parse_patch, patch_rows, patchify
+from tensorattn.attend.patches import choose_patch, parse_patch, patch_rows, patchify
 from tensorattn.attend.readers import RecordingError
 from tensorattn.errors import OptionError
+from tensorattn.patching import grid_of
 
 
 @st.composite

@@ -1,0 +1,251 @@
+"""A transformer over tensors of any order: patches, positions, blocks, and patches put together again if wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
+from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
+from tensorattn.nn.patches import Patch
+
+__all__ = ["TensorTransformer", "TensorTransformerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorTransformerConfig:
+    """What a `TensorTransformer` is made of. `dataclasses.asdict` turns it into what JSON can hold.
+
+    Attributes:
+        modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        in_channels: Channels of the input.
+        out_channels: Channels of an output on the grid of the input; None for one vector of ``embed_dim`` a patch.
+        embed_dim: Channels of the blocks.
+        depth: Number of blocks.
+        num_heads: Number of heads; they divide ``embed_dim``.
+        patch: Sizes of a patch: one number for every mode, one a mode, or a mapping from modes.
+        pad: Whether sizes that a patch does not divide are padded. A circle should be divisible: padded, it is longer.
+        positions: ``"sincos"``, ``"learned"``, or None for no embedding of positions.
+        sizes: Sizes of the learned tables, in patches; other sizes are interpolated.
+        periodic: Modes that are circles, or a mapping to their periods.
+        spacing: Distance between patches, for ``"sincos"``.
+        operator: Operator of the attention.
+        options: Further options of `TensorAttention`, such as ``{"causal": "t", "dropout": 0.1}``.
+        mlp_ratio: Hidden channels of the gated MLP over ``embed_dim``.
+        drop_path: Probability of dropping a branch in the last block; it grows from 0 in the first.
+        layer_scale: First value of the factors of the branches, or None for no factors.
+        bias: Whether the linear maps and norms have a bias.
+        checkpoint: Whether the backward pass computes each block again instead of keeping what is inside.
+        channels_first: Whether inputs and outputs have their channels before their modes.
+
+    Raises:
+        OptionError: If ``depth`` is below 1, there are no such positions, or an option has no meaning with others.
+
+    Examples:
+        >>> TensorTransformerConfig(modes="h w", in_channels=3, patch=[8, 8]).patch
+        (8, 8)
+    """
+
+    modes: int | str | tuple[str, ...]
+    in_channels: int
+    out_channels: int | None = None
+    embed_dim: int = 96
+    depth: int = 4
+    num_heads: int = 4
+    patch: Patch = field(default=1, hash=False)
+    pad: bool = False
+    positions: str | None = "sincos"
+    sizes: tuple[int, ...] | None = None
+    periodic: Periodic = field(default=(), hash=False)
+    spacing: Spacing | None = field(default=None, hash=False)
+    operator: str = "additive"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    mlp_ratio: float = 8 / 3
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    bias: bool = True
+    checkpoint: bool = False
+    channels_first: bool = False
+
+    def __post_init__(self) -> None:
+        """Turn the lists of JSON into tuples, and refuse fields that contradict each other."""
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        rule = ""
+        if self.depth < 1:
+            rule = f"depth must be at least 1, got {self.depth}."
+        elif self.positions not in ("sincos", "learned", None):
+            rule = f"positions must be 'sincos', 'learned' or None, got {self.positions!r}."
+        elif (self.sizes is not None) != (self.positions == "learned"):
+            rule = f"sizes belongs to positions='learned', but positions is {self.positions!r} and sizes {self.sizes}."
+        elif self.spacing is not None and self.positions != "sincos":
+            rule = f"spacing belongs to positions='sincos', but positions is {self.positions!r}."
+        elif self.periodic != () and self.positions is None:
+            rule = "periodic has no meaning without positions."
+        if rule:
+            raise OptionError(rule).retold("TensorTransformerConfig")
+
+
+class TensorTransformer(nn.Module):
+    r"""Encode a tensor of any order: patches, positions, blocks of attention and gated MLP, a last norm.
+
+    With ``out_channels`` each vector is mapped back to its patch, so the output is on the grid of the input: a
+    segmentation, a forecast. Sizes may differ from call to call; only learned positions have sizes, and are stretched.
+
+    Args:
+        config: What it is made of.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If an option is out of its range, or has no meaning for the operator.
+        ModesError: If modes are named badly, or an option names a mode that does not exist.
+
+    Shape:
+        - input: :math:`(B, n_1, \dots, n_N, C)`, or :math:`(B, C, n_1, \dots, n_N)` with ``channels_first``
+        - output: :math:`(B, g_1, \dots, g_N, E)` with :math:`g_m = \lceil n_m / p_m \rceil`, or with E first; with
+          ``out_channels`` that of the input, with other channels
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> config = ta.TensorTransformerConfig(modes="t h w", in_channels=3, patch=(1, 8, 8), options={"causal": "t"})
+        >>> model = ta.TensorTransformer(config)
+        >>> model(torch.randn(2, 5, 64, 48, 3)).shape
+        torch.Size([2, 5, 8, 6, 96])
+        >>> model
+        TensorTransformer(modes='t h w', in_channels=3, patch=(1, 8, 8), options={'causal': 't'}; 466,592 parameters)
+    """
+
+    def __init__(
+        self,
+        config: TensorTransformerConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = c = config
+        dim, last = c.embed_dim, max(1, c.depth - 1)
+        common: dict[str, Any] = {"modes": c.modes, "bias": c.bias, "device": device, "dtype": dtype}
+        try:
+            self.embedding = PatchEmbedding(
+                c.in_channels, dim, c.patch, pad=c.pad, channels_first=c.channels_first, **common
+            )
+            self.positions = _make_positions(c, device, dtype)
+            self.blocks = nn.ModuleList(
+                TensorTransformerBlock(
+                    dim,
+                    c.num_heads,
+                    mlp_ratio=c.mlp_ratio,
+                    drop_path=c.drop_path * place / last,
+                    layer_scale=c.layer_scale,
+                    checkpoint=c.checkpoint,
+                    operator=c.operator,
+                    **common,
+                    **c.options,
+                )
+                for place in range(c.depth)
+            )
+            self.norm = nn.LayerNorm(dim, bias=c.bias, device=device, dtype=dtype)
+            self.unembedding = (
+                None if c.out_channels is None else PatchUnembedding(dim, c.out_channels, c.patch, **common)
+            )
+        except TensorAttentionError as cause:
+            raise cause.retold("TensorTransformer") from None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TensorTransformerConfig | Mapping[str, Any],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TensorTransformer:
+        """Make a model from a config, or from a mapping of its fields as it is saved beside the weights.
+
+        Args:
+            config: The config.
+            device: Device of the parameters.
+            dtype: Type of the parameters.
+
+        Returns:
+            The model, its weights drawn anew.
+
+        Raises:
+            OptionError: If the config has no such field, or lacks one that has no default.
+        """
+        if not isinstance(config, TensorTransformerConfig):
+            fields = {entry.name: entry for entry in dataclasses.fields(TensorTransformerConfig)}
+            for name in config:
+                if name not in fields:
+                    rule = f"the config has no field {name!r}; its fields are: {', '.join(fields)}."
+                    raise OptionError(rule).retold("TensorTransformer.from_config")
+            for name in ("modes", "in_channels"):
+                if name not in config:
+                    raise OptionError(f"the config lacks the field {name!r}.").retold("TensorTransformer.from_config")
+            config = TensorTransformerConfig(**config)
+        return cls(config, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        for part in (self.embedding, self.positions, *self.blocks, self.norm, self.unembedding):
+            if part is not None and not isinstance(part, SinCosPositions):
+                part.reset_parameters()
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{entry.name}={value!r}"
+            for entry in dataclasses.fields(self.config)
+            if (value := getattr(self.config, entry.name)) != entry.default and value != {}
+        ]
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{type(self).__name__}({', '.join(shown)}; {count:,} parameters)"
+
+    def forward(self, x: Tensor, *, coordinates: Coordinates | None = None, **attention: Any) -> Tensor:
+        """Encode.
+
+        Args:
+            x: Input, channels last or first as the config says.
+            coordinates: Where patches lie: one vector a mode or None, or a mapping from modes, for the positions.
+            **attention: What `TensorAttention` is told of the grid of patches, such as ``weights``.
+
+        Returns:
+            One vector a patch, or with ``out_channels`` a tensor on the grid of the input.
+
+        Raises:
+            ShapeError: If the input has the wrong number of dimensions or channels, an empty mode, or without ``pad``
+                a size that its patch does not divide.
+            DtypeError: If the input is not floating point, or not of the type of the parameters.
+            OptionError: If coordinates are given to a model without positions, or are not finite.
+        """
+        if coordinates is not None and self.positions is None:
+            raise OptionError("coordinates has no meaning without positions.").retold("TensorTransformer")
+        first = self.config.channels_first
+        y = self.embedding(x).to(self.norm.weight.dtype)  # autocast leaves the skip connections in full precision
+        y = y.movedim(1, -1) if first else y
+        if self.positions is not None:
+            y = self.positions(y, coordinates=coordinates)
+        for block in self.blocks:
+            y = block(y, **attention)
+        y = self.norm(y)
+        if self.unembedding is not None:
+            y = self.unembedding(y, sizes=x.shape[2:] if first else x.shape[1:-1])
+        return y.movedim(-1, 1) if first else y
+
+
+def _make_positions(
+    c: TensorTransformerConfig, device: torch.device | str | None, dtype: torch.dtype | None
+) -> SinCosPositions | LearnedPositions | None:
+    """Make the embedding of positions."""
+    if c.positions == "sincos":
+        return SinCosPositions(c.embed_dim, modes=c.modes, periodic=c.periodic, spacing=c.spacing)
+    if c.sizes is not None:
+        return LearnedPositions(c.embed_dim, c.sizes, modes=c.modes, periodic=c.periodic, device=device, dtype=dtype)
+    return None

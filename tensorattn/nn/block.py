@@ -1,0 +1,261 @@
+"""A transformer block around attention of any operator: norms, gated MLP, skip connections, drop-path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.nn.attention import TensorAttention
+from tensorattn.nn.layout import check_input, check_parameters, reading
+
+__all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
+
+
+class DropPath(nn.Module):
+    """Drop whole samples of a branch in training: stochastic depth. What stays is scaled to keep the mean.
+
+    Args:
+        p: Probability of dropping a sample.
+
+    Raises:
+        OptionError: If it is not a probability.
+
+    Shape:
+        - input and output: :math:`(B, *)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> x = torch.ones(1000, 2, 3)
+        >>> dropped = ta.DropPath(0.2)(x)
+        >>> sorted({round(float(sample.mean()), 4) for sample in dropped}), torch.equal(ta.DropPath(0.2).eval()(x), x)
+        ([0.0, 1.25], True)
+
+    References:
+        Huang, Sun, Liu, Sedra and Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016, arXiv 1603.09382.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise OptionError(f"p must be between 0 and 1, got {p}.").retold("DropPath")
+        self.p = p
+
+    def extra_repr(self) -> str:
+        """Describe the probability."""
+        return f"p={self.p}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop samples.
+
+        Args:
+            x: Output of a branch; its first dimension is the batch.
+
+        Returns:
+            The same with samples set to zero in training, the others divided by ``1 - p``.
+        """
+        if self.p == 0 or not self.training:
+            return x
+        kept = torch.rand(x.shape[0], *(1,) * (x.dim() - 1), device=x.device) >= self.p
+        return torch.where(kept, x * (1 / (1 - self.p) if self.p < 1 else 0.0), 0)
+
+
+class GatedMLP(nn.Module):
+    r"""Map each position by itself: :math:`W_3 (\mathrm{silu}(W_1 x) \odot W_2 x)`, known as SwiGLU.
+
+    Args:
+        embed_dim: Channels C of input and output.
+        hidden_dim: Channels between. Two thirds of those of an ordinary MLP have as many weights as it.
+        bias: Whether the linear maps have a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If there are no channels.
+
+    Shape:
+        - input and output: :math:`(*, C)`
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> ta.GatedMLP(96, 256)(torch.randn(2, 5, 7, 96)).shape
+        torch.Size([2, 5, 7, 96])
+
+    References:
+        Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dim < 1 or hidden_dim < 1:
+            rule = f"embed_dim and hidden_dim must be at least 1, got {embed_dim} and {hidden_dim}."
+            raise OptionError(rule).retold("GatedMLP")
+        self.in_proj = nn.Linear(embed_dim, 2 * hidden_dim, bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(hidden_dim, embed_dim, bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, Xavier uniform, and set biases to zero."""
+        for weight in (*self.in_proj.weight.chunk(2), self.out_proj.weight):
+            nn.init.xavier_uniform_(weight)
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map each position.
+
+        Args:
+            x: Input ``(*, C)``.
+
+        Returns:
+            The output, of the shape of the input.
+        """
+        gate, value = self.in_proj(x).chunk(2, -1)
+        return self.out_proj(F.silu(gate) * value)
+
+
+class TensorTransformerBlock(nn.Module):
+    r"""Attend over a tensor of any order, then map each position, each with a norm before and a skip around it.
+
+    .. math:: x \leftarrow x + \gamma_1 \odot \mathrm{attention}(\mathrm{norm}(x)), \qquad
+        x \leftarrow x + \gamma_2 \odot \mathrm{mlp}(\mathrm{norm}(x))
+
+    The norms are over channels, position by position. They stand between the input and the keys, so exactness on
+    additive tensors, which attention itself has, is not a property of the block.
+
+    Args:
+        embed_dim: Channels C of input and output.
+        num_heads: Number of heads; they divide the channels.
+        modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        mlp_ratio: Hidden channels of the gated MLP over ``embed_dim``, rounded. 8/3 has as many weights as an ordinary
+            MLP with 4.
+        drop_path: Probability of dropping each of the two branches of a sample in training.
+        layer_scale: First value of the factors :math:`\gamma` of the branches, one a channel; None for no factors.
+        checkpoint: Whether the backward pass computes the block again instead of keeping what is inside.
+        channels_first: Whether inputs are ``(B, C, n_1, …, n_N)`` instead of ``(B, n_1, …, n_N, C)``.
+        bias: Whether the linear maps have a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        **attention: Options of `TensorAttention`, such as ``operator="truncated"``, ``causal="t"`` or ``dropout=0.1``.
+
+    Raises:
+        OptionError: If an option is out of its range, or has no meaning for the operator.
+        ModesError: If modes are named badly, or an option names a mode that does not exist.
+
+    Shape:
+        - input and output: :math:`(B, n_1, \dots, n_N, C)`, or :math:`(B, C, n_1, \dots, n_N)` with
+          ``channels_first``
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> block = ta.TensorTransformerBlock(96, 4, modes="t h w", causal="t", drop_path=0.1)
+        >>> block(torch.randn(2, 4, 14, 14, 96), weights=[None, None, torch.arange(14) < 10]).shape
+        torch.Size([2, 4, 14, 14, 96])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        modes: int | str | Sequence[str],
+        mlp_ratio: float = 8 / 3,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        checkpoint: bool = False,
+        channels_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        try:
+            hidden_dim = round(mlp_ratio * embed_dim)
+            if hidden_dim < 1:
+                raise OptionError(f"mlp_ratio leaves no hidden channels, got {mlp_ratio} with embed_dim {embed_dim}.")
+            if not 0 <= drop_path <= 1:
+                raise OptionError(f"drop_path must be between 0 and 1, got {drop_path}.")
+            self.attention = TensorAttention(embed_dim, num_heads, modes=modes, bias=bias, **factory, **attention)
+        except TensorAttentionError as cause:
+            raise cause.retold("TensorTransformerBlock") from None
+        self.modes, self.embed_dim, self.mlp_ratio = self.attention.modes, embed_dim, mlp_ratio
+        self.layer_scale, self.checkpoint, self.channels_first = layer_scale, checkpoint, channels_first
+        self.attention_norm = nn.LayerNorm(embed_dim, bias=bias, **factory)
+        self.mlp_norm = nn.LayerNorm(embed_dim, bias=bias, **factory)
+        self.mlp = GatedMLP(embed_dim, hidden_dim, bias=bias, **factory)
+        self.drop_path = DropPath(drop_path)
+        scaled = layer_scale is not None
+        self.attention_scale = nn.Parameter(torch.empty(embed_dim, **factory)) if scaled else None
+        self.mlp_scale = nn.Parameter(torch.empty(embed_dim, **factory)) if scaled else None
+        self._reset_scales()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, and set norms and factors to their first values."""
+        for module in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            module.reset_parameters()
+        self._reset_scales()
+
+    def _reset_scales(self) -> None:
+        """Set the factors to their first value."""
+        for scale in (self.attention_scale, self.mlp_scale):
+            if scale is not None and self.layer_scale is not None:
+                nn.init.constant_(scale, self.layer_scale)
+
+    def extra_repr(self) -> str:
+        """Describe the settings that its parts do not show."""
+        parts = [f"layer_scale={self.layer_scale}"] * (self.layer_scale is not None)
+        parts += ["checkpoint=True"] * self.checkpoint + ["channels_first=True"] * self.channels_first
+        return ", ".join(parts)
+
+    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+        """Attend, then map each position.
+
+        Args:
+            x: Input, channels last or first as the module was told.
+            **attention: What `TensorAttention` is told of the input, such as ``weights``.
+
+        Returns:
+            The output, of the shape of the input.
+
+        Raises:
+            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode.
+            DtypeError: If the input is not floating point, or not of the type of the parameters.
+            WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        """
+        try:
+            check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+            check_parameters(x, self.attention_norm.weight)
+        except TensorAttentionError as cause:
+            told = reading(x, self.modes, channels_first=self.channels_first)
+            raise cause.retold("TensorTransformerBlock", told) from None
+        last = x.movedim(1, -1) if self.channels_first else x
+        if self.checkpoint and torch.is_grad_enabled():
+            y = recompute(self._run, last, attention, use_reentrant=False)
+        else:
+            y = self._run(last, attention)
+        return y.movedim(-1, 1) if self.channels_first else y
+
+    def _run(self, x: Tensor, attention: dict[str, Any]) -> Tensor:
+        """Add both branches, channels last."""
+        x = x + self._branch(self.attention(self.attention_norm(x), **attention), self.attention_scale)
+        return x + self._branch(self.mlp(self.mlp_norm(x)), self.mlp_scale)
+
+    def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        """Scale and drop the output of a branch."""
+        return self.drop_path(y if scale is None else y * scale)
