@@ -756,9 +756,39 @@ PLANS = {
     "torch dtype": (
         {"dtype": torch.float32},
         OptionError,
-        "dtype must be one of float64, float32, bfloat16, float16, got torch.float32.",
+        "dtype must be one of float64, float32, bfloat16, float16, got torch.float32.\n"
+        "  Write the name of the type, such as 'float32'.",
     ),
-    "layout": ({"layout": "NHWC"}, OptionError, "layout must be 'channels_last' or 'channels_first', got 'NHWC'."),
+    "layout": (
+        {"layout": "NHWC"},
+        OptionError,
+        "layout must be 'channels_last', 'channels_first' or strides, got 'NHWC'.",
+    ),
+    "no layout": (
+        {"layout": None},
+        OptionError,
+        "layout must be 'channels_last', 'channels_first' or strides, got None.",
+    ),
+    "too few strides": ({"layout": (4, 1)}, OptionError, "layout has 2 strides, but the tensor has 3 dimensions."),
+    "strides of the batch": (
+        {"layout": (4, 1, 1), "batch": (2,)},
+        OptionError,
+        "layout has 3 strides, but the tensor has 4 dimensions.",
+    ),
+    "strides of no integers": (
+        {"layout": (4.0, 1, 1)},
+        OptionError,
+        "the strides in layout must be integers, got (4.0, 1, 1).",
+    ),
+    "negative strides": (
+        {"layout": (4, -1, 1)},
+        OptionError,
+        "the strides in layout must not be negative, got (4, -1, 1).",
+    ),
+    "sizes of no integers": ({"sizes": (3, 4.0)}, OptionError, "sizes must be integers, got (3, 4.0)."),
+    "a truth value of sizes": ({"sizes": (3, True)}, OptionError, "sizes must be integers, got (3, True)."),
+    "one size": ({"sizes": 3}, OptionError, "sizes must be integers, got 3."),
+    "no subsets": ({"kept": 1}, ModesError, f"kept must hold subsets of modes, got 1.{SUBSETS}"),
     "empty mode": (
         {"sizes": (3, 0)},
         OptionError,
@@ -787,6 +817,33 @@ def test_a_plan_for_another_array(make):
     plan = ta.plan((3, 4), dim=5, batch=(2,))
     rule = "the array has shape (2, 4, 3, 5), but the plan is for (2, 3, 4, 5)."
     refused(ShapeError, f"Plan.execute: {rule}", plan.execute, make(2, 4, 3, 5))
+
+
+PLANNED = ta.plan((3, 4), dim=5, batch=(2,), modes="h w")
+
+
+def test_what_a_plan_cannot_execute(make):
+    cases = [
+        ([1.0], DtypeError, "array must be an array of NumPy, JAX or PyTorch, got list."),
+        (make(*SIZE, dtype=torch.int64), DtypeError, "array must be floating point, got int64."),
+        (np.ones(SIZE, dtype=bool), DtypeError, "array must be floating point, got bool."),
+        (np.ones(SIZE, dtype=complex), DtypeError, "array must be floating point, got complex128."),
+    ]
+    for array, kind, rule in cases:
+        refused(kind, f"Plan.execute: {rule}", PLANNED.execute, array)
+
+
+@pytest.mark.parametrize("case", {**WEIGHTS, **VALUES})
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_weights_of_a_plan(case, library):
+    weights, rule = {**WEIGHTS, **VALUES}[case]
+    array = ones(*SIZE) if library == "torch" else np.ones(SIZE, dtype=np.float32)
+    if library == "numpy" and not isinstance(weights, torch.Tensor | int | str):
+        weights = [vector.numpy() if isinstance(vector, torch.Tensor) else vector for vector in weights]
+    named = rule.replace("mode 0", "mode 'h'").replace("mode 1", "mode 'w'").replace("a tensor or", "an array or")
+    if library == "numpy":
+        named = named.replace("torch.", "")
+    refused(WeightsError, f"Plan.execute: {named}", PLANNED.execute, array, weights)
 
 
 # Modes and the registry.
