@@ -95,8 +95,9 @@ def _energy(difference: Tensor) -> Tensor:
 
 
 def _root_ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return the root of a ratio of sums of squares, 0 where both are 0."""
-    return torch.where(above > 0, (above.clamp(min=0) / below.clamp(min=0)).sqrt(), 0.0)
+    """Return the root of a ratio of sums of squares: 0 where both are 0, NaN where one is no number."""
+    above, below = above.clamp(min=0), below.clamp(min=0)
+    return torch.where((above == 0) & (below == 0), 0.0, (above / below).sqrt())
 
 
 def sample_positions(count: int, n_queries: int, generator: torch.Generator | None = None) -> Tensor:
