@@ -1,6 +1,7 @@
 """Attention over tensors of any order, without flattening them."""
 
 from tensorattn.averages import additive_part, interaction_residual, mode_averages, outer_sum
+from tensorattn.cost import Cost, cost
 from tensorattn.diagnose import AdditiveFraction, ErrorEstimate, additive_fraction, error_bound, error_estimate
 from tensorattn.errors import (
     DtypeError,
@@ -34,6 +35,14 @@ from tensorattn.operators.kronecker_sum import kronecker_sum_attention
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.planning import Plan, plan
 from tensorattn.softmax import merge_attention
+from tensorattn.stats import (
+    CrossCovariance,
+    TensorNormal,
+    additive_mean_law,
+    gls_weights,
+    marginal_cross_covariance,
+    marginal_mean_law,
+)
 from tensorattn.summarizing import summarize
 from tensorattn.summary import Summary
 
@@ -44,6 +53,8 @@ __all__ = [
     "AdditiveFraction",
     "AttentionResult",
     "Claim",
+    "Cost",
+    "CrossCovariance",
     "DropPath",
     "DtypeError",
     "ErrorEstimate",
@@ -62,23 +73,29 @@ __all__ = [
     "Summary",
     "TensorAttention",
     "TensorAttentionError",
+    "TensorNormal",
     "TensorTransformer",
     "TensorTransformerBlock",
     "TensorTransformerConfig",
     "WeightsError",
     "additive_attention",
     "additive_fraction",
+    "additive_mean_law",
     "additive_part",
     "axial_attention",
+    "cost",
     "error_bound",
     "error_estimate",
     "flattened_attention",
     "get_operator",
+    "gls_weights",
     "interaction_residual",
     "kao_kv",
     "kao_qkv",
     "kronecker_product_attention",
     "kronecker_sum_attention",
+    "marginal_cross_covariance",
+    "marginal_mean_law",
     "merge_attention",
     "mode_averages",
     "outer_sum",

@@ -120,11 +120,10 @@ class _Time:
         if mean is None:
             return None
         if self.mode in kept:
-            frames = mean.shape[self.batch]
             tokens = mean.movedim(self.batch, self.batch + kept.index(self.mode)).unsqueeze(self.batch)
-            past = torch.ones(frames, frames, dtype=torch.bool, device=mean.device).tril()
-            past = past.reshape(frames, *(frames if k == self.mode else 1 for k in kept), 1)
-            return torch.where(past, tokens, 0.0)  # a later frame must not even multiply a zero: it may hold NaN
+            seen = self.visible > 0
+            seen = seen.reshape(*seen.shape[:-1], *(seen.shape[-1] if k == self.mode else 1 for k in kept), 1)
+            return torch.where(seen, tokens, 0.0)  # what is not seen must not even multiply a zero: it may be NaN
         return self.average(mean, mean.dim() - self.batch - 1)
 
     def counts(self, count: Tensor, kept: Kept) -> Tensor:
@@ -141,16 +140,21 @@ class _Time:
     def average(self, of_frames: Tensor, dims: int) -> Tensor:
         """Average over the frames so far what has a number of further dimensions; zero while there is none."""
         spread = [*self.weight.shape, *(1,) * dims]
-        total = self.total
-        sums = (of_frames * self.weight.reshape(spread)).cumsum(self.batch)
+        total, weight = self.total, self.weight.reshape(spread)
+        sums = (torch.where(weight > 0, of_frames, 0.0) * weight).cumsum(self.batch)
         return sums / torch.where(total > 0, total, 1).reshape(spread)
 
     def covariance(self, within: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Second central moment over the frames so far: within frames, and between their means.
 
-        Means are taken relative to the first frame that is present, which every later frame may know.
+        Means are taken relative to the first frame that is present, which every later frame may know; before it there
+        is nothing to know.
         """
         first = (self.weight > 0).to(torch.uint8).argmax(-1, keepdim=True).unsqueeze(-1)
-        left, right = (m - m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])) for m in (left, right))
+        known = (self.total > 0).unsqueeze(-1)
+        left, right = (
+            torch.where(known, m - m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])), 0.0)
+            for m in (left, right)
+        )
         moments = self.average(within + left.unsqueeze(-1) * right.unsqueeze(-2), 2)
         return moments - self.average(left, 1).unsqueeze(-1) * self.average(right, 1).unsqueeze(-2)

@@ -153,7 +153,10 @@ class TensorAttention(nn.Module):
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", f"modes={modes}"]
         parts.append(f"operator={self.operator!r}")
         defaults = get_operator(self.operator).options
-        parts.extend(f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name])
+        told = {name: value for name, value in self.options.items() if value != defaults[name]}
+        if "kept" in told and self.modes.named:
+            told["kept"] = tuple(tuple(self.modes.names[mode] for mode in kept) for kept in told["kept"])
+        parts.extend(f"{name}={value!r}" for name, value in told.items())
         if self.channels_first:
             parts.append("channels_first=True")
         if self.dropout:
