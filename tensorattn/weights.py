@@ -45,7 +45,9 @@ def check_floating(**tensors: Tensor) -> None:
             raise DtypeError(f"the type is {reference.dtype} in {first} but {tensor.dtype} in {name}.")
 
 
-def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tensor) -> Vectors:
+def check_weights(
+    weights: Sequence[Vector] | None, grid: GridShape, like: Tensor, *, part_of: int | None = None
+) -> Vectors:
     """Check position weights and bring them to the type that averages are accumulated in.
 
     Values are only looked at where they can be: not while tracing, under ``vmap`` or on the meta device.
@@ -54,6 +56,7 @@ def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tenso
         weights: One vector a mode or None for equal weights; None for all modes.
         grid: Shape of the tensor that they weigh.
         like: A tensor of the type and device wanted.
+        part_of: A mode of which the tensor is a part, whose weights may all be zero here.
 
     Returns:
         One vector or None a mode.
@@ -83,7 +86,7 @@ def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tenso
                     f"which do not broadcast to {grid.batch}."
                 )
             vector = vector.to(accumulation_dtype(like.dtype))
-            _check_values(vector, mode)
+            _check_values(vector, mode, may_vanish=mode == part_of)
         checked.append(vector)
     return tuple(checked)
 
@@ -94,7 +97,7 @@ def _broadcasts_to(shape: Sequence[int], batch: Sequence[int]) -> bool:
     return len(shape) <= len(batch) and all(size in (1, other) for size, other in pairs)
 
 
-def _check_values(vector: Tensor, mode: int) -> None:
+def _check_values(vector: Tensor, mode: int, *, may_vanish: bool) -> None:
     """Refuse negative, infinite and all-zero weights, where values can be read."""
     if torch.compiler.is_compiling() or vector.is_meta or vector.numel() == 0:
         return
@@ -106,7 +109,7 @@ def _check_values(vector: Tensor, mode: int) -> None:
         raise WeightsError(f"weights of mode {mode} must be finite, got {lowest:g} to {highest:g}.")
     if lowest < 0:
         raise WeightsError(f"weights of mode {mode} must not be negative, got {lowest:g}.")
-    if highest == 0:
+    if highest == 0 and not may_vanish:
         raise WeightsError(f"weights of mode {mode} are all zero, so no index takes part.")
 
 
