@@ -34,6 +34,7 @@ from tensorattn.operators.kronecker_sum import kronecker_sum_attention
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.planning import Plan, plan
 from tensorattn.softmax import merge_attention
+from tensorattn.streaming import AttentionStream, ModuleStream
 from tensorattn.summarizing import summarize
 from tensorattn.summary import Summary
 
@@ -43,6 +44,7 @@ __all__ = [
     "OPERATORS",
     "AdditiveFraction",
     "AttentionResult",
+    "AttentionStream",
     "Claim",
     "DropPath",
     "DtypeError",
@@ -51,6 +53,7 @@ __all__ = [
     "LearnedPositions",
     "ModeSpec",
     "ModesError",
+    "ModuleStream",
     "Operator",
     "OptionError",
     "PatchEmbedding",
