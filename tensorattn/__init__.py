@@ -34,6 +34,14 @@ from tensorattn.operators.kronecker_sum import kronecker_sum_attention
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.planning import Plan, plan
 from tensorattn.softmax import merge_attention
+from tensorattn.stats import (
+    CrossCovariance,
+    TensorNormal,
+    additive_mean_law,
+    gls_weights,
+    marginal_cross_covariance,
+    marginal_mean_law,
+)
 from tensorattn.streaming import AttentionStream, ModuleStream
 from tensorattn.summarizing import summarize
 from tensorattn.summary import Summary
@@ -46,6 +54,7 @@ __all__ = [
     "AttentionResult",
     "AttentionStream",
     "Claim",
+    "CrossCovariance",
     "DropPath",
     "DtypeError",
     "ErrorEstimate",
@@ -65,23 +74,28 @@ __all__ = [
     "Summary",
     "TensorAttention",
     "TensorAttentionError",
+    "TensorNormal",
     "TensorTransformer",
     "TensorTransformerBlock",
     "TensorTransformerConfig",
     "WeightsError",
     "additive_attention",
     "additive_fraction",
+    "additive_mean_law",
     "additive_part",
     "axial_attention",
     "error_bound",
     "error_estimate",
     "flattened_attention",
     "get_operator",
+    "gls_weights",
     "interaction_residual",
     "kao_kv",
     "kao_qkv",
     "kronecker_product_attention",
     "kronecker_sum_attention",
+    "marginal_cross_covariance",
+    "marginal_mean_law",
     "merge_attention",
     "mode_averages",
     "outer_sum",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.execution import absent_as_zero, memory_order, run, run_backwards, split_shape
-from tensorattn.fused import is_differentiated
+from tensorattn.fused import is_differentiated, is_transformed
 from tensorattn.modes import GridShape
 from tensorattn.planning import make_plan
 from tensorattn.weights import Vector, Vectors, accumulation_dtype
@@ -62,8 +62,12 @@ def contract_through(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[
         means, passed = _contract_plainly(tensor, smaller, vectors), tensor
     elif not smaller:
         means, passed = (), tensor
-    else:
+    elif is_transformed(tensor):
         *means, passed = _Contract.apply(tensor, smaller, True, *vectors)
+    else:
+        grid, memory = GridShape(*split_shape(tensor, len(vectors))), memory_order(tensor)
+        means = run(make_plan(*grid, memory, tensor.dtype.itemsize, smaller), tensor, vectors, True)
+        passed = tensor
     found = dict(zip(smaller, means, strict=True))
     return tuple(passed if kept == everything else found[kept] for kept in family), passed
 
@@ -102,7 +106,7 @@ def expand(
     if like is not None and 0 not in like.stride():
         memory = memory_order(like)
     vectors = (None,) * len(grid.sizes)
-    if out is None:
+    if out is None and is_transformed(*parts, *(() if skip is None else (skip,))):
         return _Expand.apply(family, grid, memory, dtype, False, skip, *vectors, *parts)
     plan = make_plan(*grid, memory, dtype.itemsize, family)
     return run_backwards(plan, parts, vectors, False, dtype, skip, out)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-__all__ = ["fused_attention", "is_differentiated"]
+__all__ = ["fused_attention", "is_differentiated", "is_transformed"]
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -30,7 +30,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         The output ``(*batch, L, D)``.
     """
     tensors = (query, key, value) if bias is None else (query, key, value, bias)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_transformed(*tensors):
         return _kernel(query, key, value, bias, scale)
     return _Fused.apply(query, key, value, bias, scale, is_differentiated(*tensors))[0]
 
@@ -43,6 +43,18 @@ def is_differentiated(*tensors: Tensor) -> bool:
     """
     backwards = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return backwards or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Tell whether a function of some tensors is differentiated, or transformed by `torch.func`.
+
+    Otherwise it can be called as it is, without the cost of an autograd function. Where torch does not tell, assume so.
+
+    Args:
+        *tensors: The tensors.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active() or is_differentiated(*tensors)
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.execution import slabs_of
+from tensorattn.fused import is_transformed
 from tensorattn.weights import accumulation_dtype
 
 __all__ = ["map_positions"]
@@ -55,7 +56,7 @@ def map_positions(
         y = body(x, *tensors)
         y = y if skip is None else y + skip
         return y if out is None else out.copy_(y)
-    if out is None:
+    if out is None and is_transformed(x, *tensors, *(() if skip is None else (skip,))):
         adds_input = skip is x  # then its two derivatives join in one pass
         run = _Run(_Adding(body) if adds_input else body, tuple(slabs), _Circumstances.here(x.device, random))
         return _Mapped.apply(run, x, None if adds_input else skip, *tensors)

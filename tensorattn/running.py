@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.contraction_tree import Family, Kept
-from tensorattn.execution import absent_as_zero
 from tensorattn.summarizing import Needs, attention_summary
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector, Vectors, accumulation_dtype
@@ -306,20 +305,20 @@ class _Time:
         return torch.cat([part.expand(*common, -1) for part in parts], -1)
 
     def present(self, per_frame: Summary) -> Summary:
-        """Return the summaries of the frames, finite in absent ones: zero times NaN would be NaN."""
+        """Return the summaries of the frames, zero in absent ones: zero times NaN would be NaN."""
         if not self.weighted:
             return per_frame
 
-        def finite(tensor: Tensor | None) -> Tensor | None:
+        def there(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
                 return None
             shape = [*self.weight.shape, *(1,) * (tensor.dim() - self.batch - 1)]
-            return absent_as_zero(tensor, [self.weight.reshape(shape)])
+            return torch.where(self.weight.reshape(shape) > 0, tensor, 0.0)
 
-        keys = tuple(map(finite, per_frame.keys))
+        keys = tuple(map(there, per_frame.keys))
         pairs = zip(per_frame.keys, keys, per_frame.values, strict=True)
-        values = tuple(done if value is key else finite(value) for key, done, value in pairs)
-        moments = finite(per_frame.covariance), finite(per_frame.key_covariance)
+        values = tuple(done if value is key else there(value) for key, done, value in pairs)
+        moments = there(per_frame.covariance), there(per_frame.key_covariance)
         return dataclasses.replace(
             per_frame, keys=keys, values=values, covariance=moments[0], key_covariance=moments[1]
         )
@@ -409,9 +408,12 @@ class _Time:
         before: tuple[Tensor | None, ...] = (None, None, None)
         if self.before is not None and self.before.total is not None:
             origin, *_ = before = self.before.moments
-            known = self.before.total.unsqueeze(-1) > 0
-            origins = [torch.where(known, origin.to(own.dtype), own) for own in origins]
-        left, right = (m - origin.unsqueeze(-2) for m, origin in zip((left, right), origins, strict=True))
+            earlier = self.before.total.unsqueeze(-1) > 0
+            origins = [torch.where(earlier, origin.to(own.dtype), own) for own in origins]
+        known = (self.total > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
+        left, right = (
+            torch.where(known, m - origin.unsqueeze(-2), 0.0) for m, origin in zip((left, right), origins, strict=True)
+        )
         moments = self.sums(within + left.unsqueeze(-1) * right.unsqueeze(-2), before[2])
         return origins[1], self.sums(left, before[1]), self.sums(right, before[1]), moments
 

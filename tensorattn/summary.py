@@ -208,10 +208,20 @@ class Summary:
         """
         batch = len(self.batch)
 
-        def linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            bias = None if bias is None else bias.to(mean.dtype)
-            mean = F.linear(mean, weight.to(mean.dtype), bias)
-            return mean if num_heads is None else mean.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+        def linear(means: tuple[Tensor | None, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+            """Map all means in one product, but the tensor itself, which nothing is joined to."""
+            held = [
+                mean for mean, kept in zip(means, self.kept, strict=True) if mean is not None and len(kept) < self.order
+            ]
+            rows = iter(_joined_linear(held, batch, weight, bias) if held else ())
+            mapped = [
+                None if mean is None else next(rows) if len(kept) < self.order else _linear(mean, weight, bias)
+                for mean, kept in zip(means, self.kept, strict=True)
+            ]
+            return tuple(
+                mean if mean is None or num_heads is None else mean.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+                for mean in mapped
+            )
 
         def bilinear(moment: Tensor | None, left: Tensor, right: Tensor) -> Tensor | None:
             if moment is None:
@@ -222,8 +232,7 @@ class Summary:
                 moment = moment.unsqueeze(-3)
             return left @ moment @ right.mT
 
-        keys = tuple(None if mean is None else linear(mean, key_weight, key_bias) for mean in self.keys)
-        values = tuple(None if mean is None else linear(mean, value_weight, value_bias) for mean in self.values)
+        keys, values = linear(self.keys, key_weight, key_bias), linear(self.values, value_weight, value_bias)
         weights, mode_weights = self.weights, self.mode_weights
         if num_heads is not None:
             weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
@@ -345,6 +354,23 @@ class Summary:
             ),
             mode_weights=tuple(like.new_ones([*ones, size]) for size in self.sizes),
         )
+
+
+def _linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear map to means in their own type."""
+    return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+
+
+def _joined_linear(means: Sequence[Tensor], batch: int, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Apply a linear map to several means ``(*batch, *sizes, D)`` in one product."""
+    grids = [mean.shape[batch:-1] for mean in means]
+    tokens = [
+        mean.reshape(*mean.shape[:batch], math.prod(grid), mean.shape[-1])
+        for mean, grid in zip(means, grids, strict=True)
+    ]
+    mapped = _linear(tokens[0] if len(tokens) == 1 else torch.cat(tokens, -2), weight, bias)
+    parts = mapped.split([part.shape[-2] for part in tokens], -2)
+    return [part.reshape(*part.shape[:batch], *grid, part.shape[-1]) for part, grid in zip(parts, grids, strict=True)]
 
 
 def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor | float:

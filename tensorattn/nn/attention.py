@@ -148,7 +148,10 @@ class TensorAttention(nn.Module):
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", f"modes={modes}"]
         parts.append(f"operator={self.operator!r}")
         defaults = get_operator(self.operator).options
-        parts.extend(f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name])
+        told = {name: value for name, value in self.options.items() if value != defaults[name]}
+        if "kept" in told and self.modes.named:
+            told["kept"] = tuple(tuple(self.modes.names[mode] for mode in kept) for kept in told["kept"])
+        parts.extend(f"{name}={value!r}" for name, value in told.items())
         if self.channels_first:
             parts.append("channels_first=True")
         if self.dropout:
@@ -190,7 +193,8 @@ class TensorAttention(nn.Module):
         try:
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
             check_parameters(x, self.q_proj.weight.dtype)
-            check_whole(x.shape, (x, *self.parameters()), skip, out)
+            if skip is not None or out is not None:
+                check_whole(x.shape, (x, *self.parameters()), skip, out)
             last = self._last(x)
             checked = check_weights(weights, grid, last)
         except TensorAttentionError as cause:

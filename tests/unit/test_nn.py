@@ -256,6 +256,15 @@ class TestCausal:
         torch.testing.assert_close(layer(x[..., :3]), y[..., :3], **CLOSE)
 
 
+def test_kept_modes_are_told_by_their_names():
+    layer = ta.TensorAttention(8, 2, modes="t h w", operator="truncated", kept=[("t",), ("h", "w")])
+    assert "kept=(('t',), ('h', 'w'))" in layer.extra_repr()
+    assert (
+        "kept=((0,), (1, 2))"
+        in ta.TensorAttention(8, 2, modes=3, operator="truncated", kept=[(0,), (1, 2)]).extra_repr()
+    )
+
+
 def test_which_modes_are_causal():
     assert "causal='w'" in ta.TensorAttention(8, 2, modes="h w", causal=-1).extra_repr()
     assert "causal" not in ta.TensorAttention(8, 2, modes="h w").extra_repr()

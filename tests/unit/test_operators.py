@@ -69,3 +69,21 @@ def test_the_interaction_term_exports_with_any_size(name):
     program = torch.export.export(layer, (torch.randn(2, 3, 4, 8),), dynamic_shapes={"x": dims})
     x = torch.randn(3, 7, 5, 8)
     torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_causal_frames_see_no_absent_and_no_later_frame_whatever_is_there(variant, absent):
+    """Not even NaN, and not even where the first frames are absent."""
+    clean = draw(4, 3, 4)
+    weights = [torch.ones(4), None]
+    weights[0][absent] = 0
+    function = lambda x: variant.function(clean, x, x, order=2, causal=0, weights=weights)  # noqa: E731
+    expected = function(clean)
+    for first_dirty in range(1, 5):
+        dirty = clean.clone()
+        dirty[first_dirty:] = torch.nan
+        if not variant.options.get("include_self"):  # the own token is always there
+            dirty[absent] = torch.nan
+        seen = slice(0, first_dirty)
+        torch.testing.assert_close(function(dirty)[seen], expected[seen], rtol=1e-12, atol=1e-13)
