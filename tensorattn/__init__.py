@@ -1,6 +1,7 @@
 """Attention over tensors of any order, without flattening them."""
 
 from tensorattn.averages import additive_part, interaction_residual, mode_averages, outer_sum
+from tensorattn.cost import Cost, cost
 from tensorattn.diagnose import AdditiveFraction, ErrorEstimate, additive_fraction, error_bound, error_estimate
 from tensorattn.errors import (
     DtypeError,
@@ -54,6 +55,7 @@ __all__ = [
     "AttentionResult",
     "AttentionStream",
     "Claim",
+    "Cost",
     "CrossCovariance",
     "DropPath",
     "DtypeError",
@@ -84,6 +86,7 @@ __all__ = [
     "additive_mean_law",
     "additive_part",
     "axial_attention",
+    "cost",
     "error_bound",
     "error_estimate",
     "flattened_attention",

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tensorattn.attend import command as attend
+from tensorattn.bench import command as bench
 from tensorattn.errors import TensorAttentionError
 from tensorattn.verify import command as verify
 
 __all__ = ["main"]
 
-COMMANDS = (attend.register, verify.register)  # one line a command: each adds a parser, and sets `run`
+COMMANDS = (attend.register, bench.register, verify.register)  # one line a command: each adds a parser, and sets `run`
 
 
 class _Parser(argparse.ArgumentParser):

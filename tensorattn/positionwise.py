@@ -101,7 +101,8 @@ class _Circumstances(NamedTuple):
     def here(cls, device: torch.device, random: bool) -> _Circumstances:
         """Note them down."""
         kind = device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
+        autocast = torch.get_autocast_dtype(kind) if enabled else None
         states = None
         if random:
             accelerator = (torch.get_device_module(kind).get_rng_state(device),) if kind != "cpu" else ()
@@ -113,7 +114,8 @@ class _Circumstances(NamedTuple):
         """Bring them about again for a while."""
         kind = self.device.type
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None))
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None))
             if self.states is not None:
                 devices = [] if kind == "cpu" else [self.device]
                 stack.enter_context(torch.random.fork_rng(devices, device_type=kind if devices else "cuda"))

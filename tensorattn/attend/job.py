@@ -15,12 +15,12 @@ from tensorattn.attend import views
 from tensorattn.attend.choices import Choice, parse_choice
 from tensorattn.attend.embedding import Tokens, embed
 from tensorattn.attend.figures import Place
-from tensorattn.attend.measure import count_flops, measure
 from tensorattn.attend.patches import choose_patch, parse_patch
 from tensorattn.attend.recordings import Recording, describe_sizes
 from tensorattn.attend.report import Row, bytes_in_words, flops_in_words, seconds_in_words, table
 from tensorattn.diagnose import centred_error, sample_positions
 from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.measuring import count_flops, measure
 from tensorattn.patching import grid_of
 
 __all__ = ["Examination", "Prepared", "Settings", "examine", "prepare"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from tensorattn.attend.optional import MissingPackageError, require
+from tensorattn.attend.optional import require
 from tensorattn.errors import OptionError
 from tensorattn.operators import OPERATORS, get_operator
+from tensorattn.progress import progress
 
 __all__ = ["register"]
 
@@ -91,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     trials = work.trials(asked, arguments.operator)
-    with _progress(len(trials)) as started:
+    with progress(len(trials), unit="trial") as started:
         verdicts = work.carry_out(trials, started)
     print(report.table(verdicts))
     print(report.summary(verdicts, arguments.dtype, arguments.device))
@@ -116,32 +114,3 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Callable[[str], None]]:
-    """Show how far the work is: a bar where tqdm is installed, else a line a statement. Both go to standard error."""
-    try:
-        tqdm = require("tqdm", extra="examples", purpose="the progress bar")
-    except MissingPackageError:
-        told: list[str] = []
-
-        def tell(words: str) -> None:
-            """Print a statement when its work starts."""
-            if words not in told[-1:]:
-                print(f"trying: {words}", file=sys.stderr)
-            told.append(words)
-
-        yield tell
-        return
-    with tqdm.tqdm(total=count, unit="trial", leave=False) as bar:
-        done = 0
-
-        def move(words: str) -> None:
-            """Move on whenever a trial starts, since the one before has ended."""
-            nonlocal done
-            bar.update(int(done > 0))
-            done += 1
-            bar.set_description(words[:60])
-
-        yield move

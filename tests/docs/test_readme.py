@@ -24,9 +24,9 @@ from tensorattn.attend.choices import default_choices, parse_choice
 from tensorattn.attend.command import PACKAGED
 from tensorattn.attend.embedding import embed
 from tensorattn.attend.job import QUERIES, Settings, prepare
-from tensorattn.attend.measure import count_flops
 from tensorattn.attend.recordings import describe_sizes
 from tensorattn.diagnose import additive_fraction, error_estimate, sample_positions
+from tensorattn.measuring import count_flops
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

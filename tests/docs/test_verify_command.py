@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import tensorattn as ta
+from tensorattn import progress
 from tensorattn.__main__ import main
 from tensorattn.attend.optional import MissingPackageError, require
 from tensorattn.operators import OPERATORS, Claim
 from tensorattn.testing import CLAIMED, UNIVERSAL, Case, check_convex
-from tensorattn.verify import claims, command, report, variants, work
+from tensorattn.verify import claims, report, variants, work
 from tensorattn.verify.reproduction import literal
 from tensorattn.verify.searching import search
 from tensorattn.verify.statement import THEOREM, Asked
@@ -275,7 +276,7 @@ def test_without_tqdm_there_are_lines(capsys, monkeypatch):
             raise MissingPackageError("not here")
         return require(module, **how)
 
-    monkeypatch.setattr(command, "require", without_tqdm)
+    monkeypatch.setattr(progress, "require", without_tqdm)
     assert verify("--examples", "1", "--operator", "kronecker_product") == 0
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(set(told)) > 5 and all(line.startswith("trying: ") for line in told)

@@ -46,6 +46,8 @@ FLOORS = {
     "distributed": 6,
     "models": 7,
     "diagnose": 7,
+    "measuring": 7,
+    "progress": 7,
     "testing": 7,
     "bench": 7,
     "attend": 7,

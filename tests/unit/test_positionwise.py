@@ -179,3 +179,12 @@ def test_memory_is_that_of_a_slab(monkeypatch):
 
     assert peak(True) < 2.2 * size  # the output and the gradient, and little else
     assert peak(False) > 3 * size
+
+
+@pytest.mark.usefixtures("slabs")
+def test_slabs_run_on_the_meta_device():
+    """Where there is no autocast, and operations are counted."""
+    x = torch.empty(2, 4, 5, 3, device="meta", requires_grad=True)
+    matrix, shift = torch.empty(3, 3, device="meta"), torch.empty(3, device="meta")
+    map_positions(body, x, (matrix, shift), batch=1).sum().backward()
+    assert x.grad.shape == x.shape

@@ -28,7 +28,6 @@ FACES = [  # what a user imports from: these modules, and the packages that re-e
     if name
     in (
         "tensorattn",
-        "tensorattn.bench",
         "tensorattn.diagnose",
         "tensorattn.distributed",
         "tensorattn.models",

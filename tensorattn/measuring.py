@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Cost", "PeakMemory", "count_flops", "measure"]
+__all__ = ["PeakMemory", "Spent", "count_flops", "measure"]
 
 ENOUGH_SECONDS = 0.3  # calls are repeated up to this much CPU time, and at most REPEATS times
 REPEATS = 5
@@ -28,7 +28,7 @@ SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
 SOFTMAX_FLOPS = 5  # an element: maximum, difference, exponential, sum, quotient
 
 
-class Cost(NamedTuple):
+class Spent(NamedTuple):
     """What one call took.
 
     Attributes:
@@ -146,7 +146,7 @@ class PeakMemory:
         return None
 
 
-def measure(call: Callable[[], Any]) -> tuple[Any, Cost]:
+def measure(call: Callable[[], Any]) -> tuple[Any, Spent]:
     """Call a function a few times on one thread, and return its result, its CPU time and its peak memory.
 
     One thread, because threads that wait for each other burn CPU time, the more the busier the machine is. A call of
@@ -160,8 +160,8 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Cost]:
         The result of the last call, and what a call took.
 
     Examples:
-        >>> result, cost = measure(lambda: torch.ones(8).sum())
-        >>> float(result), cost.seconds < 1
+        >>> result, spent = measure(lambda: torch.ones(8).sum())
+        >>> float(result), spent.seconds < 1
         (8.0, True)
     """
     threads = torch.get_num_threads()
@@ -179,7 +179,7 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Cost]:
             result, _, peak = _once(call)
     finally:
         torch.set_num_threads(threads)
-    return result, Cost(statistics.median(timed), peak)
+    return result, Spent(statistics.median(timed), peak)
 
 
 def _once(call: Callable[[], Any]) -> tuple[Any, float, int | None]:

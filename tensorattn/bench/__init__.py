@@ -1,0 +1,1 @@
+"""The command `bench`: time and memory of operators and of their peers, after parity."""
