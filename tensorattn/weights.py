@@ -50,7 +50,12 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_weights(
-    weights: Sequence[Vector] | None, grid: GridShape, like: Tensor, modes: ModeSpec | None = None
+    weights: Sequence[Vector] | None,
+    grid: GridShape,
+    like: Tensor,
+    modes: ModeSpec | None = None,
+    *,
+    part_of: int | None = None,
 ) -> Vectors:
     """Check position weights and bring them to the type that averages are accumulated in.
 
@@ -61,6 +66,7 @@ def check_weights(
         grid: Shape of the tensor that they weigh.
         like: A tensor of the type and device wanted.
         modes: What the modes are called.
+        part_of: A mode of which the tensor is a part, whose weights may all be zero here.
 
     Returns:
         One vector or None a mode.
@@ -88,7 +94,7 @@ def check_weights(
                     f"which do not broadcast to {grid.batch}."
                 )
             vector = vector.to(accumulation_dtype(like.dtype))
-            _check_values(vector, mode)
+            _check_values(vector, mode, may_vanish=index == part_of)
         checked.append(vector)
     return tuple(checked)
 
@@ -124,7 +130,7 @@ def real_tensor(given: Any, what: str, like: Tensor, kind: type[TensorAttentionE
     return given.to(like.device)
 
 
-def _check_values(vector: Tensor, mode: str) -> None:
+def _check_values(vector: Tensor, mode: str, *, may_vanish: bool) -> None:
     """Refuse negative, infinite and all-zero weights, where values can be read."""
     if torch.compiler.is_compiling() or vector.is_meta or vector.numel() == 0:
         return
@@ -136,7 +142,7 @@ def _check_values(vector: Tensor, mode: str) -> None:
         raise WeightsError(f"weights of mode {mode} must be finite, got {lowest:g} to {highest:g}.")
     if lowest < 0:
         raise WeightsError(f"weights of mode {mode} must not be negative, got {lowest:g}.")
-    if highest == 0:
+    if highest == 0 and not may_vanish:
         raise WeightsError(f"weights of mode {mode} are all zero, so no index takes part.")
 
 
