@@ -269,9 +269,10 @@ class TestMessages:
     )
     def test_frames(self, shape, dtype, error, rule, hint):
         stream = self.make()
+        stream.layer.to(dtype)
         state, x = stream._state, torch.ones(*shape, 8, device=dtype)
         told = f"AttentionStream: {rule}\n  modes    t h\n"
-        told += f"  x        {(*shape, 8)}   batch=({shape[0]},) t={shape[1]} h={shape[2]} D=8{hint}"
+        told += f"  x        {(*shape, 8)}   batch=({shape[0]},) t={shape[1]} h={shape[2]} C=8{hint}"
         weights = None if dtype is None and shape != (2, 1, 4) else [None, torch.arange(4)]
         refused(error, told, stream, x, weights=weights)
         assert stream._state is state
@@ -282,7 +283,7 @@ class TestMessages:
         told = (
             "AttentionStream: the type is torch.float64 in x but torch.float32 in the frames before.\n  modes    t h\n"
         )
-        told += "  x        (2, 1, 4, 8)   batch=(2,) t=1 h=4 D=8" + self.MOVE
+        told += "  x        (2, 1, 4, 8)   batch=(2,) t=1 h=4 C=8" + self.MOVE
         refused(DtypeError, told, stream, torch.ones(2, 1, 4, 8, dtype=torch.float64))
         refused(
             DtypeError,
@@ -294,7 +295,7 @@ class TestMessages:
     @pytest.mark.parametrize("weights", [None, [None, torch.ones(4)]], ids=["none", "others"])
     def test_weights(self, weights):
         told = "AttentionStream: weights of mode 'h' are not those of the frames before.\n  modes    t h\n"
-        told += "  x        (2, 1, 4, 8)   batch=(2,) t=1 h=4 D=8\n"
+        told += "  x        (2, 1, 4, 8)   batch=(2,) t=1 h=4 C=8\n"
         told += "  Give the same at every call; only the weights of frames may differ."
         refused(WeightsError, told, self.make(), torch.ones(2, 1, 4, 8), weights=weights)
 
