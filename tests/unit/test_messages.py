@@ -588,6 +588,13 @@ class TestAverages:
         name, integers = function.__name__, make(*SIZE, dtype=torch.int32)
         rule = "tensor must be floating point, got torch.int32."
         refused(DtypeError, f"{name}: {rule}{TENSOR}", function, integers, order=2)
+        if function is ta.mode_averages:
+            for dtype, rule in (
+                ("float32", "dtype must be a torch.dtype such as torch.float32, got 'float32'."),
+                (np.float32, "dtype must be a torch.dtype such as torch.float32, got <class 'numpy.float32'>."),
+                (torch.int32, "dtype must be floating point, got torch.int32."),
+            ):
+                refused(DtypeError, f"{name}: {rule}{TENSOR}", function, make(*SIZE), order=2, dtype=dtype)
         rule = "tensor must be a torch.Tensor, got list."
         refused(DtypeError, f"{name}: {rule}", function, [[1.0]], order=1)
 
@@ -651,6 +658,7 @@ def test_summarize(make):
         (x, x.long(), {}, DtypeError, "value must be floating point, got torch.int64."),
         (x, x, {"kept": [(0,), (2,)]}, ModesError, "there is no mode 2 among '0 1' (order 2)."),
         (x, x, {"kept": []}, ModesError, "kept is empty, but a summary needs at least one subset of modes."),
+        (x, x, {"second_moment": "no"}, OptionError, "second_moment must be True or False, got 'no'."),
         (x, x, {"weights": [None]}, WeightsError, WEIGHTS["too few"][1]),
     ]
     for key, value, options, kind, rule in cases:
@@ -660,6 +668,8 @@ def test_summarize(make):
         told = f"summarize: {rule}" + "\n".join(other)
         refused(kind, told, ta.summarize, key, value, order=2, **options)
     refused(OptionError, "summarize: order must be at least 1, got 0.", ta.summarize, x, x, order=0)
+    for kept, rule in NO_SUBSETS:
+        refused(ModesError, f"summarize: {rule}{PAIR}{SUBSETS}", ta.summarize, x, x, order=2, kept=kept)
 
 
 def test_means_that_a_summary_does_not_hold(make):
