@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tensorattn.attend.choices import parse_choices
 from tensorattn.attend.optional import MissingPackageError
 from tensorattn.attend.output import check_directory, png_bytes, write_files
-from tensorattn.bench import goals, report, scaling
+from tensorattn.bench import goals, report, scaling, targets
 from tensorattn.bench.contenders import PEERS, PRIMITIVES, Contender, operator_contender
 from tensorattn.bench.examine import Row, examine
 from tensorattn.bench.machine import machine
@@ -24,7 +24,7 @@ from tensorattn.progress import progress
 __all__ = ["register"]
 
 SHAPES = ("1,96,96,64", "1,16,40,40,64")  # an image and a video
-CUBES = (8, 12, 16, 24, 32, 48)
+CUBES = (8, 16, 24, 32, 48, 64)
 SCALED = ("kao_qkv", "kao_kv", "additive", "axial by SDPA", "flattened SDPA")
 MOST_THREADS = 256
 
@@ -150,11 +150,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_goals(out: Path, repeats: int) -> int:
     """Measure the goals, and print the verdicts."""
     where = machine()
-    work = goals.pieces(goals.GOALS)
+    work = goals.pieces(targets.GOALS)
     count = sum(len(piece.names) + len(piece.threads) + 1 for piece in work)
     with progress(count, unit="step") as started:
-        rows, outcomes = goals.carry_out(goals.GOALS, repeats=repeats, started=started)
-    found = scaling.curves([row for row in rows if row.workload in goals.SCALED and row.threads == 1])
+        rows, outcomes = goals.carry_out(targets.GOALS, repeats=repeats, started=started)
+    found = scaling.curves([row for row in rows if row.workload in targets.SCALED and row.threads == 1])
     text = "\n\n".join([_heading(where), report.tables(rows), _losses(rows), goals.verdicts(outcomes)])
     _write(out, "goals", where, rows, found, text, goals=goals.as_records(outcomes))
     return 0

@@ -98,7 +98,8 @@ def examine(
     for count in threads:
         started(f"time of {workload}, {count} threads")
         calls = {**units, **{name: job for name, job in jobs.items() if name not in units}}
-        times = interleaved({name: job.run for name, job in calls.items()}, repeats=repeats, threads=count)
+        runs = {name: job.run for name, job in calls.items()}
+        times = interleaved(runs, repeats=repeats, threads=count, before=units["read"].run)
         of_units = tuple(times[unit.name].median for unit in UNITS)
         rows += [
             Row(

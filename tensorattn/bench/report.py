@@ -26,6 +26,8 @@ NOTES = (
     "R: one read, the sum of the tensor; M: one copy into a buffer that is there; Ma: one copy into a fresh buffer. "
     "All in the same interleaved run.",
     "parity: largest error of outputs (and gradients) as a share of the largest entry, against float64.",
+    "!: on a busy machine, too few samples on several threads in which none of them waited for a processor; not to be "
+    "relied on.",
     "extra memory: the most held beyond input, parameters and results; peak: results included; predicted: of cost.",
 )
 
@@ -65,7 +67,7 @@ def tables(rows: Sequence[Row]) -> str:
     """
     parts = []
     for (work, threads), group in _grouped(rows).items():
-        clock = "CPU time of 1 thread" if threads == 1 else f"wall clock on {threads} threads"
+        clock = "CPU time of 1 thread" if threads == 1 else f"wall clock of {threads} threads"
         read, copy, fresh = (seconds_in_words(unit) for unit in group[0].units)
         lines = [f"{work}, {work.heads} heads; {clock}", f"  R {read}, M {copy}, Ma {fresh}"]
         cells = [HEADINGS, *(_cells(row) for row in group if row.timed is not None)]
@@ -91,13 +93,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         f"{row.parity.error:.0e}",
-        ("" if row.share == 1 else "about ") + seconds_in_words(row.seconds),
+        ("" if row.share == 1 else "about ") + seconds_in_words(row.seconds) + ("" if row.timed.undisturbed else " !"),
         f"{100 * (third - first) / 2 / max(row.timed.median, 1e-12):.0f} %",
-        *(f"{row.ratio(unit):.2f}" for unit in range(3)),
+        *(_short(row.ratio(unit)) for unit in range(3)),
         missing if row.peak is None or row.peak.extra is None else bytes_in_words(row.peak.extra),
         missing if row.peak is None or row.peak.bytes is None else bytes_in_words(row.peak.bytes),
         missing if row.predicted is None else bytes_in_words(row.predicted),
     )
+
+
+def _short(ratio: float) -> str:
+    """Write a ratio with three digits."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
@@ -137,6 +144,7 @@ def record(row: Row) -> dict[str, Any]:
         "first_quartile": None if timed is None else timed.quartiles[0] / row.share,
         "third_quartile": None if timed is None else timed.quartiles[1] / row.share,
         "samples": None if timed is None else timed.samples,
+        "undisturbed": None if timed is None else timed.undisturbed,
         "share_run": row.share,
         **{f"{name}_seconds": unit for name, unit in zip(("read", "copy", "fresh_copy"), row.units, strict=True)},
         "peak_bytes": None if peak is None else peak.bytes,
