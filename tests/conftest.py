@@ -5,13 +5,9 @@ each time.
 """
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).parent / "unit"))  # the list of variants of operators is shared
 
 torch.set_num_threads(1)
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from variants import VARIANTS
 
 import tensorattn as ta
 from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, TensorAttentionError, WeightsError
 from tensorattn.operators import OPERATORS
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 LARGE = 100  # elements: every grid below has more, every weight vector fewer
 
