@@ -149,7 +149,7 @@ def _explicit(
     weights, terms, alive = [], [], None
     for tokens, part in zip(sets, logits.split([tokens.key.shape[-2] for tokens in sets], -1), strict=True):
         if tokens.log_weight is not None:
-            part = part + tokens.log_weight.unsqueeze(-2)
+            part = part + tokens.log_weight.unsqueeze(-2).to(dtype)
         if tokens.bias is not None and tokens.rows is not None:
             part = part + tokens.bias.index_select(-2, tokens.rows[start : start + query.shape[-2]])
         if tokens.log_weight is not None or tokens.bias is not None:

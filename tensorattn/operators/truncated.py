@@ -150,7 +150,7 @@ def needs(
 ) -> Needs:
     """The means of every kept subset that counts."""
     counts = counting_numbers(kept_family(order, kept, interaction_order))
-    return means_needs(counts, interaction, saturation, include_self, order)
+    return means_needs(counts, interaction, saturation)
 
 
 def claims(
