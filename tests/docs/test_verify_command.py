@@ -392,6 +392,8 @@ MISTAKES = {
     "degenerate_laws": (exactness, "additive_attention", rescaled),
     "orthogonal_channels": (exactness, "kronecker_product_attention", rescaled),
     "counted_once": (softmaxes, "counting_numbers", signs_only),
+    "closed_form": (softmaxes, "counting_numbers", signs_only),
+    "outer_sums": (softmaxes, "kao_qkv", lambda function: without("centered")(ta.flattened_attention)),
     "ladder": (softmaxes, "truncated_attention", a_little_more),
     "joint_shares": (softmaxes, "kao_kv", rescaled),
     "geometric_marginals": (softmaxes, "additive_attention", rescaled),
