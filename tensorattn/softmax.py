@@ -133,7 +133,10 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
         else:
             part = fused_attention(queries, key, value, bias, scale)
         part = part if alive is None else part * alive
-        total = torch.mul(part, tokens.coefficient) if total is None else total.add(part, alpha=tokens.coefficient)
+        if total is None:
+            total = part if tokens.coefficient == 1 else part * tokens.coefficient
+        else:
+            total = total.add(part, alpha=tokens.coefficient)
     assert total is not None
     return total.expand(*query.shape[:-1], -1).to(query.dtype)
 
