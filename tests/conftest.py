@@ -5,9 +5,13 @@ each time.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent / "unit"))  # the checker of the floors is shared with the README's test
 
 torch.set_num_threads(1)
 

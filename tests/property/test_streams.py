@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import VARIANTS
 
 import tensorattn as ta
 from tensorattn.testing import mode_sizes
 from tensorattn.testing.strategies import tensors
+from tensorattn.testing.variants import variants
 
 
 @st.composite
@@ -38,7 +38,7 @@ def streamed(draw, variant):
     return layer, x, weights, chunks, draw(st.none() | st.integers(1, 5))
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)
+@pytest.mark.parametrize("variant", [v for v in variants() if "causal" not in v.operator.lacks], ids=str)
 @given(data=st.data())
 def test_a_stream_is_the_whole_tensor(variant, data):
     layer, x, weights, chunks, window = data.draw(streamed(variant))
