@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_nn import CLOSE, draw, make
-from variants import VARIANTS
+
+from tensorattn.testing.variants import variants
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)
+@pytest.mark.parametrize("variant", [v for v in variants() if "causal" not in v.operator.lacks], ids=str)
 @pytest.mark.parametrize("absent", [0, 1, 3])
 def test_absent_frames_may_hold_anything(variant, absent):
     layer, x = make(variant, "t h", causal="t"), draw(2, 4, 3, 8)

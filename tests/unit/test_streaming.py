@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_messages import refused
 from test_nn import CLOSE, draw, make
-from variants import VARIANTS, Variant
 
 import tensorattn as ta
 from tensorattn.errors import DtypeError, OptionError, ShapeError, WeightsError
+from tensorattn.testing.variants import Variant, variants
 
-CAUSAL = [variant for variant in VARIANTS if "causal" not in variant.operator.lacks]
+CAUSAL = [variant for variant in variants() if "causal" not in variant.operator.lacks]
 LIGHT = [v for v in CAUSAL if v.name in ("additive", "kao_kv")]
 NEWER = [Variant("additive", {"interaction": "linear", "include_self": True})]
 
