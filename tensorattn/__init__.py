@@ -43,6 +43,7 @@ from tensorattn.stats import (
     marginal_cross_covariance,
     marginal_mean_law,
 )
+from tensorattn.streaming import AttentionStream, ModuleStream
 from tensorattn.summarizing import summarize
 from tensorattn.summary import Summary
 
@@ -52,6 +53,7 @@ __all__ = [
     "OPERATORS",
     "AdditiveFraction",
     "AttentionResult",
+    "AttentionStream",
     "Claim",
     "Cost",
     "CrossCovariance",
@@ -62,6 +64,7 @@ __all__ = [
     "LearnedPositions",
     "ModeSpec",
     "ModesError",
+    "ModuleStream",
     "Operator",
     "OptionError",
     "PatchEmbedding",

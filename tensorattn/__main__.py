@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(chosen.run(chosen))
     except TensorAttentionError as cause:
-        line = " ".join(str(cause).split())
+        line = " ".join(f"{cause.rule} {cause.hint}".split())  # without the tensors read, of which the user made none
         print(f"{parser.prog} {chosen.command}: {line}", file=sys.stderr)
         return 2
 

@@ -54,6 +54,8 @@ def mode_averages(
         (tensor([1., 4.]), tensor([1.5000, 2.5000, 3.5000]))
     """
     check_floating(tensor=tensor)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise DtypeError(f"dtype must be a torch.dtype such as torch.float32, got {dtype!r}.")
     if dtype is not None and not dtype.is_floating_point:
         raise DtypeError(f"dtype must be floating point, got {dtype}.")
     grid = grid_shape(tensor.shape, order, "tensor")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,8 +27,9 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-GRID_ARGUMENTS = ("tensor", "key", "value", "x")  # (*batch, n_1, …, n_N, D)
+GRID_ARGUMENTS = ("tensor", "key", "value")  # (*batch, n_1, …, n_N, D)
 QUERY_ARGUMENT = "query"  # (*batch, *positions, D)
+LAYER_ARGUMENT = "x"  # (B, n_1, …, n_N, C), or (B, C, n_1, …, n_N)
 
 
 class TensorAttentionError(ValueError):
@@ -76,13 +78,20 @@ class OptionError(TensorAttentionError):
     """An option has a value outside its range, or has no meaning for this operator."""
 
 
-def describe(modes: Sequence[str], tensors: Mapping[str, Sequence[int]], batch_dims: int | None = None) -> str:
+def describe(
+    modes: Sequence[str],
+    tensors: Mapping[str, Sequence[int]],
+    batch_dims: int | None = None,
+    *,
+    channels_first: bool = False,
+) -> str:
     """Read tensors through the modes, a line each.
 
     Args:
         modes: Names of the modes, in order.
         tensors: Shape of each tensor argument, by name.
         batch_dims: Number of batch dimensions of a query; without it a query is shown by its shape alone.
+        channels_first: Whether the input ``x`` of a layer, which has one batch dimension, has its channels next.
 
     Returns:
         Lines indented by two spaces, the first naming the modes.
@@ -96,13 +105,20 @@ def describe(modes: Sequence[str], tensors: Mapping[str, Sequence[int]], batch_d
     width = max(map(len, shapes.values()), default=0)
     lines = [f"  {'modes':<8} {' '.join(modes)}"]
     for name, shape in tensors.items():
-        reading = " ".join(_read(name, tuple(shape), modes, batch_dims))
+        reading = " ".join(_read(name, tuple(shape), modes, batch_dims, channels_first))
         lines.append(f"  {name:<8} {shapes[name]:<{width}}   {reading}".rstrip())
     return "\n".join(lines)
 
 
-def _read(name: str, shape: tuple[int, ...], modes: Sequence[str], batch_dims: int | None) -> Iterable[str]:
-    """Name the dimensions of one tensor argument."""
+def _read(
+    name: str, shape: tuple[int, ...], modes: Sequence[str], batch_dims: int | None, channels_first: bool
+) -> Iterable[str]:
+    """Name the dimensions of one tensor argument; nothing where there are not as many as there should be."""
+    if name == LAYER_ARGUMENT and len(shape) == len(modes) + 2:
+        sizes = shape[2:] if channels_first else shape[1:-1]
+        grid = [f"{mode}={size}" for mode, size in zip(modes, sizes, strict=True)]
+        channels = [f"C={shape[1 if channels_first else -1]}"]
+        return [f"batch={shape[:1]}", *(channels + grid if channels_first else grid + channels)]
     if name in GRID_ARGUMENTS and len(shape) > len(modes):
         batch, sizes = shape[: -len(modes) - 1], shape[-len(modes) - 1 : -1]
         grid = [f"{mode}={size}" for mode, size in zip(modes, sizes, strict=True)]
@@ -121,7 +137,8 @@ def retells(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except TensorAttentionError as cause:
             reading = _read_call(function, args, kwargs)
-            raise cause.retold(function.__name__, reading) from None
+            name = function.__qualname__.rpartition("<locals>.")[2]
+            raise cause.retold(name, reading) from None
 
     return told
 
@@ -132,8 +149,9 @@ def _read_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     names = (*GRID_ARGUMENTS, QUERY_ARGUMENT)
     tensors = {name: tuple(a.shape) for name, a in arguments.items() if name in names and hasattr(a, "shape")}
     order = arguments.get("order")
-    if not tensors or not isinstance(order, int) or isinstance(order, bool) or order < 1:
+    if not tensors or not isinstance(order, numbers.Integral) or isinstance(order, bool) or order < 1:
         return ""
+    order = int(order)
     key = next((tensors[name] for name in ("key", "tensor", "value") if name in tensors), ())
     batch_dims = len(key) - order - 1
     return describe([str(k) for k in range(order)], tensors, batch_dims if batch_dims >= 0 else None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.contraction_tree import Kept, primitive_for
-from tensorattn.planning import Plan, Step
+from tensorattn.planning import Plan, Step, order_of_strides
 from tensorattn.weights import Vector, accumulation_dtype
 
 __all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "slabs_of", "split_shape"]
@@ -29,10 +29,7 @@ def split_shape(tensor: Tensor, order: int) -> tuple[tuple[int, ...], tuple[int,
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """Return dimensions from the outermost to the innermost in memory; expanded ones count as outermost."""
-    strides = tensor.stride()
-    if 0 not in strides and all(a >= b for a, b in itertools.pairwise(strides)):
-        return tuple(range(len(strides)))
-    return tuple(sorted(range(len(strides)), key=lambda d: (strides[d] != 0, -strides[d], d)))
+    return order_of_strides(tensor.stride())
 
 
 def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tuple[Tensor, ...]:

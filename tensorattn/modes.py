@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from tensorattn.errors import ModesError, OptionError, ShapeError
+from tensorattn.errors import ModesError, OptionError, ShapeError, TensorAttentionError
 
-__all__ = ["GridShape", "ModeSpec", "attention_shapes", "check_order", "grid_shape"]
+__all__ = [
+    "GridShape",
+    "ModeSpec",
+    "attention_shapes",
+    "check_order",
+    "grid_shape",
+    "is_integer",
+    "mode_parts",
+    "mode_subsets",
+]
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,11 @@ class ModeSpec:
         Raises:
             ModesError: If there is no mode, or a name is empty, repeated or not an identifier.
         """
-        if isinstance(modes, bool) or not isinstance(modes, int | str | Sequence):
-            raise ModesError(f"modes must be a number or names, got {modes!r}.")
-        if isinstance(modes, int):
+        if is_integer(modes):
             check_order(modes, "modes")
             return cls(tuple(str(k) for k in range(modes)), named=False)
+        if not isinstance(modes, str | Sequence):
+            raise ModesError(f"modes must be a number or names, got {modes!r}.")
         names = tuple(modes.split()) if isinstance(modes, str) else tuple(modes)
         if not names:
             raise ModesError(f"modes must name at least one mode, got {modes!r}.")
@@ -72,9 +82,21 @@ class ModeSpec:
         """
         if isinstance(mode, str) and mode in self.names:
             return self.names.index(mode)
-        if isinstance(mode, int) and not isinstance(mode, bool) and -self.order <= mode < self.order:
-            return mode % self.order
+        if is_integer(mode) and -self.order <= mode < self.order:
+            return int(mode) % self.order
         raise ModesError(f"there is no mode {mode!r} among {' '.join(self.names)!r} (order {self.order}).")
+
+    def label(self, mode: int) -> str:
+        """Return how messages call a mode: by its name in quotes where the user chose it, else by its index.
+
+        Args:
+            mode: Index of the mode.
+
+        Examples:
+            >>> ModeSpec.parse("t h w").label(0), ModeSpec.parse(3).label(0)
+            ("'t'", '0')
+        """
+        return repr(self.names[mode]) if self.named else self.names[mode]
 
     def __str__(self) -> str:
         return " ".join(self.names)
@@ -88,6 +110,73 @@ class GridShape(NamedTuple):
     dim: int
 
 
+def is_integer(number: object) -> TypeGuard[int]:
+    """Tell whether something is an integer, of Python or of NumPy, and no truth value.
+
+    Args:
+        number: What was given.
+
+    Examples:
+        >>> is_integer(3), is_integer(True), is_integer(3.0)
+        (True, False, False)
+    """
+    return isinstance(number, int | numbers.Integral) and not isinstance(number, bool)
+
+
+def mode_parts(given: Any, order: int, argument: str, noun: str, kind: type[TensorAttentionError]) -> tuple[Any, ...]:
+    """Read an argument that holds one part a mode.
+
+    Args:
+        given: A sequence of N parts.
+        order: Number of modes N.
+        argument: Name of the argument, for messages.
+        noun: What its parts are called.
+        kind: Class of the error.
+
+    Returns:
+        The parts.
+
+    Raises:
+        TensorAttentionError: If there are not N of them, of the class ``kind``.
+
+    Examples:
+        >>> mode_parts([None, 2.0], 2, "weights", "vectors", ShapeError)
+        (None, 2.0)
+    """
+    needs = f"order {order} needs {order} {noun}, one a mode"
+    if getattr(given, "ndim", 0):
+        raise kind(f"{argument} has a single tensor, but {needs}.")
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable) or hasattr(given, "ndim"):
+        raise kind(f"{argument} is {given!r}, but {needs}.")
+    parts = tuple(given)
+    if len(parts) != order:
+        raise kind(f"{argument} has {len(parts)} entries, but {needs}.")
+    return parts
+
+
+def mode_subsets(kept: Any) -> tuple[tuple[Any, ...], ...]:
+    """Read an argument ``kept``: mode subsets, whose modes are still to be looked up.
+
+    Args:
+        kept: Mode subsets.
+
+    Raises:
+        ModesError: If it does not hold subsets.
+
+    Examples:
+        >>> mode_subsets([(0,), [1, 2]])
+        ((0,), (1, 2))
+    """
+    hint = "Write [(0,), (1, 2)] for the modes 0, 1 and 2, the last two together."
+    if isinstance(kept, str) or not isinstance(kept, Iterable):
+        raise ModesError(f"kept must hold subsets of modes, got {kept!r}.", hint=hint)
+    subsets = tuple(kept)
+    for subset in subsets:
+        if isinstance(subset, str) or not isinstance(subset, Iterable):
+            raise ModesError(f"each subset in kept must be a sequence of modes, got {subset!r}.", hint=hint)
+    return tuple(tuple(subset) for subset in subsets)
+
+
 def check_order(order: int, argument: str = "order") -> None:
     """Check that an order is an integer of at least one.
 
@@ -98,7 +187,7 @@ def check_order(order: int, argument: str = "order") -> None:
     Raises:
         OptionError: If it is not.
     """
-    if isinstance(order, bool) or not isinstance(order, int):
+    if not is_integer(order):
         raise OptionError(f"{argument} must be an integer, got {order!r}.")
     if order < 1:
         raise OptionError(f"{argument} must be at least 1, got {order}.")

@@ -196,7 +196,15 @@ def flattened_attention(
 
 
 def axial_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, *, order: int, weights: PerMode = None, scale: Scale = None
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    order: int,
+    weights: PerMode = None,
+    scale: Scale = None,
+    causal: int | None = None,
+    bias: PerMode = None,
 ) -> tuple[Array, Array | None]:
     r"""Average, over the modes, attention along the fibre of that mode through the query's position.
 
@@ -209,6 +217,8 @@ def axial_attention(
         order: Number of modes N.
         weights: Multiplicities of the indices of each mode.
         scale: Factor of the logits.
+        causal: Mode t along whose fibre a query at :math:`i_t` sees only :math:`j_t \le i_t`.
+        bias: For each mode, terms :math:`b_m` added to the logits along its fibre, or None.
 
     Returns:
         The output, and the log-sum-exp at order 1, else None.
@@ -224,14 +234,18 @@ def axial_attention(
     queries, keys, values = _scaled(query, scale), _floats(key), _floats(value)
     if queries.shape != keys.shape:
         raise ValueError(f"query must be on the grid of key, got {queries.shape} and {keys.shape}.")
-    per_mode = _read_weights(keys, order, weights)
+    per_mode, tables = _read_weights(keys, order, weights), _read_bias(keys, order, bias)
     output = np.zeros((*keys.shape[:-1], values.shape[-1]))
     lse = np.full(keys.shape[:-1], -np.inf)
     for index in np.ndindex(keys.shape[:-1]):
-        for _, fibre, weight in _fibres(index, per_mode):
-            present = weight > 0
+        b, i = index[:-order], index[-order:]
+        for mode, fibre, weight in _fibres(index, per_mode):
+            table = tables[mode]
+            terms = np.zeros(len(weight)) if table is None else table[b][i[mode]]
+            seen = np.arange(len(weight)) <= i[mode] if mode == causal else True
+            present = (weight > 0) & seen & np.isfinite(terms)
             if present.any():
-                logits = keys[fibre][present] @ queries[index]
+                logits = keys[fibre][present] @ queries[index] + terms[present]
                 along, lse[index] = _softmax(logits, values[fibre][present], weight[present])
                 output[index] += along / order
     return output, lse if order == 1 else None
@@ -246,6 +260,7 @@ def kao_kv(
     weights: PerMode = None,
     scale: Scale = None,
     causal: int | None = None,
+    bias: PerMode = None,
 ) -> tuple[Array, Array]:
     r"""Attend to all mode averages at once, in one joint softmax over :math:`S = \sum_m n_m` tokens.
 
@@ -260,6 +275,7 @@ def kao_kv(
         weights: Multiplicities of the indices of each mode.
         scale: Factor of the logits.
         causal: Mode t along which a query at :math:`i_t` sees only the tensor cropped to :math:`j_t \le i_t`.
+        bias: For each mode, terms added to the logits of its averages, or None.
 
     Returns:
         The output, and the logarithm of the denominator.
@@ -276,9 +292,9 @@ def kao_kv(
     def attend(q: Array, seen: _Seen) -> tuple[Array, float]:
         keys = np.concatenate([_mean(seen.key, (mode,), seen.weights) for mode in range(order)])
         values = np.concatenate([_mean(seen.value, (mode,), seen.weights) for mode in range(order)])
-        return _softmax(keys @ q, values, np.concatenate(seen.weights))
+        return _softmax(keys @ q + np.concatenate(seen.bias), values, np.concatenate(seen.weights))
 
-    return _each_query(attend, query, key, value, order, weights, scale, causal)
+    return _each_query(attend, query, key, value, order, weights, scale, causal, bias, any)
 
 
 def kao_qkv(
@@ -290,6 +306,8 @@ def kao_qkv(
     weights: PerMode = None,
     scale: Scale = None,
     centered: bool = False,
+    interaction: Literal["linear"] | None = None,
+    saturation: float | None = 1.0,
 ) -> tuple[Array, None]:
     r"""Let the mode averages of the query attend to those of key and value; write their outer sum.
 
@@ -305,6 +323,11 @@ def kao_qkv(
         weights: Multiplicities of the indices of each mode.
         scale: Factor of the logits.
         centered: Use one softmax a mode, and count the mean once instead of N times.
+        interaction: "linear" adds :math:`s\, (C^\text{tot}_{vk} r + C_{vk} a) / \sqrt{1 + \tau^2 / \ell^2}` for a query
+            of additive part a and interaction residual r, with
+            :math:`\tau^2 = s^2 (r^T C^\text{tot}_{kk} r + a^T C_{kk} a)`, the covariance :math:`C^\text{tot}` of the
+            positions and C as in :func:`additive_attention`.
+        saturation: The :math:`\ell > 0` above; None is infinity.
 
     Returns:
         The output on the grid of ``query``, and None.
@@ -325,7 +348,22 @@ def kao_qkv(
         mean = marginal_mean(query, (), order=order, weights=weights)
         central = additive_attention(mean, key, value, order=order, weights=weights, scale=scale)[0]
         output -= (order - 1) * np.expand_dims(central, tuple(range(-order - 1, -1)))
-    return output, None
+    if interaction is None:
+        return output, None
+    straight = additive_part(query, order=order, weights=weights)
+    own = _floats(query) - straight
+    modes: dict[Subset, int] = {(mode,): 1 for mode in range(order)}
+
+    def second(tensor: ArrayLike, counts: dict[Subset, int]) -> tuple[Array, Array]:
+        def attend(q: Array, seen: _Seen) -> tuple[Array, float]:
+            return _correct(q, seen, counts, interaction, None)
+
+        return _each_query(attend, tensor, key, value, order, weights, scale)
+
+    (rest, rest_shift), (part, part_shift) = second(own, {}), second(straight, modes)
+    tau_squared = np.nan_to_num(2 * (rest_shift + part_shift), neginf=0.0)
+    damping = np.ones_like(tau_squared) if saturation is None else np.sqrt(1.0 + tau_squared / saturation**2)
+    return output + (rest + part) / damping[..., None], None
 
 
 def additive_attention(
@@ -638,8 +676,9 @@ def _each_query(
     scale: Scale,
     causal: int | None = None,
     bias: PerMode = None,
+    required: Callable[[Iterable[bool]], bool] = all,
 ) -> tuple[Array, Array]:
-    """Call ``attend`` for every query, times the scale, with what it sees."""
+    """Call ``attend`` for every query, times the scale, with what it sees, if all (or any) modes show a token."""
     queries, keys, values = _scaled(query, scale), _floats(key), _floats(value)
     batch, sizes = _grid(keys, order)
     if values.shape[:-1] != keys.shape[:-1] or queries.shape[: len(batch)] != batch:
@@ -649,8 +688,7 @@ def _each_query(
     if causal is not None and causal not in range(order):
         raise ValueError(f"causal must be one of the modes 0 to {order - 1}, got {causal}.")
     per_mode = _read_weights(keys, order, weights)
-    given = [None] * order if bias is None else [None if t is None else _floats(t) for t in bias]
-    tables = [None if t is None else np.broadcast_to(t, (*batch, *t.shape[-2:])) for t in given]
+    tables = _read_bias(keys, order, bias)
     output = np.zeros((*queries.shape[:-1], values.shape[-1]))
     lse = np.full(queries.shape[:-1], -np.inf)
     for index in np.ndindex(queries.shape[:-1]):
@@ -664,7 +702,7 @@ def _each_query(
             seen_weights.append(per_mode[mode][b][indices])
             seen_bias.append(terms[indices])
         grid = np.ix_(*present)
-        if all(np.isfinite(terms).any() for terms in seen_bias):
+        if all(present) and required(bool(np.isfinite(terms).any()) for terms in seen_bias):
             seen = _Seen(keys[b][grid], values[b][grid], seen_weights, seen_bias)
             output[index], lse[index] = attend(queries[index], seen)
     return output, lse
@@ -778,3 +816,10 @@ def _read_weights(tensor: Array, order: int, weights: PerMode) -> list[Array]:
     if any((w < 0).any() for w in result):
         raise ValueError("weights must not be negative.")
     return result
+
+
+def _read_bias(tensor: Array, order: int, bias: PerMode) -> list[Array | None]:
+    """Return the logit terms of every mode, (*batch, n_m of the query, n_m), or None."""
+    batch, _ = _grid(tensor, order)
+    given = [None] * order if bias is None else [None if t is None else _floats(t) for t in bias]
+    return [None if t is None else np.broadcast_to(t, (*batch, *t.shape[-2:])) for t in given]

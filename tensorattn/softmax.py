@@ -133,7 +133,10 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
         else:
             part = fused_attention(queries, key, value, bias, scale)
         part = part if alive is None else part * alive
-        total = torch.mul(part, tokens.coefficient) if total is None else total.add(part, alpha=tokens.coefficient)
+        if total is None:
+            total = part if tokens.coefficient == 1 else part * tokens.coefficient
+        else:
+            total = total.add(part, alpha=tokens.coefficient)
     assert total is not None
     return total.expand(*query.shape[:-1], -1).to(query.dtype)
 
@@ -149,7 +152,7 @@ def _explicit(
     weights, terms, alive = [], [], None
     for tokens, part in zip(sets, logits.split([tokens.key.shape[-2] for tokens in sets], -1), strict=True):
         if tokens.log_weight is not None:
-            part = part + tokens.log_weight.unsqueeze(-2)
+            part = part + tokens.log_weight.unsqueeze(-2).to(dtype)
         if tokens.bias is not None and tokens.rows is not None:
             part = part + tokens.bias.index_select(-2, tokens.rows[start : start + query.shape[-2]])
         if tokens.log_weight is not None or tokens.bias is not None:

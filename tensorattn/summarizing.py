@@ -13,7 +13,8 @@ from tensorattn.contraction import contract, contract_through
 from tensorattn.contraction_tree import Family, Kept, main_effects
 from tensorattn.errors import ModesError, ShapeError, retells
 from tensorattn.execution import absent_as_zero
-from tensorattn.modes import GridShape, ModeSpec, grid_shape
+from tensorattn.modes import GridShape, ModeSpec, grid_shape, mode_subsets
+from tensorattn.options import check_switch
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector, Vectors, check_floating, check_weights, counting_dtype, normalized
 
@@ -66,7 +67,8 @@ def summarize(
         ShapeError: If key and value do not have the same batch dimensions and mode sizes, or a mode is empty.
         DtypeError: If they are not floating point, or of different types.
         WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
-        ModesError: If ``kept`` names a mode that does not exist.
+        ModesError: If ``kept`` holds no subsets, or names a mode that does not exist.
+        OptionError: If ``second_moment`` is neither True nor False.
 
     Shape:
         - key: :math:`(*, n_1, \dots, n_N, D)`, value: :math:`(*, n_1, \dots, n_N, D_v)`
@@ -86,8 +88,11 @@ def summarize(
         raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
     spec = ModeSpec.parse(order)
     family = (
-        (*main_effects(order), ()) if kept is None else tuple(tuple(sorted({spec.index(m) for m in u})) for u in kept)
+        (*main_effects(order), ())
+        if kept is None
+        else tuple(tuple(sorted({spec.index(mode) for mode in subset})) for subset in mode_subsets(kept))
     )
+    check_switch(second_moment, "second_moment")
     if not family:
         raise ModesError("kept is empty, but a summary needs at least one subset of modes.")
     return attention_summary(key, value, Needs(family, second_moment), check_weights(weights, grid, key))

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.contraction_tree import Family, Kept
-from tensorattn.errors import OptionError, ShapeError
+from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec
+from tensorattn.options import check_count
 from tensorattn.softmax import TokenSet
 from tensorattn.weights import Vector, Vectors, counting_dtype, log_weights
 
@@ -175,6 +176,7 @@ class Summary:
             weight = total.new_ones([1] * len(self.batch) + [self.sizes[mode]])
         return log_weights(torch.where(total.unsqueeze(-1) > 0, weight, 0.0))
 
+    @retells
     def project(
         self,
         key_weight: Tensor,
@@ -199,6 +201,11 @@ class Summary:
         Returns:
             The summary of the projected tensors.
 
+        Raises:
+            ShapeError: If a weight or bias does not fit the means, or ``num_heads`` does not divide the rows.
+            DtypeError: If one is not a floating-point tensor.
+            OptionError: If ``num_heads`` is not a positive integer.
+
         Examples:
             >>> import torch, tensorattn as ta
             >>> x, w = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
@@ -206,6 +213,7 @@ class Summary:
             >>> torch.allclose(early.keys[0], late.keys[0])
             True
         """
+        self._check_projectable(key_weight, value_weight, key_bias, value_bias, num_heads)
         batch = len(self.batch)
 
         def linear(means: tuple[Tensor | None, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -247,6 +255,38 @@ class Summary:
             key_covariance=bilinear(self.key_covariance, key_weight, key_weight),
         )
 
+    def _check_projectable(
+        self,
+        key_weight: Tensor,
+        value_weight: Tensor,
+        key_bias: Tensor | None,
+        value_bias: Tensor | None,
+        num_heads: int | None,
+    ) -> None:
+        """Check that linear maps fit the means, and that heads divide what they map to."""
+        if num_heads is not None:
+            check_count(num_heads, "num_heads")
+            if num_heads < 1:
+                raise OptionError(f"num_heads must be at least 1, got {num_heads}.")
+        sides = (("key", self.keys, key_weight, key_bias), ("value", self.values, value_weight, value_bias))
+        for side, means, weight, bias in sides:
+            for name, tensor, dims in (("weight", weight, 2), ("bias", bias, 1)):
+                if tensor is None and name == "bias":
+                    continue
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                    raise DtypeError(f"{side}_{name} must be a floating-point tensor, got {got}.")
+                if tensor.dim() != dims:
+                    raise ShapeError(f"{side}_{name} has {tensor.dim()} dimensions, but needs {dims}.")
+            held = next((mean.shape[-1] for mean in means if mean is not None), None)
+            if held is not None and weight.shape[1] != held:
+                raise ShapeError(f"{side}_weight has {weight.shape[1]} columns, but the {side}s have head size {held}.")
+            if bias is not None and len(bias) != len(weight):
+                raise ShapeError(f"{side}_bias has {len(bias)} entries, but {side}_weight has {len(weight)} rows.")
+            if num_heads is not None and len(weight) % num_heads:
+                raise ShapeError(f"{side}_weight has {len(weight)} rows, which num_heads={num_heads} does not divide.")
+
+    @retells
     def merge(self, other: Summary, *, mode: int) -> Summary:
         """Return the summary of two parts of a tensor put together along a mode.
 
@@ -258,7 +298,10 @@ class Summary:
             The summary of the whole: exact, as all its parts are sums over positions.
 
         Raises:
-            ShapeError: If another mode differs in size, or kept subsets or batch dimensions differ.
+            ShapeError: If another mode differs in size, or orders, kept subsets, batch dimensions or head sizes
+                differ, or one holds means that the other does not.
+            DtypeError: If the types or devices differ.
+            OptionError: If ``other`` is no summary.
             ModesError: If there is no such mode.
 
         Examples:
@@ -269,6 +312,8 @@ class Summary:
             >>> torch.allclose(first.merge(second, mode=0).keys[1], whole.keys[1])
             True
         """
+        if not isinstance(other, Summary):
+            raise OptionError(f"other must be a Summary, got {type(other).__name__}.")
         mode = ModeSpec.parse(self.order).index(mode)
         self._check_mergeable(other, mode)
         first, second = self, other
@@ -316,6 +361,8 @@ class Summary:
 
     def _check_mergeable(self, other: Summary, mode: int) -> None:
         """Check that two parts fit together along a mode."""
+        if self.order != other.order:
+            raise ShapeError(f"the summaries have different orders: {self.order} and {other.order}.")
         if self.kept != other.kept:
             raise ShapeError(f"the summaries hold different kept modes: {self.kept} and {other.kept}.")
         if self.batch != other.batch:
@@ -323,6 +370,23 @@ class Summary:
         for k, (size, second) in enumerate(zip(self.sizes, other.sizes, strict=True)):
             if k != mode and size != second:
                 raise ShapeError(f"mode {k} has size {size} in one summary but {second} in the other.")
+        for side, means, others in (("keys", self.keys, other.keys), ("values", self.values, other.values)):
+            for kept, one, two in zip(self.kept, means, others, strict=True):
+                if (one is None) != (two is None):
+                    raise ShapeError(f"only one of the summaries holds the mean {side} of the kept modes {kept}.")
+                if one is None or two is None:
+                    continue
+                if one.shape[-1] != two.shape[-1]:
+                    raise ShapeError(
+                        f"the {side} have head size {one.shape[-1]} in one summary but {two.shape[-1]} in the other."
+                    )
+                for what in ("dtype", "device"):
+                    first, second = getattr(one, what), getattr(two, what)
+                    if first != second:
+                        word = "type" if what == "dtype" else what
+                        raise DtypeError(
+                            f"the {word} of the {side} is {first} in one summary but {second} in the other."
+                        )
         moments = [summary.covariance is not None for summary in (self, other)]
         if moments[0] != moments[1] or (moments[0] and () not in self.kept):
             raise ShapeError("second moments merge only if both summaries hold them, and their grand means.")

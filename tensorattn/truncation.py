@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.errors import ModesError, OptionError
-from tensorattn.modes import ModeSpec
+from tensorattn.modes import ModeSpec, is_integer, mode_subsets
 
 __all__ = ["counting_numbers", "kept_family"]
 
@@ -35,12 +35,12 @@ def kept_family(order: int, kept: Iterable[Iterable[int]] | None, interaction_or
         raise OptionError("kept and interaction_order exclude each other, but both are given.")
     if kept is None:
         size = min(2, order) if interaction_order is None else interaction_order
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= order:
+        if not is_integer(size) or not 1 <= size <= order:
             raise OptionError(f"interaction_order must be an integer between 1 and order {order}, got {size!r}.")
         return tuple(itertools.combinations(range(order), size))
     spec = ModeSpec.parse(order)
     family = []
-    for subset in kept:
+    for subset in mode_subsets(kept):
         modes = [spec.index(mode) for mode in subset]
         if not modes or len(set(modes)) < len(modes):
             raise ModesError(f"each subset in kept must name modes, none of them twice, got {tuple(modes)}.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensorattn.errors import DtypeError, WeightsError
-from tensorattn.modes import GridShape
+from tensorattn.errors import DtypeError, TensorAttentionError, WeightsError
+from tensorattn.modes import GridShape, ModeSpec, mode_parts
 
 __all__ = [
     "Vector",
@@ -20,6 +21,7 @@ __all__ = [
     "counting_dtype",
     "log_weights",
     "normalized",
+    "real_tensor",
 ]
 
 Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for equal weights
@@ -27,13 +29,13 @@ Vectors = tuple[Vector, ...]
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Check that tensors are of one floating-point type.
+    """Check that tensors are of one floating-point type, and on one device.
 
     Args:
         **tensors: Tensors by the name of their argument.
 
     Raises:
-        DtypeError: If one is not floating point, or two types differ.
+        DtypeError: If one is not floating point, or two types or devices differ.
     """
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
@@ -43,9 +45,18 @@ def check_floating(**tensors: Tensor) -> None:
             raise DtypeError(f"{name} must be floating point, got {tensor.dtype}.")
         if tensor.dtype != reference.dtype:
             raise DtypeError(f"the type is {reference.dtype} in {first} but {tensor.dtype} in {name}.")
+        if tensor.device != reference.device:
+            raise DtypeError(f"the device is {reference.device} in {first} but {tensor.device} in {name}.")
 
 
-def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tensor) -> Vectors:
+def check_weights(
+    weights: Sequence[Vector] | None,
+    grid: GridShape,
+    like: Tensor,
+    modes: ModeSpec | None = None,
+    *,
+    part_of: int | None = None,
+) -> Vectors:
     """Check position weights and bring them to the type that averages are accumulated in.
 
     Values are only looked at where they can be: not while tracing, under ``vmap`` or on the meta device.
@@ -54,26 +65,26 @@ def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tenso
         weights: One vector a mode or None for equal weights; None for all modes.
         grid: Shape of the tensor that they weigh.
         like: A tensor of the type and device wanted.
+        modes: What the modes are called.
+        part_of: A mode of which the tensor is a part, whose weights may all be zero here.
 
     Returns:
         One vector or None a mode.
 
     Raises:
-        WeightsError: If there are not N vectors, or one has the wrong length, batch dimensions that do not
-            broadcast, negative or infinite entries, or only zeros.
+        WeightsError: If there are not N vectors, or one is no vector of real numbers, or has the wrong length, batch
+            dimensions that do not broadcast, negative or infinite entries, or only zeros.
     """
     order = len(grid.sizes)
     if weights is None:
         return (None,) * order
-    if isinstance(weights, Tensor) or len(weights) != order:
-        count = "a single tensor" if isinstance(weights, Tensor) else f"{len(weights)} entries"
-        raise WeightsError(f"weights has {count}, but order {order} needs {order} vectors, one a mode.")
+    vectors = mode_parts(weights, order, "weights", "vectors", WeightsError)
+    spec = ModeSpec.parse(order) if modes is None else modes
     checked: list[Vector] = []
-    for mode, (vector, size) in enumerate(zip(weights, grid.sizes, strict=True)):
+    for index, (vector, size) in enumerate(zip(vectors, grid.sizes, strict=True)):
         if vector is not None:
-            if not isinstance(vector, Tensor):
-                vector = torch.as_tensor(vector, dtype=accumulation_dtype(like.dtype))
-            vector = vector.to(like.device)
+            mode = spec.label(index)
+            vector = real_tensor(vector, f"weights of mode {mode}", like, WeightsError)
             if vector.dim() == 0 or vector.shape[-1] != size:
                 got = vector.shape[-1] if vector.dim() else "no dimension"
                 raise WeightsError(f"weights of mode {mode} have length {got}, but the mode has size {size}.")
@@ -83,7 +94,7 @@ def check_weights(weights: Sequence[Vector] | None, grid: GridShape, like: Tenso
                     f"which do not broadcast to {grid.batch}."
                 )
             vector = vector.to(accumulation_dtype(like.dtype))
-            _check_values(vector, mode)
+            _check_values(vector, mode, may_vanish=index == part_of)
         checked.append(vector)
     return tuple(checked)
 
@@ -94,7 +105,32 @@ def _broadcasts_to(shape: Sequence[int], batch: Sequence[int]) -> bool:
     return len(shape) <= len(batch) and all(size in (1, other) for size, other in pairs)
 
 
-def _check_values(vector: Tensor, mode: int) -> None:
+def real_tensor(given: Any, what: str, like: Tensor, kind: type[TensorAttentionError]) -> Tensor:
+    """Return real numbers, given as a tensor, an array or nested lists, as a tensor on a device.
+
+    Args:
+        given: The numbers.
+        what: What they are, for messages.
+        like: A tensor on the device wanted; lists become its accumulation type.
+        kind: Class of the error.
+
+    Returns:
+        The tensor; one that was given keeps its type.
+
+    Raises:
+        TensorAttentionError: If they are no real numbers, of the class ``kind``.
+    """
+    if not isinstance(given, Tensor):
+        try:
+            given = torch.as_tensor(given, dtype=accumulation_dtype(like.dtype))
+        except (TypeError, ValueError, RuntimeError):
+            raise kind(f"{what} must be a tensor or numbers, got {given!r}.") from None
+    if given.is_complex():
+        raise kind(f"{what} must be real, got {given.dtype}.")
+    return given.to(like.device)
+
+
+def _check_values(vector: Tensor, mode: str, *, may_vanish: bool) -> None:
     """Refuse negative, infinite and all-zero weights, where values can be read."""
     if torch.compiler.is_compiling() or vector.is_meta or vector.numel() == 0:
         return
@@ -106,7 +142,7 @@ def _check_values(vector: Tensor, mode: int) -> None:
         raise WeightsError(f"weights of mode {mode} must be finite, got {lowest:g} to {highest:g}.")
     if lowest < 0:
         raise WeightsError(f"weights of mode {mode} must not be negative, got {lowest:g}.")
-    if highest == 0:
+    if highest == 0 and not may_vanish:
         raise WeightsError(f"weights of mode {mode} are all zero, so no index takes part.")
 
 

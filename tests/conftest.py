@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent / "unit"))  # the list of variants of operators is shared
+sys.path.insert(0, str(Path(__file__).parent / "unit"))  # the checker of the floors is shared with the README's test
 
 torch.set_num_threads(1)
 

@@ -62,7 +62,7 @@ def parse_choice(text: str) -> Choice:
         The choice.
 
     Raises:
-        OptionError: If there is no such operator or no such option.
+        OptionError: If there is no such operator or no such option, or an option is no switch and should be one.
 
     Examples:
         >>> parse_choice("kao_qkv:centered=True").options
@@ -77,7 +77,10 @@ def parse_choice(text: str) -> Choice:
         if not equals:
             raise OptionError(f"--operator {text!r}: an option is written name=value, got {setting!r}.")
         options[option] = _literal(value)
-    record.with_defaults(options)
+    try:
+        record.with_defaults(options)
+    except OptionError as cause:
+        raise OptionError(f"--operator {text.strip()!r}: {cause.rule}") from None
     return Choice(text.strip(), record, options)
 
 

@@ -21,6 +21,7 @@ PACKAGED = (  # the packaged recordings: where they come from, patch, and the qu
     (sample_video, "2,2,2", "15,110,153"),  # on the wall between the chambers of the heart
     (sample_volume, "2,2,2", "64,48,12"),
 )
+LARGEST_DEVIATION = 1e6  # of logits: beyond it float32 rounds them by more than a tenth
 STEPS = 4  # pieces of work beside the operators: embedding, sampled queries, baselines, figures
 
 DESCRIPTION = """\
@@ -71,7 +72,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--heads", type=_positive, default=4, help="heads (default 4)")
     parser.add_argument("--patch", help="sizes of a patch, '1,8,8' or one number for every mode (default: chosen)")
     parser.add_argument(
-        "--logit-std", type=_positive_number, default=1.0, help="standard deviation of the logits (default 1.0)"
+        "--logit-std", type=_deviation, default=1.0, help="standard deviation of the logits (default 1.0)"
     )
     parser.add_argument("--query", help="element whose attention is drawn, '15,120,160' (default: the middle)")
     parser.add_argument("--out", type=Path, default=Path("attend-out"), help="directory of figures (attend-out)")
@@ -95,14 +96,14 @@ def _positive(text: str) -> int:
     return number
 
 
-def _positive_number(text: str) -> float:
-    """Read a positive finite number."""
+def _deviation(text: str) -> float:
+    """Read a positive number up to which float32 still tells logits apart."""
     try:
         number = float(text)
     except ValueError:
         number = float("nan")
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    if not 0 < number <= LARGEST_DEVIATION:
+        raise argparse.ArgumentTypeError(f"must be positive and at most {LARGEST_DEVIATION:,.0f}, got {text}")
     return number
 
 

@@ -128,5 +128,5 @@ def logit_scale(query: Tensor, key: Tensor, logit_std: float) -> float:
     second_moment = (queries.mT @ queries / queries.shape[1]).double()
     variance = float((covariance * second_moment).sum(dim=(-2, -1)).mean())
     if not variance > 0:
-        raise RecordingError("the recording is constant: all keys are the same, there is nothing to attend to")
+        raise RecordingError("all keys are the same, there is nothing to attend to: take another --seed or --dim")
     return float(logit_std / variance**0.5)

@@ -6,6 +6,7 @@ made without pyplot, so no state outlives them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -69,10 +70,13 @@ class Place:
         return np.arange(count) * self.patch[mode] + (self.patch[mode] - 1) / 2
 
     def words(self) -> str:
-        """Return the query in words, ``t=14 h=121``, or ``(14, 121)`` where the modes have no names."""
-        if not self.modes.named:
-            return f"({', '.join(map(str, self.element))})"
-        return " ".join(f"{name}={index}" for name, index in zip(self.names, self.element, strict=True))
+        """Return the query in words: ``the query, the 1×8 patch that contains t=14 h=121``."""
+        element = f"({', '.join(map(str, self.element))})"
+        if self.modes.named:
+            element = " ".join(f"{name}={index}" for name, index in zip(self.names, self.element, strict=True))
+        if math.prod(self.patch) == 1:
+            return f"the query {element}"
+        return f"the query, the {'×'.join(map(str, self.patch))} patch that contains {element}"
 
 
 def _new_figure(width: float, height: float, *title: str) -> Any:
@@ -121,7 +125,7 @@ def input_figure(recording: Recording, place: Place) -> Any:
     """
     order, names = len(place.sizes), place.names
     if order == 1:
-        title = f"{recording.name}: all {recording.sizes[0]} values; dotted: the query {place.words()}"
+        title = f"{recording.name}: all {recording.sizes[0]} values; dotted: {place.words()}"
         figure = _new_figure(9.0, PANEL + 0.8, title)
         _draw_series(figure.add_subplot(), recording, place)
         return figure
@@ -139,7 +143,8 @@ def input_figure(recording: Recording, place: Place) -> Any:
         columns * panel * plane.width(place.sizes) + 0.8,
         rows * (panel + 0.5) + 0.6,
         f"{recording.name}: {shown or 'the whole image'}{f', at {fixed}' if fixed else ''}",
-        f"{words}; the cross marks the query {place.words()}",
+        f"the cross marks {place.words()}",
+        words,
     )
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(steps) :]:
@@ -187,8 +192,8 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
     figure = _new_figure(
         3.3 * order + 0.6,
         1.75 * heads + 1.3,
-        f"{recording.name}: weights of the query {place.words()} along each mode, {which}",
-        "1 = uniform attention; dotted: the query",
+        f"{recording.name}: attention of {place.words()}",
+        f"along each mode, {which}; 1 = uniform attention; dotted: the query",
     )
     grid = figure.subplots(heads, order, squeeze=False, sharex="col", sharey="row")
     for head in range(heads):
@@ -210,9 +215,20 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
         grid[head, 0].set_ylim(bottom=0)  # once the whole row is drawn: its panels share the scale
     lines = [axes.lines[2 + i] for i in range(1 + len(weights))]
     labels = ["exact attention, summed over the other modes", *(_weights_label(*each) for each in weights.items())]
-    columns = max(1, int(figure.get_figwidth() * LETTERS / (4 + max(map(len, labels)))))
+    columns = _legend_columns([len(label) for label in labels], int(figure.get_figwidth() * LETTERS))
     figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
+
+
+def _legend_columns(widths: Sequence[int], room: int) -> int:
+    """Return the number of columns of a legend: as few lines as there is room for, of about the same length."""
+    count = len(widths)
+    for rows in range(1, count):
+        columns = math.ceil(count / rows)
+        cuts = [(count * column) // columns for column in range(columns + 1)]
+        if sum(max(widths[start:end]) + 8 for start, end in itertools.pairwise(cuts)) <= room:
+            return columns
+    return 1
 
 
 def _weights_label(name: str, weights: Sequence[Array]) -> str:
@@ -238,7 +254,7 @@ def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str
     Returns:
         The figure.
     """
-    title = f"{recording.name}: what the query {place.words()} attends to in {head}"
+    title = f"{recording.name}: attention of {place.words()}; {head}"
     if len(place.sizes) == 1:
         return _series_maps(recording, place, maps, title)
     planes = planes_through(place.sizes, place.names)

@@ -114,8 +114,15 @@ def prepare(recording: Recording, settings: Settings) -> Prepared:
     """
     if settings.dim % settings.heads:
         raise OptionError(f"--heads must divide --dim, but {settings.heads} do not divide {settings.dim}.")
+    if settings.dim < 2:
+        raise OptionError(
+            f"--dim must be at least 2, got {settings.dim}: a patch of a single channel is layer-normalised to zero."
+        )
     sizes = recording.sizes
     patch = choose_patch(sizes, MAX_POSITIONS) if settings.patch is None else parse_patch(settings.patch, sizes)
+    if math.prod(grid_of(sizes, patch)) == 1:
+        told = "the recording" if settings.patch is None else f"--patch {settings.patch!r}"
+        raise OptionError(f"{told} leaves a single patch, there is nothing to attend to: {describe_sizes(recording)}.")
     place = Place(recording.modes, sizes, patch, views.choose_query(settings.query, sizes, patch))
     shape = (settings.heads, *grid_of(sizes, patch), settings.dim // settings.heads)
     flops, notes = {}, []
@@ -124,7 +131,7 @@ def prepare(recording: Recording, settings: Settings) -> Prepared:
             flops[choice] = _flops(choice, torch.empty(shape, device="meta"), len(sizes))
         except TensorAttentionError as cause:
             if not settings.lenient:
-                raise
+                raise OptionError(f"--operator {choice.label!r}: {cause.rule}") from None
             notes.append(f"{choice.label} left out: {cause.rule}")
     return Prepared(recording, settings, place, flops, tuple(notes))
 

@@ -39,7 +39,7 @@ def _with_prefix(number: float, prefixes: Sequence[str], unit: str, base: float 
     power = 0
     while number >= base * 0.9995 and power < len(prefixes) - 1:
         number, power = number / base, power + 1
-    digits = 0 if number >= 100 or (power == 0 and number == int(number)) else 1 if number >= 10 else 2
+    digits = 0 if number >= 99.95 or (power == 0 and number == int(number)) else 1 if number >= 9.995 else 2
     return f"{number:.{digits}f} {prefixes[power]}{unit}".rstrip()
 
 
@@ -63,8 +63,8 @@ def bytes_in_words(count: float) -> str:
         count: Bytes.
 
     Examples:
-        >>> bytes_in_words(147_456_000), bytes_in_words(21e12), bytes_in_words(0)
-        ('147 MB', '21.0 TB', '0 B')
+        >>> bytes_in_words(147_456_000), bytes_in_words(9_999_000), bytes_in_words(0)
+        ('147 MB', '10.0 MB', '0 B')
     """
     return _with_prefix(count, ("", "k", "M", "G", "T", "P", "E"), "B")
 
@@ -138,6 +138,8 @@ def error_in_words(estimate: ErrorEstimate) -> str:
         >>> error_in_words(ErrorEstimate(0.5731, 0.0124, 64)), error_in_words(ErrorEstimate(3.2e-7, 1e-8, 64))
         ('0.573 ± 0.012', '3e-07')
     """
+    if math.isnan(estimate.error):
+        return "not a number"
     if estimate.error < 5e-4:
         return f"{estimate.error:.0e}" if estimate.error > 0 else "0"
     if estimate.standard_error < 5e-4 or math.isnan(estimate.standard_error):

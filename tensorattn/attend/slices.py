@@ -13,6 +13,7 @@ import numpy as np
 __all__ = ["Plane", "display_values", "frame_indices", "planes_through"]
 
 CARTESIAN = ("x", "y", "z")  # drawn as in a graph: the first to the right, the second upwards
+DARK = 0.6  # colours whose 99.5th percentile is below this share of white are brightened
 LARGEST_STRETCH = 2.0  # a panel is at most this much longer than wide
 
 
@@ -79,24 +80,26 @@ def planes_through(sizes: Sequence[int], names: Sequence[str], *, largest: int =
 
 
 def frame_indices(size: int, shown: int, include: int) -> tuple[int, ...]:
-    """Choose evenly spaced indices of a mode, one of which is a given one.
+    """Choose evenly spaced indices of a mode, one of which is a given one, as far apart as they can be.
 
     Args:
         size: Size of the mode.
         shown: How many to choose, at most.
-        include: Index that replaces the nearest of them.
+        include: Index that is one of them.
 
     Returns:
         The indices, ascending.
 
     Examples:
         >>> frame_indices(30, 6, 15), frame_indices(2, 6, 0)
-        ((0, 6, 12, 15, 23, 29), (0, 1))
+        ((0, 5, 10, 15, 20, 25), (0, 1))
     """
-    chosen = [round(i) for i in np.linspace(0, size - 1, min(shown, size))]
-    nearest = min(range(len(chosen)), key=lambda i: abs(chosen[i] - include))
-    chosen[nearest] = include
-    return tuple(chosen)
+    count = min(shown, size)
+    behind = size - 1 - include
+    step = next(s for s in range(size, 0, -1) if include // s + behind // s + 1 >= count)
+    before = range(max(0, count - 1 - behind // step), min(include // step, count - 1) + 1)  # how many before it
+    first = min((include - n * step for n in before), key=lambda start: abs(2 * start + (count - 1) * step - size + 1))
+    return tuple(range(first, first + count * step, step))
 
 
 def display_values(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], str]:
@@ -110,7 +113,12 @@ def display_values(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], s
     """
     channels = array.shape[-1]
     if channels in (3, 4) and array.dtype == np.uint8:
-        return array[..., :3], "colours as stored"
+        colours = array[..., :3]
+        white = np.percentile(colours.reshape(-1)[:: max(1, colours.size // 10**6)], 99.5)
+        if not 0 < white < DARK * 255:
+            return colours, "colours as stored"
+        brightened = np.minimum(colours.astype(np.float32) / white, 1)
+        return brightened, f"colours {255 / white:.1f} times as bright, the 99.5th percentile is white"
     if channels == 1:
         grey, words = array[..., 0], "grey from the 0.5th to the 99.5th percentile"
     else:

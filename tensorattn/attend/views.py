@@ -74,7 +74,7 @@ def _mode_weights(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> d
 
 
 def outer_product(weights: Sequence[Array]) -> Array:
-    """Return the outer product of one vector a mode, each made to sum to one.
+    """Return the outer product of one vector a mode, each made to sum to one; zeros where one has no weight at all.
 
     Args:
         weights: One non-negative vector ``(n_m,)`` a mode.
@@ -83,7 +83,7 @@ def outer_product(weights: Sequence[Array]) -> Array:
         >>> outer_product([np.array([1.0, 3.0]), np.array([2.0, 2.0])]).tolist()
         [[0.125, 0.125], [0.375, 0.375]]
     """
-    return functools.reduce(np.multiply.outer, [vector / vector.sum() for vector in weights])
+    return functools.reduce(np.multiply.outer, [vector / (vector.sum() or 1) for vector in weights])
 
 
 def sharpest_head(attention: Array) -> int:

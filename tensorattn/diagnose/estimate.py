@@ -18,7 +18,7 @@ from torch import Tensor
 from tensorattn.contraction import contract
 from tensorattn.diagnose.effects import precise
 from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.modes import attention_shapes
+from tensorattn.modes import attention_shapes, is_integer
 from tensorattn.operators import Operator, get_operator
 from tensorattn.operators.flattened import flattened_attention
 from tensorattn.weights import Vector, check_floating, check_weights, normalized
@@ -95,8 +95,9 @@ def _energy(difference: Tensor) -> Tensor:
 
 
 def _root_ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return the root of a ratio of sums of squares, 0 where both are 0."""
-    return torch.where(above > 0, (above.clamp(min=0) / below.clamp(min=0)).sqrt(), 0.0)
+    """Return the root of a ratio of sums of squares: 0 where both are 0, NaN where one is no number."""
+    above, below = above.clamp(min=0), below.clamp(min=0)
+    return torch.where((above == 0) & (below == 0), 0.0, (above / below).sqrt())
 
 
 def sample_positions(count: int, n_queries: int, generator: torch.Generator | None = None) -> Tensor:
@@ -117,7 +118,7 @@ def sample_positions(count: int, n_queries: int, generator: torch.Generator | No
         >>> sample_positions(4, 64)
         tensor([0, 1, 2, 3])
     """
-    if isinstance(n_queries, bool) or not isinstance(n_queries, int) or n_queries < 2:
+    if not is_integer(n_queries) or n_queries < 2:
         raise OptionError(f"n_queries must be an integer of at least 2, got {n_queries!r}.")
     device = "cpu" if generator is None else generator.device
     return torch.randperm(count, generator=generator, device=device)[:n_queries].sort().values

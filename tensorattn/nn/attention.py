@@ -15,13 +15,14 @@ from tensorattn.averages import check_whole
 from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, TensorAttentionError
-from tensorattn.modes import GridShape, ModeSpec
+from tensorattn.modes import GridShape, ModeSpec, mode_subsets
 from tensorattn.nn.layout import check_input, check_parameters, reading
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
 from tensorattn.operators.position import frames_first, frames_last
+from tensorattn.options import check_count, check_probability, check_switch
 from tensorattn.positionwise import map_positions
-from tensorattn.running import running_summary
+from tensorattn.running import Past, continued_frames, continued_summary, running_summary
 from tensorattn.summarizing import self_summary
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_weights
@@ -100,14 +101,17 @@ class TensorAttention(nn.Module):
         try:
             self.modes = ModeSpec.parse(modes)
             record = get_operator(operator)
+            switches = {"channels_first": channels_first, "bias": bias}
+            for name, value in {**switches, "mode_projections": mode_projections, "qk_norm": qk_norm}.items():
+                check_switch(value, name)
             self.causal = None if causal is None else self.modes.index(causal)
             if options.get("kept") is not None:
-                options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in options["kept"])
+                subsets = mode_subsets(options["kept"])
+                options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
             self.options = record.with_defaults(options)
             record.needs(self.modes.order, **self.options)  # refuses values out of range
             _check_heads(embed_dim, num_heads)
-            if not 0 <= dropout <= 1:
-                raise OptionError(f"dropout must be between 0 and 1, got {dropout}.")
+            check_probability(dropout, "dropout")
             for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
                 if given and not record.pools:
                     raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
@@ -115,6 +119,7 @@ class TensorAttention(nn.Module):
                 raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
         except TensorAttentionError as cause:
             raise cause.retold("TensorAttention") from None
+        embed_dim, num_heads = int(embed_dim), int(num_heads)
         self.embed_dim, self.num_heads, self.operator = embed_dim, num_heads, operator
         self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
         rows = embed_dim * (self.modes.order if mode_projections else 1)
@@ -192,11 +197,11 @@ class TensorAttention(nn.Module):
         """
         try:
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-            check_parameters(x, self.q_proj.weight.dtype)
+            check_parameters(x, self.q_proj.weight)
             if skip is not None or out is not None:
                 check_whole(x.shape, (x, *self.parameters()), skip, out)
             last = self._last(x)
-            checked = check_weights(weights, grid, last)
+            checked = check_weights(weights, grid, last, self.modes)
         except TensorAttentionError as cause:
             told = reading(x, self.modes, channels_first=self.channels_first)
             raise cause.retold("TensorAttention", told) from None
@@ -212,21 +217,11 @@ class TensorAttention(nn.Module):
 
     def _attend(self, x: Tensor, grid: GridShape, weights: Vectors, skip: Tensor | None, out: Tensor | None) -> Tensor:
         """Summarise the input once, project the summary, attend, project back."""
-        operator = get_operator(self.operator)
-        settings: dict[str, Any] = {
-            "scale": default_scale(self.embed_dim // self.num_heads),
-            "dropout_p": self.dropout if self.training else 0.0,
-            "return_lse": False,
-            "return_attention": False,
-            **self.options,
-        }
+        operator, settings = get_operator(self.operator), self._settings()
         needs = operator.needs(self.modes.order, **self.options)
         if self.causal is not None and operator.query == "positions":
             summary = running_summary(x, x, needs, weights, self.causal)
-            frames = frames_first(x, self.causal, 1)
-            added = frames if skip is x else None if skip is None else frames_first(skip, self.causal, 1)
-            target = None if out is None else frames_first(out, self.causal, 1)
-            return frames_last(self._attend_positions(frames, summary, settings, added, target), self.causal, 1)
+            return self._attend_frames(x, summary, self.causal, skip, out)
         summary, passed = self_summary(x, needs, weights)
         skip = passed if skip is x else skip
         if operator.query == "positions":
@@ -239,10 +234,66 @@ class TensorAttention(nn.Module):
         else:
             query, projected = self._split(self.q_proj(passed), 1), self._project(summary)
             output = operator.attend(query, projected, **settings, **self._gain(), **self._causality()).output
-        y = self.out_proj(self._join(output, 1))
-        if out is not None:
-            return out.copy_(y) if skip is None else torch.add(y, skip, out=out)
-        return y if skip is None else y + skip
+        return _added(self.out_proj(self._join(output, 1)), skip, out)
+
+    def continued(
+        self,
+        x: Tensor,
+        weights: Vectors,
+        past: Past | None,
+        *,
+        window: int | None = None,
+        skip: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Past]:
+        """Attend from frames of the causal mode that follow others, unchecked: a step of `AttentionStream`.
+
+        Args:
+            x: The frames, channels last.
+            weights: Checked weights of each mode, or None.
+            past: What is known of the frames before; None for none.
+            window: How many frames are seen, the own one included; None for all.
+            skip: A tensor that is added to the output.
+            out: Where to write the output.
+
+        Returns:
+            The output, and what is known after these frames.
+        """
+        operator, mode = get_operator(self.operator), self.causal
+        assert mode is not None
+        needs = operator.needs(self.modes.order, **self.options)
+        if operator.query == "positions":
+            summary, past = continued_summary(x, needs, weights, mode, past=past, window=window)
+            return self._attend_frames(x, summary, mode, skip, out), past
+        whole = 1 if window is not None else x.shape[1 + mode]
+        outputs = []
+        for start in range(0, x.shape[1 + mode], whole):  # with a window, each frame sees other frames
+            part = x.narrow(1 + mode, start, whole)
+            own = tuple(w.narrow(-1, start, whole) if k == mode and w is not None else w for k, w in enumerate(weights))
+            seen, vectors, past = continued_frames(part, own, mode, past=past, window=window)
+            projected = self._project(self_summary(seen, needs, vectors)[0])
+            query = self._split(self.q_proj(part), 1)
+            result = operator.attend(query, projected, **self._settings(), **self._gain(), causal=mode)
+            outputs.append(self.out_proj(self._join(result.output, 1)))
+        assert past is not None
+        return _added(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), skip, out), past
+
+    def _settings(self) -> dict[str, Any]:
+        """What the operator is told at every call."""
+        return {
+            "scale": default_scale(self.embed_dim // self.num_heads),
+            "dropout_p": self.dropout if self.training else 0.0,
+            "return_lse": False,
+            "return_attention": False,
+            **self.options,
+        }
+
+    def _attend_frames(self, x: Tensor, summary: Summary, mode: int, skip: Tensor | None, out: Tensor | None) -> Tensor:
+        """Attend from each frame to what it may know of those up to its own."""
+        frames = frames_first(x, mode, 1)
+        added = frames if skip is x else None if skip is None else frames_first(skip, mode, 1)
+        target = None if out is None else frames_first(out, mode, 1)
+        return frames_last(self._attend_positions(frames, summary, self._settings(), added, target), mode, 1)
 
     def _attend_positions(
         self, x: Tensor, summary: Summary, settings: dict[str, Any], skip: Tensor | None, out: Tensor | None
@@ -339,6 +390,13 @@ def _linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
 
 
+def _added(y: Tensor, skip: Tensor | None, out: Tensor | None) -> Tensor:
+    """Add what is skipped, and write to where it is wanted."""
+    if out is not None:
+        return out.copy_(y) if skip is None else torch.add(y, skip, out=out)
+    return y if skip is None else y + skip
+
+
 def _norm(norm: nn.LayerNorm, pooled: Tensor) -> Tensor:
     """Apply a LayerNorm to pooled queries or keys in their own type."""
     weight, bias = norm.weight.to(pooled.dtype), norm.bias.to(pooled.dtype)
@@ -347,6 +405,8 @@ def _norm(norm: nn.LayerNorm, pooled: Tensor) -> Tensor:
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:
     """Check that heads divide the channels."""
+    for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        check_count(count, name)
     if embed_dim < 1 or num_heads < 1:
         raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
     if embed_dim % num_heads:

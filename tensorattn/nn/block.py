@@ -240,7 +240,7 @@ class TensorTransformerBlock(nn.Module):
         """
         try:
             check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-            check_parameters(x, self.attention_norm.weight.dtype)
+            check_parameters(x, self.attention_norm.weight)
         except TensorAttentionError as cause:
             told = reading(x, self.modes, channels_first=self.channels_first)
             raise cause.retold("TensorTransformerBlock", told) from None

@@ -73,33 +73,35 @@ def check_grid(tensor: Tensor, modes: ModeSpec, argument: str) -> GridShape:
     return GridShape(tuple(tensor.shape[: -order - 1]), sizes, tensor.shape[-1])
 
 
-def check_parameters(x: Tensor, dtype: torch.dtype) -> None:
-    """Check that the input has the type of the parameters, unless autocast brings them together.
+def check_parameters(x: Tensor, parameter: Tensor) -> None:
+    """Check that the input is where the parameters are, and of their type, unless autocast brings them together.
 
     Args:
         x: Input.
-        dtype: Type of the parameters.
+        parameter: One of the parameters.
 
     Raises:
         DtypeError: If it does not.
     """
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if x.dtype != dtype and not casts:
-        raise DtypeError(f"the type is {x.dtype} in x but {dtype} in the parameters.")
+    if x.dtype != parameter.dtype and not casts:
+        raise DtypeError(f"the type is {x.dtype} in x but {parameter.dtype} in the parameters.")
+    if x.device != parameter.device:
+        raise DtypeError(f"the device is {x.device} in x but {parameter.device} in the parameters.")
 
 
 def reading(x: Any, modes: ModeSpec, *, channels_first: bool) -> str:
-    """Read the input of a module through its modes; without a reading if its layout is not that of a grid.
+    """Read the input of a module through its modes; nothing of what is no tensor.
 
     Args:
         x: Input.
         modes: Modes of the module.
         channels_first: Whether its channels come first.
     """
-    if channels_first or not isinstance(x, Tensor):
+    if not isinstance(x, Tensor):
         return ""
-    return describe(modes.names, {"x": tuple(x.shape)})
+    return describe(modes.names, {"x": tuple(x.shape)}, channels_first=channels_first)
 
 
 def show_modes(modes: ModeSpec) -> str:
@@ -143,6 +145,7 @@ def one_a_mode(modes: ModeSpec, given: Any, argument: str) -> list[Any]:
 
 def _check_sizes(sizes: Sequence[int], modes: ModeSpec, argument: str) -> None:
     """Refuse an empty mode."""
-    for name, size in zip(modes.names, sizes, strict=True):
+    for mode, size in enumerate(sizes):
         if size == 0:
-            raise ShapeError(f"mode {name!r} has size 0 in {argument}, but every mode needs at least 1 index.")
+            label = modes.label(mode)
+            raise ShapeError(f"mode {label} has size 0 in {argument}, but every mode needs at least 1 index.")

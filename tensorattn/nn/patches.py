@@ -124,7 +124,7 @@ class PatchEmbedding(nn.Module):
     def _check(self, x: Tensor) -> GridShape:
         """Check the input and read its shape."""
         grid = check_input(x, self.modes, self.in_channels, channels_first=self.channels_first, called="in_channels")
-        check_parameters(x, self.proj.weight.dtype)
+        check_parameters(x, self.proj.weight)
         for name, size, part in zip(self.modes.names, grid.sizes, self.patch, strict=True):
             if not self.pad and size % part:
                 raise ShapeError(
@@ -214,7 +214,7 @@ class PatchUnembedding(nn.Module):
         """
         try:
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-            check_parameters(x, self.proj.weight.dtype)
+            check_parameters(x, self.proj.weight)
             if sizes is not None:
                 self._check_sizes(sizes, grid)
         except TensorAttentionError as cause:

@@ -280,7 +280,7 @@ class LearnedPositions(_Positions):
 
     def _vectors(self, grid: GridShape, coordinates: tuple[Vector, ...], like: Tensor) -> tuple[Tensor, ...]:
         """Interpolate the table of each mode."""
-        check_parameters(like, self.tables[0].dtype)
+        check_parameters(like, self.tables[0])
         return tuple(self._interpolated(mode, size, coordinates[mode]) for mode, size in enumerate(grid.sizes))
 
     def _interpolated(self, mode: int, size: int, coordinates: Vector) -> Tensor:

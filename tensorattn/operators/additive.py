@@ -126,7 +126,7 @@ def additive_attention(
 
 def needs(order: int, *, interaction: str | None, saturation: float | None, include_self: bool) -> Needs:
     """The mode averages and the grand mean."""
-    return means_needs(counting_numbers(main_effects(order)), interaction, saturation, include_self, order)
+    return means_needs(counting_numbers(main_effects(order)), interaction, saturation)
 
 
 def claims(*, interaction: str | None, saturation: float | None, include_self: bool) -> frozenset[Claim]:

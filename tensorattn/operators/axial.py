@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,19 @@ __all__ = ["OPERATOR", "axial_attention"]
 def attend(
     query: Tensor, summary: Summary, *, bias: Bias | None = None, causal: int | None = None, **settings: Any
 ) -> AttentionResult:
-    """Attend along each mode with all other modes as batch, and take the mean over modes."""
+    """Attend along each mode with all other modes as batch, and take the mean over modes.
+
+    Along the causal mode the queries may be those of the last frames alone.
+    """
     order, batch = summary.order, len(summary.batch)
     everything = tuple(range(order))
-    key, value, weight = summary.key(everything), summary.value(everything), summary.weights[0]
+    whole = summary.key(everything), summary.value(everything), summary.weights[0]
+    own = whole if causal is None else tuple(map(_last_frames(query, batch + causal), whole))
     outputs, attentions, lse = [], [], None
     for mode, size in enumerate(summary.sizes):
         dim = batch + mode
+        key, value, weight = whole if causal == mode else own
+        assert key is not None and value is not None
         # The weight of a whole position, not of its index: a fibre of absent positions then has no token at all.
         log_weight = None if weight is None else log_weights(weight).to(key.dtype).movedim(dim, -1)
         fibres = TokenSet(key.movedim(dim, -2), value.movedim(dim, -2), log_weight)
@@ -48,13 +54,19 @@ def attend(
     return AttentionResult(mean.to(query.dtype), lse, tuple(attentions) or None)
 
 
+def _last_frames(query: Tensor, dim: int) -> Callable[[Tensor | None], Tensor | None]:
+    """Return what takes as many frames from the end of a tensor as the queries have."""
+    frames = query.shape[dim]
+    return lambda tensor: None if tensor is None else tensor.narrow(dim, tensor.shape[dim] - frames, frames)
+
+
 def _attend_to_the_past(
     query: Tensor, sets: list[TokenSet], **settings: Any
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """Attend from each frame to those up to its own, which alone are looked at: a later one may hold NaN."""
-    (tokens,), size = sets, query.shape[-2]
+    (tokens,), frames, size = sets, query.shape[-2], sets[0].key.shape[-2]
     outputs, lses, attentions = [], [], []
-    for frame in range(size):
+    for place, frame in enumerate(range(size - frames, size)):
         past = TokenSet(
             tokens.key[..., : frame + 1, :],
             tokens.value[..., : frame + 1, :],
@@ -62,7 +74,7 @@ def _attend_to_the_past(
         )
         if tokens.bias is not None and tokens.rows is not None:
             past = past._replace(bias=tokens.bias[..., frame : frame + 1, : frame + 1], rows=tokens.rows[:1])
-        output, lse, attention = attend_tokens(query[..., frame : frame + 1, :], [past], **settings)
+        output, lse, attention = attend_tokens(query[..., place : place + 1, :], [past], **settings)
         outputs.append(output)
         if lse is not None:
             lses.append(lse)

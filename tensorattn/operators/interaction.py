@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import Kept
 from tensorattn.errors import OptionError
+from tensorattn.options import check_number
 from tensorattn.summary import Summary
 from tensorattn.weights import accumulation_dtype
 
@@ -38,7 +39,10 @@ def check_interaction(interaction: str | None, saturation: float | None) -> None
     """
     if interaction not in (None, "linear"):
         raise OptionError(f"interaction must be None or 'linear', got {interaction!r}.")
-    if saturation is not None and not saturation > 0:
+    if saturation is None:
+        return
+    check_number(saturation, "saturation", "positive or None")
+    if not saturation > 0:
         raise OptionError(f"saturation must be positive or None, got {saturation!r}.")
 
 

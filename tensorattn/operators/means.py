@@ -18,17 +18,13 @@ from tensorattn.summary import Summary
 __all__ = ["attend_to_means", "means_claims", "means_needs"]
 
 
-def means_needs(
-    counts: Mapping[Kept, int], interaction: str | None, saturation: float | None, include_self: bool, order: int
-) -> Needs:
+def means_needs(counts: Mapping[Kept, int], interaction: str | None, saturation: float | None) -> Needs:
     """Return the means that count; with the correction, the grand mean and second moments too.
 
     Args:
         counts: Counting number of each kept subset.
         interaction: None or ``"linear"``.
         saturation: Bound of the correction, or None.
-        include_self: Whether the own token of each query is merged.
-        order: Number of modes N.
     """
     check_interaction(interaction, saturation)
     kept = tuple(kept for kept, count in counts.items() if count)

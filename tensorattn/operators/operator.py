@@ -14,6 +14,7 @@ from torch import Tensor
 from tensorattn.errors import OptionError, ShapeError
 from tensorattn.modes import attention_shapes
 from tensorattn.operators.position import causal_bias, check_bias, check_causal, frames_first, frames_last
+from tensorattn.options import check_probability, check_scale, check_switch
 from tensorattn.running import running_summary
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs, attention_summary
@@ -99,12 +100,14 @@ class Operator:
             options: Options that were given.
 
         Raises:
-            OptionError: If the operator has no such option.
+            OptionError: If the operator has no such option, or one that is True or False by default is neither.
         """
         for name in options:
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
                 raise OptionError(f"operator {self.name!r} has no option {name!r}; its options are: {known}.")
+            if isinstance(self.options[name], bool):
+                check_switch(options[name], name)
         return {**self.options, **options}
 
 
@@ -151,18 +154,26 @@ def run(
     check_floating(query=query, key=key, value=value)
     grid, _ = attention_shapes(query.shape, key.shape, value.shape, order)
     batch, positions = len(grid.batch), tuple(query.shape[len(grid.batch) : -1])
+    for name, value_of in (("return_lse", return_lse), ("return_attention", return_attention)):
+        check_switch(value_of, name)
     given = {"bias": bias is not None, "causal": causal is not None, "return_lse": return_lse and order > 1}
     for name, reason in operator.lacks.items():
         if given[name]:
             raise OptionError(f"{name} has no meaning for this operator: {reason}.")
-    if not 0 <= dropout_p <= 1:
-        raise OptionError(f"dropout_p must be between 0 and 1, got {dropout_p}.")
+    check_scale(scale)
+    check_probability(dropout_p, "dropout_p")
+    options = operator.with_defaults(options)
     if operator.query == "grid" and positions != grid.sizes:
         raise ShapeError(f"query must be on the grid of key, but has positions {positions} where key has {grid.sizes}.")
-    checked = check_weights(weights, grid, key)
-    checked_bias = check_bias(bias, positions, grid)
-    mode = check_causal(causal, positions, grid)
+    if options.get("include_self") and positions != grid.sizes:
+        raise ShapeError(
+            f"include_self needs the query on the grid of key, but query has positions {positions} where key has "
+            f"{grid.sizes}."
+        )
     needs = operator.needs(order, **options)
+    checked = check_weights(weights, grid, key)
+    checked_bias = check_bias(bias, positions, grid, key)
+    mode = check_causal(causal, positions, grid)
     settings: dict[str, Any] = {
         "scale": default_scale(grid.dim) if scale is None else scale,
         "dropout_p": dropout_p,

@@ -11,40 +11,43 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import Kept
 from tensorattn.errors import DtypeError, OptionError, ShapeError
-from tensorattn.modes import GridShape, ModeSpec
+from tensorattn.modes import GridShape, ModeSpec, is_integer, mode_parts
 from tensorattn.softmax import TokenSet
+from tensorattn.weights import accumulation_dtype, real_tensor
 
 __all__ = ["Bias", "biased", "causal_bias", "check_bias", "check_causal", "frames_first", "frames_last"]
 
 Bias = tuple[Tensor | None, ...]  # for each mode ``(*batch, P_m, n_m)``, or None
 
 
-def check_bias(bias: Sequence[Tensor | None] | None, positions: tuple[int, ...], grid: GridShape) -> Bias | None:
-    """Check a position bias, and give it as many batch dimensions as the tensor has.
+def check_bias(
+    bias: Sequence[Tensor | None] | None, positions: tuple[int, ...], grid: GridShape, like: Tensor
+) -> Bias | None:
+    """Check a position bias, bring it to the type of averages, and give it as many batch dimensions as the tensor has.
 
     Args:
         bias: For each mode a tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)``, or None; None for no bias.
         positions: Position dimensions of the query.
         grid: Shape of the keys.
+        like: A tensor of the type and device wanted.
 
     Returns:
         The bias of each mode, ``(*batch, P_m, n_m)`` with batch dimensions that may be 1; None if there is none.
 
     Raises:
         ShapeError: If there are not N of them, the query is not on a grid of N modes, or a shape does not fit.
-        DtypeError: If one is not floating point.
+        DtypeError: If one is a tensor that is not floating point, or holds no real numbers.
     """
     if bias is None:
         return None
     order = len(grid.sizes)
-    if isinstance(bias, Tensor) or len(bias) != order:
-        count = "a single tensor" if isinstance(bias, Tensor) else f"{len(bias)} entries"
-        raise ShapeError(f"bias has {count}, but order {order} needs {order} tensors, one a mode.")
+    given = mode_parts(bias, order, "bias", "tensors", ShapeError)
     if len(positions) != order:
         raise ShapeError(f"bias needs a query over {order} modes, but query has {len(positions)} position dimensions.")
     checked: list[Tensor | None] = []
-    for mode, (part, rows, size) in enumerate(zip(bias, positions, grid.sizes, strict=True)):
+    for mode, (part, rows, size) in enumerate(zip(given, positions, grid.sizes, strict=True)):
         if part is not None:
+            part = real_tensor(part, f"bias of mode {mode}", like, DtypeError)
             if not part.is_floating_point():
                 raise DtypeError(f"bias of mode {mode} must be floating point, got {part.dtype}.")
             if part.dim() < 2 or tuple(part.shape[-2:]) != (rows, size):
@@ -58,7 +61,7 @@ def check_bias(bias: Sequence[Tensor | None] | None, positions: tuple[int, ...],
                     f"bias of mode {mode} has batch dimensions {tuple(part.shape[:-2])}, "
                     f"which do not broadcast to {grid.batch}."
                 )
-            part = part.reshape(*(1,) * missing, *part.shape)
+            part = part.reshape(*(1,) * missing, *part.shape).to(accumulation_dtype(like.dtype))
         checked.append(part)
     return tuple(checked)
 
@@ -81,7 +84,7 @@ def check_causal(causal: int | None, positions: tuple[int, ...], grid: GridShape
     """
     if causal is None:
         return None
-    if isinstance(causal, bool) or not isinstance(causal, int):
+    if not is_integer(causal):
         raise OptionError(f"causal must be the index of a mode, got {causal!r}.")
     mode = ModeSpec.parse(len(grid.sizes)).index(causal)
     if len(positions) != len(grid.sizes):

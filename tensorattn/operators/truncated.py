@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorattn.errors import OptionError, retells
-from tensorattn.modes import check_order
+from tensorattn.errors import OptionError, ShapeError, retells
+from tensorattn.modes import check_order, mode_parts, mode_subsets
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
 from tensorattn.summarizing import Needs
@@ -111,7 +111,9 @@ def truncated_attention(
 
     """
     check_order(order)
+    kept = None if kept is None else mode_subsets(kept)
     if bias is not None:
+        bias = mode_parts(bias, order, "bias", "tensors", ShapeError)
         covered = {mode for subset in kept_family(order, kept, interaction_order) for mode in subset}
         for mode, part in enumerate(bias):
             if part is not None and mode not in covered:
@@ -129,7 +131,7 @@ def truncated_attention(
         dropout_p=dropout_p,
         return_lse=return_lse,
         return_attention=return_attention,
-        kept=None if kept is None else tuple(tuple(subset) for subset in kept),
+        kept=kept,
         interaction_order=interaction_order,
         interaction=interaction,
         saturation=saturation,
@@ -148,7 +150,7 @@ def needs(
 ) -> Needs:
     """The means of every kept subset that counts."""
     counts = counting_numbers(kept_family(order, kept, interaction_order))
-    return means_needs(counts, interaction, saturation, include_self, order)
+    return means_needs(counts, interaction, saturation)
 
 
 def claims(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
+from tensorattn.testing.drawing import is_canonical
 from tensorattn.testing.strategies import (
     Sizes,
     additive_tensors,
@@ -146,7 +147,7 @@ class Case:
             described = "[" + ", ".join("None" if w is None else str(w.tolist()) for w in self.weights) + "]"
         scale = "None" if self.scale is None else f"{self.scale:.6g}"
         tensors = {"query": self.query, "key": self.key, "value": self.value}
-        strides = [f", {name} strides={t.stride()}" for name, t in tensors.items() if not t.is_contiguous()]
+        strides = [f", {name} strides={t.stride()}" for name, t in tensors.items() if not is_canonical(t)]
         return (
             f"Case(batch={self.batch}, sizes={self.sizes}, positions={self.positions}, D={self.key.shape[-1]}, "
             f"D_v={self.value.shape[-1]}, scale={scale}, weights={described}, {self.dtype}{''.join(strides)})"

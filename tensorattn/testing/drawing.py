@@ -11,7 +11,42 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-__all__ = ["generators", "laid_out", "layouts", "numbers", "one_a_mode"]
+__all__ = ["canonical", "generators", "is_canonical", "laid_out", "layouts", "numbers", "one_a_mode"]
+
+
+def is_canonical(tensor: Tensor) -> bool:
+    """Whether a tensor has the strides of a new one of its shape, also in the dimensions of size one.
+
+    Torch calls a tensor contiguous whatever the strides of its dimensions of size one are, though products of matrices
+    may then be computed in another order, and so differ in the last bit.
+
+    Args:
+        tensor: Any tensor.
+
+    Examples:
+        >>> odd = torch.empty_strided((1, 3), (7, 1))
+        >>> odd.is_contiguous(), is_canonical(odd)
+        (True, False)
+    """
+    stride, expected = tensor.stride(), 1
+    for size, step in zip(reversed(tensor.shape), reversed(stride), strict=True):
+        if step != expected:
+            return False
+        expected *= max(1, size)
+    return True
+
+
+def canonical(tensor: Tensor) -> Tensor:
+    """Return a copy with the strides of a new tensor, also in the dimensions of size one.
+
+    Args:
+        tensor: Any tensor.
+
+    Examples:
+        >>> canonical(torch.empty_strided((1, 3), (7, 1))).stride()
+        (3, 1)
+    """
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @functools.cache

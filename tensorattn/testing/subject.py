@@ -13,8 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from tensorattn.operators import OPERATORS, Claim, Operator, get_operator
+from tensorattn.summarizing import Needs
 from tensorattn.testing.cases import Case
 from tensorattn.testing.definitions import Array, Definition, as_array, find_definition
+from tensorattn.truncation import counting_numbers
 
 __all__ = ["Checkable", "Subject", "resolve"]
 
@@ -33,6 +35,7 @@ class Subject:
         claims: Properties that it claims.
         definition: From a case to what output and log-sum-exp are by definition, the latter None where there is none;
             None if no definition is known.
+        needs: From the number of modes to the means that it attends to; None if they are not known.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Subject:
     on_grid: bool = False
     claims: frozenset[Claim] = frozenset()
     definition: Definition | None = None
+    needs: Callable[[int], Needs] | None = None
 
     @property
     def least_order(self) -> int:
@@ -58,6 +62,24 @@ class Subject:
     def pooled(self) -> bool:
         """Whether queries and keys are summed over positions before they meet."""
         return self.options.get("pool") == "sum"
+
+    def terms(self, order: int) -> int:
+        """Return how many means the output may be a signed sum of: the sum of the absolute counting numbers.
+
+        Each has an error of its own, which stays where the means themselves cancel.
+
+        Args:
+            order: Number of modes N.
+
+        Examples:
+            >>> resolve("additive", {}).terms(3), resolve("truncated", {"interaction_order": 2}).terms(6)
+            (5, 49)
+        """
+        if self.needs is None:
+            return 1
+        kept = self.needs(order).kept
+        counts = counting_numbers(kept)
+        return max(1, sum(abs(counts[subset]) for subset in kept))
 
     def reordered(self, modes: Sequence[int]) -> Subject:
         """Return the operator for tensors whose modes were reordered: options that name modes name the same ones.
@@ -197,6 +219,7 @@ def resolve(operator: Checkable, options: Mapping[str, Any], *, on_grid: bool | 
         needs_grid if on_grid is None else on_grid,
         frozenset() if common else operator.claims(**own),
         find_definition(operator, complete),
+        functools.partial(operator.needs, **own),
     )
 
 

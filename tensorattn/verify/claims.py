@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -12,8 +10,6 @@ from tensorattn.testing import (
     CLAIMED,
     UNIVERSAL,
     Check,
-    Subject,
-    cases,
     check_constant_mode,
     check_convex,
     check_equals_flattened,
@@ -35,7 +31,7 @@ from tensorattn.testing import (
     check_weights_are_multiplicities,
     check_zero_scale_mean,
 )
-from tensorattn.verify.statement import Asked, Statement
+from tensorattn.verify.statement import Statement, drawn_cases
 
 __all__ = ["CHECKS", "OTHER_ORDERS", "statement_of"]
 
@@ -73,21 +69,14 @@ def statement_of(check: Check) -> Statement:
     Args:
         check: The check.
     """
-    made = inspect.getclosurevars(check).nonlocals  # what the decorator was told: suppositions and share
-    supposed: dict[str, Any] = made["drawn"]
-
-    def strategy(asked: Asked, subject: Subject) -> Any:
-        grid = {"on_grid": subject.on_grid, "min_order": subject.least_order}
-        return cases(**{**grid, **asked.cases, **supposed})
-
     return Statement(
         words=check.statement,
         formula=FORMULAS.get(check, ""),
         law=check.law,
-        strategy=strategy,
-        share=made["share"],
+        strategy=drawn_cases(**check.drawn),
+        share=check.share,
         dtypes=_narrower if check is check_precision else lambda dtype: (dtype,),
-        double="dtype" in supposed,
+        double="dtype" in check.drawn,
     )
 
 

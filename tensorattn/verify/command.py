@@ -78,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.operator is not None:
         get_operator(arguments.operator)
     _check_device(arguments.device)
-    require("hypothesis", extra="test", purpose="the command verify")
-    work = require("tensorattn.verify.work", extra="test", purpose="the command verify")
-    report = require("tensorattn.verify.report", extra="test", purpose="the command verify")
+    require("hypothesis", extra="verify", purpose="the command verify")
+    work = require("tensorattn.verify.work", extra="verify", purpose="the command verify")
+    report = require("tensorattn.verify.report", extra="verify", purpose="the command verify")
     asked = work.Asked(
         dtype=DTYPES[arguments.dtype],
         device=arguments.device,
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         verdicts = work.carry_out(trials, started)
     print(report.table(verdicts))
     print(report.summary(verdicts, arguments.dtype, arguments.device))
+    print(report.conditions(asked.dtype))
     for verdict in verdicts:
         if not verdict.holds:
             print(f"\n{report.failure(verdict)}")

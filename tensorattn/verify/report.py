@@ -7,9 +7,12 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
+import torch
+
+from tensorattn.testing.tolerances import ALLOWED, HALF_ALLOWED, LARGEST_LOGIT, epsilon
 from tensorattn.verify.work import Verdict
 
-__all__ = ["failure", "summary", "table"]
+__all__ = ["conditions", "failure", "summary", "table"]
 
 HEADINGS = ("statement", "formula", "tried for, worst", "cases", "error", "verdict")
 WIDTHS = (39, 30, 20, 5, 7, 7)  # with two spaces between, 118 columns
@@ -85,6 +88,27 @@ def summary(verdicts: Sequence[Verdict], dtype: str, device: str) -> str:
                 broken = ", ".join(name for name, *_ in verdict.failures if name)
                 lines.append(f"  {verdict.statement.words}{': ' if broken else ''}{broken}")
     return "\n".join(lines)
+
+
+def conditions(dtype: torch.dtype) -> str:
+    """Tell what a type was tried with: the largest logit, additive tensors, and what rounding is allowed.
+
+    Args:
+        dtype: The type.
+
+    Examples:
+        >>> print(conditions(torch.float64))
+        float64: logits of at most 10000; outputs within 32 * 2.2e-16 (1 + L) max|V|, L the largest logit of a case.
+    """
+    name, half = str(dtype).removeprefix("torch."), dtype.itemsize < 4
+    units = f"{ALLOWED['output']:g} * {epsilon(torch.float32 if half else dtype):.1e}"
+    if half:
+        units = f"({HALF_ALLOWED} * {epsilon(dtype):.1e} + {units})"
+    told = f"{name}: logits of at most {LARGEST_LOGIT[dtype]:g}; outputs within {units}"
+    told += " (1 + L) max|V|, L the largest logit of a case."
+    return (
+        f"{told}\nTerms of additive tensors are multiples of 1/8 of at most 2: their sums are exact." if half else told
+    )
 
 
 def failure(verdict: Verdict) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.testing import Case, Subject
+from tensorattn.testing.drawing import is_canonical
 from tensorattn.verify.statement import THEOREM, Law
 
 __all__ = ["literal", "reproduction"]
@@ -33,7 +34,7 @@ def literal(value: Any) -> str:
     if isinstance(value, torch.Generator):
         return f"torch.Generator().manual_seed({value.initial_seed()})"
     if isinstance(value, Case):
-        names = [*TENSORS, "order", "scale", "weights", "on_grid"]
+        names = [*TENSORS, "order", "scale", "weights", "on_grid", *(["pooled"] if value.pooled else [])]
         return "Case(\n" + "".join(f"    {name}={literal(getattr(value, name))},\n" for name in names) + ")"
     if isinstance(value, tuple):
         return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
@@ -73,12 +74,12 @@ def reproduction(
 
 
 def _tensor(tensor: Tensor) -> str:
-    """Write a tensor, with its layout in memory if it is not dense."""
+    """Write a tensor, with its strides wherever a new tensor would have others."""
     device = "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"
     typed = f"dtype={tensor.dtype}{device}"
     dense = f"torch.tensor({tensor.tolist()}, {typed})"
     if tensor.numel() == 0:
         return f"torch.zeros({tuple(tensor.shape)}, {typed})"
-    if tensor.is_contiguous() or 0 in tensor.stride():
+    if is_canonical(tensor) or 0 in tensor.stride():
         return dense
     return f"torch.empty_strided({tuple(tensor.shape)}, {tensor.stride()}, {typed}).copy_({dense})"

@@ -12,7 +12,7 @@ from tensorattn.verify.statement import Law, st
 
 __all__ = ["Failure", "search", "try_once"]
 
-hypothesis = require("hypothesis", extra="test", purpose="the command verify")
+hypothesis = require("hypothesis", extra="verify", purpose="the command verify")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from tensorattn.testing import Case, Subject
 from tensorattn.testing.cases import cases
 from tensorattn.testing.definitions import Array, as_array
 
-__all__ = ["THEOREM", "Asked", "Law", "Record", "Statement", "Watched", "called", "drawn_cases", "st"]
+__all__ = ["THEOREM", "Asked", "Law", "Record", "Statement", "Watched", "called", "drawn_cases", "of_subject", "st"]
 
-st = require("hypothesis.strategies", extra="test", purpose="the command verify")
+st = require("hypothesis.strategies", extra="verify", purpose="the command verify")
 
 Law = Callable[[Subject, Any, Any], None]  # of a subject, a case and a function that draws; raises AssertionError
 
@@ -129,6 +129,15 @@ def _nothing(*arguments: object) -> None:
 THEOREM = Watched("theorem", _nothing)
 
 
+def of_subject(subject: Subject) -> dict[str, Any]:
+    """Return what the cases of a subject are like, as arguments of `cases`.
+
+    Args:
+        subject: The subject.
+    """
+    return {"on_grid": subject.on_grid, "pooled": subject.pooled, "min_order": subject.least_order}
+
+
 def drawn_cases(**supposed: Any) -> Callable[[Asked, Subject], Any]:
     """Return where the cases of a theorem come from.
 
@@ -137,8 +146,7 @@ def drawn_cases(**supposed: Any) -> Callable[[Asked, Subject], Any]:
     """
 
     def strategy(asked: Asked, subject: Subject) -> Any:
-        grid: Mapping[str, Any] = {"on_grid": subject.on_grid, "min_order": subject.least_order}
-        return cases(**{**grid, **asked.cases, **supposed})
+        return cases(**{**of_subject(subject), **asked.cases, **supposed})
 
     return strategy
 

@@ -12,12 +12,12 @@ import torch
 
 from tensorattn.operators import get_operator
 from tensorattn.testing import checks_of, resolve
+from tensorattn.testing.variants import Variant, variants
 from tensorattn.verify.claims import CHECKS, OTHER_ORDERS, statement_of
 from tensorattn.verify.reproduction import reproduction
 from tensorattn.verify.searching import Failure, search, try_once
 from tensorattn.verify.statement import THEOREM, Asked, Record, Statement, Watched
 from tensorattn.verify.theorems import averages, exactness, limits, softmaxes
-from tensorattn.verify.variants import Variant, title, variants
 
 __all__ = ["Asked", "Trial", "Verdict", "carry_out", "trials"]
 
@@ -48,7 +48,7 @@ class Trial:
     @property
     def name(self) -> str:
         """What the table calls the subject; nothing for a theorem that is not about one operator."""
-        return "" if self.variant is None else title(self.variant)
+        return "" if self.variant is None else str(self.variant)
 
 
 @dataclass

@@ -195,6 +195,17 @@ def test_seed_and_sharpness_decide_the_errors(tmp_path: Path, capsys: pytest.Cap
     assert scales[3] == pytest.approx(4 * scales[0], rel=0.01)
 
 
+@pytest.mark.parametrize("width", ["1e4", "1e6"])
+def test_attention_to_one_key_alone_is_measured_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], width: str
+) -> None:
+    np.save(tmp_path / "a.npy", numbers(12, 13, 4))
+    assert attend(tmp_path / "a.npy", *SMALL, "--logit-std", width, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    check_written(tmp_path / "out", "a", printed)
+    assert "nan" not in printed and "not a number" not in printed
+
+
 def test_operations_are_counted_as_the_formulas_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "a.npy", numbers(20, 30))
     assert attend(tmp_path / "a.npy", "--dim", "64", "--heads", "4", "--out", tmp_path / "out") == 0
@@ -237,11 +248,46 @@ def grid(tmp_path: Path) -> Path:
         (("--operator", ""), f"--operator '' is not one of: {', '.join(ta.OPERATORS)}."),
         (
             ("--operator", "kao_qkv:sharp=1"),
-            f"operator 'kao_qkv' has no option 'sharp'; its options are: {', '.join(ta.OPERATORS['kao_qkv'].options)}.",
+            "--operator 'kao_qkv:sharp=1': operator 'kao_qkv' has no option 'sharp'; its options are: "
+            f"{', '.join(ta.OPERATORS['kao_qkv'].options)}.",
         ),
         (
             ("--operator", "kao_qkv:centered"),
             "--operator 'kao_qkv:centered': an option is written name=value, got 'centered'.",
+        ),
+        (
+            ("--operator", "additive:saturation=x"),
+            "--operator 'additive:saturation=x': saturation must be positive or None, got 'x'.",
+        ),
+        (
+            ("--operator", "truncated:kept=5"),
+            "--operator 'truncated:kept=5': kept must hold subsets of modes, got 5.",
+        ),
+        (
+            ("--operator", "truncated:kept=(0,5)"),
+            "--operator 'truncated:kept=(0,5)': each subset in kept must be a sequence of modes, got 0.",
+        ),
+        (
+            ("--operator", "truncated:interaction_order=9"),
+            "--operator 'truncated:interaction_order=9': "
+            "interaction_order must be an integer between 1 and order 3, got 9.",
+        ),
+        (
+            ("--operator", "kao_qkv:centered=maybe"),
+            "--operator 'kao_qkv:centered=maybe': centered must be True or False, got 'maybe'.",
+        ),
+        (
+            ("--operator", "kao_qkv:interaction=linear"),
+            "--operator 'kao_qkv:interaction=linear': "
+            "interaction needs centered=True: the published form has no first order to correct.",
+        ),
+        (
+            ("--dim", "1", "--heads", "1"),
+            "--dim must be at least 2, got 1: a patch of a single channel is layer-normalised to zero.",
+        ),
+        (
+            ("--patch", "100"),
+            "--patch '100' leaves a single patch, there is nothing to attend to: 0=6 1=7 2=4, 1 channel, uint8.",
         ),
         (("--heads", "5"), "--heads must divide --dim, but 5 do not divide 64."),
         (("--patch", "2,2"), "--patch has 2 numbers, but there are 3 modes: '2,2'."),
@@ -265,9 +311,10 @@ def test_bad_choices_are_told_in_one_line(
     [
         (("--dim", "wide"), "argument --dim: must be a whole number, got 'wide'"),
         (("--dim", "0"), "argument --dim: must be at least 1, got 0"),
-        (("--logit-std", "wide"), "argument --logit-std: must be positive and finite, got wide"),
-        (("--logit-std", "nan"), "argument --logit-std: must be positive and finite, got nan"),
-        (("--logit-std", "-1"), "argument --logit-std: must be positive and finite, got -1"),
+        (("--logit-std", "wide"), "argument --logit-std: must be positive and at most 1,000,000, got wide"),
+        (("--logit-std", "nan"), "argument --logit-std: must be positive and at most 1,000,000, got nan"),
+        (("--logit-std", "-1"), "argument --logit-std: must be positive and at most 1,000,000, got -1"),
+        (("--logit-std", "1e300"), "argument --logit-std: must be positive and at most 1,000,000, got 1e300"),
         (("--seed", "-1"), "argument --seed: must be at least 0 and below 2**63, got -1"),
     ],
 )

@@ -5,21 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import Phase, settings
-from variants import VARIANTS
 
 import tensorattn as ta
 from tensorattn.errors import OptionError
 from tensorattn.operators import Claim
 from tensorattn.testing import CLAIMED
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 # Held without being claimed: what the record of an operator could add, or cannot say of all orders.
 UNCLAIMED = {
     "kao_qkv": {Claim.INVISIBLE_INTERACTION},
-    "kao_qkv-centered=True": {Claim.INVISIBLE_INTERACTION},
+    "kao_qkv centered=True": {Claim.INVISIBLE_INTERACTION},
     "truncated": {Claim.CONSTANT_MODE},
-    "truncated-interaction_order=1": {Claim.CONSTANT_MODE, Claim.INVISIBLE_INTERACTION},
-    "truncated-interaction=linear-saturation=0.5": {Claim.CONSTANT_MODE},
-    "truncated-kept=((0,), (0, 1))": {Claim.CONVEX},  # the pair holds the single mode, which is then not counted
+    "truncated interaction_order=1": {Claim.CONSTANT_MODE, Claim.INVISIBLE_INTERACTION},
+    "truncated interaction=linear saturation=0.5": {Claim.CONSTANT_MODE},
+    "truncated kept=((0,),(0,1))": {Claim.CONVEX},  # the pair holds the single mode, which is then not counted
 }
 HOW = {Claim.CONVEX: {"order": 3}}  # where two modes are all there are, pairs of them are full attention
 

@@ -179,7 +179,9 @@ def test_the_log_sum_exp_grows_with_the_modes_that_are_kept(case, data):
 
 @given(cases(weighted=False, max_positions=40), st.sampled_from([0.5, 1.0, 3.0]))
 def test_the_correction_is_bounded_by_its_saturation(case, saturation):
-    """Its norm is at most min(τ, ℓ) σ_v: the standard deviation of the residual values in their main direction."""
+    """Its norm is at most τ σ_v / √(1 + τ²/ℓ²), less than min(τ, ℓ) σ_v, and just that if keys and values are one."""
+    if case.key.shape[-1] == 1:
+        case = case.replace(value=case.key)
     how = {"order": case.order, "scale": case.scale}
     plain = ta.additive_attention(case.query, case.key, case.value, **how)
     bounded = ta.additive_attention(
@@ -190,10 +192,13 @@ def test_the_correction_is_bounded_by_its_saturation(case, saturation):
     spread = torch.linalg.eigvalsh(of_values)[..., -1].clamp(min=0).sqrt()
     query = case.factor * rows(case.query, len(case.batch))
     tau = ((query @ of_keys) * query).sum(-1).clamp(min=0).sqrt()
-    reach = (tau.clamp(max=saturation) * spread.unsqueeze(-1)).reshape(case.query.shape[:-1])
+    reach = tau / (1 + tau.square() / saturation**2).sqrt() * spread.unsqueeze(-1)
+    reach = reach.reshape(case.query.shape[:-1])
     norm = exact(bounded - plain).norm(dim=-1)
     tolerance = case.allowed(largest(bounded)) * (1 + case.logit)
     close(norm.clamp(max=reach), norm, tolerance, "the correction is bounded", case)
+    if case.value is case.key:
+        close(norm, reach, tolerance, "one channel that is key and value attains the bound", case)
 
 
 def test_asymptotically_the_correction_finds_the_rest_of_white_noise():

@@ -186,6 +186,12 @@ def test_the_check_passes_on_what_the_mutants_are_made_of(check):
     check(RIGHT.get(check, attention), examples=10)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_few_cases_show_that_sums_over_modes_leave_the_range_of_the_values(order):
+    with pytest.raises(AssertionError, match="within the range of the values"):
+        check_convex(ta.additive_attention, order=order, examples=15)
+
+
 def test_every_check_has_a_mutant():
     every = {*UNIVERSAL, *CLAIMED.values()}
     assert every == {check for check, *_ in MUTANTS}

@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-from variants import VARIANTS
 
 from tensorattn.operators import Claim
 from tensorattn.testing import (
@@ -39,6 +38,9 @@ from tensorattn.testing import (
     checks_of,
 )
 from tensorattn.testing.checks import multiplicities
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 HALF = (torch.bfloat16, torch.float16)
 TESTED = set()

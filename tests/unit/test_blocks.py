@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
-from variants import VARIANTS
 
 import tensorattn as ta
 from tensorattn.operators import OPERATORS
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 DEFAULTS = VARIANTS[: len(OPERATORS)]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
-from variants import VARIANTS, Variant
 
 import tensorattn as ta
 from tensorattn import contraction, execution, positionwise, softmax
@@ -20,6 +19,7 @@ from tensorattn.bench.peak import peaks
 from tensorattn.bench.workload import Workload
 from tensorattn.cost import FORMULAS, layer, products, steps
 from tensorattn.cost.tape import Step, Tape, Value
+from tensorattn.testing.variants import Variant, variants
 
 BATCH, HEADS, DIM = 2, 3, 12
 GRIDS = {"channels_last": [(1,), (1, 4), (4, 5, 3), (2, 3, 1, 2)], "channels_first": [(4, 5, 3)]}
@@ -80,7 +80,7 @@ def fits(variant: Variant, sizes: tuple[int, ...]) -> bool:
 
 @pytest.mark.usefixtures("uncounted_averages", "small_slabs")
 @pytest.mark.parametrize("layout", GRIDS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", variants(), ids=str)
 def test_products_are_those_that_are_counted(variant: Variant, layout: str) -> None:
     for sizes in (sizes for sizes in GRIDS[layout] if fits(variant, sizes)):
         given = {"dim": DIM, "batch": BATCH, "num_heads": HEADS, "layout": layout, **variant.options}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tensorattn as ta
 from tensorattn import reference
+from tensorattn.attend.report import error_in_words
 from tensorattn.diagnose import (
     AdditiveFraction,
     ErrorEstimate,
@@ -160,6 +161,17 @@ def test_an_exact_mean_has_no_signal() -> None:
     mean = torch.ones(2, 3)
     assert centred_error(exact, exact, mean).error == 0
     assert centred_error(exact + 1, exact, mean).error == math.inf
+
+
+def test_no_number_is_not_exact():
+    exact, mean = torch.ones(3, 2), torch.zeros(2)
+    for output, full in ((exact * math.nan, exact), (exact, exact * math.nan), (exact * math.nan, exact * math.nan)):
+        estimate = centred_error(output, full, mean)
+        assert math.isnan(estimate.error)
+        assert error_in_words(estimate) == "not a number"
+    one = exact.clone()
+    one[1, 1] = math.nan
+    assert math.isnan(centred_error(one, exact, mean).error)
 
 
 def test_an_estimate_prints_itself() -> None:

@@ -214,6 +214,11 @@ def test_frames_are_in_order_and_hold_the_query(size: int, shown: int, data: st.
     frames = frame_indices(size, shown, include)
     assert include in frames and len(frames) == min(shown, size)
     assert list(frames) == sorted(set(frames)) and 0 <= frames[0] and frames[-1] < size
+    steps = {after - before for before, after in itertools.pairwise(frames)}
+    assert len(steps) <= 1
+    for step in range(max(steps, default=0) + 1, size if len(frames) > 1 else 0):  # nor could they be farther apart
+        starts = [include - n * step for n in range(len(frames))]
+        assert not any(0 <= start and start + (len(frames) - 1) * step < size for start in starts)
 
 
 def test_what_is_displayed() -> None:
@@ -221,11 +226,48 @@ def test_what_is_displayed() -> None:
     shown, words = display_values(colours)
     np.testing.assert_array_equal(shown, colours[..., :3])
     assert words == "colours as stored"
+    dark = colours // 4
+    shown, words = display_values(dark)
+    assert words == "colours 4.1 times as bright, the 99.5th percentile is white"
+    np.testing.assert_allclose(shown, np.minimum(dark[..., :3] / np.percentile(dark[..., :3], 99.5), 1), rtol=1e-6)
+    assert display_values(np.zeros((3, 3, 3), np.uint8))[1] == "colours as stored"
     grey, words = display_values(np.linspace(-5, 5, 400).reshape(20, 20, 1))
     assert grey.min() == 0 and grey.max() == 1 and words == "grey from the 0.5th to the 99.5th percentile"
     mean, words = display_values(colours.astype(np.int32))
     assert mean.shape == (4, 5) and words.startswith("mean of 4 channels, grey")
     assert display_values(np.zeros((3, 3, 1), bool))[0].max() == 0
+
+
+def test_a_query_is_told_with_the_patch_that_contains_it() -> None:
+    of = recording(4, 6, modes="h w")
+    assert place(of, (2, 3), (1, 1)).words() == "the query, the 2×3 patch that contains h=2 w=4"
+    assert place(of, (1, 1), (1, 2)).words() == "the query h=1 w=2"
+    where = place(recording(4, 6, modes="2"), (2, 1), (1, 2))
+    assert where.words() == "the query, the 2×1 patch that contains (2, 2)"
+    exact, where = uniform(2, 2), place(of, (2, 3), (1, 1))
+    figures = (
+        input_figure(of, where),
+        maps_figure(of, where, "head 1", {"exact attention": exact}),
+        weights_figure(of, where, exact[None], {}),
+    )
+    for figure in figures:
+        assert "the 2×3 patch that contains h=2 w=4" in " ".join(figure.get_suptitle().split())
+
+
+def test_a_mode_without_weight_has_an_outer_product_of_zeros() -> None:
+    product = views.outer_product([np.array([1.0, 3.0]), np.zeros(2)])
+    np.testing.assert_array_equal(product, np.zeros((2, 2)))
+
+
+def test_the_lines_of_a_legend_are_of_about_the_same_length() -> None:
+    of = recording(2, 2, 2, 2, 2, 2, modes="a b c d e f")
+    exact, where = uniform(*(2,) * 6)[None], place(of, (1,) * 6, (0,) * 6)
+    for count in range(1, 10):
+        figure = weights_figure(of, where, exact, {f"operator {k}": [uniform(1, 2)] * 6 for k in range(count)})
+        (legend,) = figure.legends
+        lines = -(-(count + 1) // legend._ncols)
+        assert lines * legend._ncols - (count + 1) < lines
+        assert legend._ncols > 1 or count == 0
 
 
 # ---- the query to draw ---------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ FLOORS = {
     "truncation": 2,
     "patching": 2,
     "cost": 2,
+    "options": 3,
     "weights": 3,
     "execution": 3,
     "contraction": 3,

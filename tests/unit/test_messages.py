@@ -6,17 +6,21 @@ wrong is told before any work is done. Cases that read no values hold on the met
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from variants import VARIANTS
 
 import tensorattn as ta
 from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, TensorAttentionError, WeightsError
 from tensorattn.operators import OPERATORS
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 LARGE = 100  # elements: every grid below has more, every weight vector fewer
 
@@ -220,6 +224,10 @@ WEIGHTS = {
     "too few": ([None], "weights has 1 entries, but order 2 needs 2 vectors, one a mode."),
     "too many": ([None] * 3, "weights has 3 entries, but order 2 needs 2 vectors, one a mode."),
     "one tensor": (ones(2, 3), "weights has a single tensor, but order 2 needs 2 vectors, one a mode."),
+    "no sequence": (5, "weights is 5, but order 2 needs 2 vectors, one a mode."),
+    "a word": ("no", "weights is 'no', but order 2 needs 2 vectors, one a mode."),
+    "words": ([["a", "b", "c"], None], "weights of mode 0 must be a tensor or numbers, got ['a', 'b', 'c']."),
+    "complex": ([ones(3, dtype=torch.complex64), None], "weights of mode 0 must be real, got torch.complex64."),
     "too short": ([ones(2), None], "weights of mode 0 have length 2, but the mode has size 3."),
     "too long": ([None, ones(2, 6)], "weights of mode 1 have length 6, but the mode has size 4."),
     "a number": ([None, ones()], "weights of mode 1 have length no dimension, but the mode has size 4."),
@@ -281,6 +289,97 @@ def test_a_dropout_that_is_no_probability(variant, dropout_p, make):
     refused(OptionError, told, variant.function, x, x, x, order=2, dropout_p=dropout_p)
 
 
+@every_operator
+@pytest.mark.parametrize("dropout_p", ["a", None, True, [0.5]])
+def test_a_dropout_that_is_no_number(variant, dropout_p, make):
+    x, name = make(*SIZE), variant.operator.function.__name__
+    told = f"{name}: dropout_p must be between 0 and 1, got {dropout_p!r}.{READING}"
+    refused(OptionError, told, variant.function, x, x, x, order=2, dropout_p=dropout_p)
+
+
+@every_operator
+def test_a_scale_that_is_no_number(variant, make):
+    x, name = make(*SIZE), variant.operator.function.__name__
+    hint = "\n  For a learned scale multiply the query by it, with scale=1.0."
+    cases = [
+        ("a", "scale must be a number or None, got 'a'.", ""),
+        (True, "scale must be a number or None, got True.", ""),
+        (1j, "scale must be a number or None, got 1j.", ""),
+        ([0.5], "scale must be a number or None, got [0.5].", ""),
+        (make(), "scale must be a number or None, got a tensor of shape ().", hint),
+        (make(2, 1), "scale must be a number or None, got a tensor of shape (2, 1).", hint),
+        (float("nan"), "scale must be finite, got nan.", ""),
+        (float("inf"), "scale must be finite, got inf.", ""),
+    ]
+    for scale, rule, more in cases:
+        refused(OptionError, f"{name}: {rule}{READING}{more}", variant.function, x, x, x, order=2, scale=scale)
+
+
+class _BySize(torch.nn.Module):
+    """Attention whose scale is a symbol where sizes are."""
+
+    def forward(self, x):
+        return ta.additive_attention(x, x, x, order=2, scale=1 / x.shape[-2], return_lse=True).output
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_scale_may_be_a_symbol_while_a_graph_is_recorded(strict):
+    sizes = ({2: torch.export.Dim("w", min=3, max=100)},)
+    program = torch.export.export(_BySize(), (ones(2, 3, 4, 8),), dynamic_shapes=sizes, strict=strict)
+    x = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(program.module()(x), _BySize()(x))
+
+
+@every_operator
+def test_switches_that_are_words(variant, make):
+    x, name = make(*SIZE), variant.operator.function.__name__
+    switches = [option for option, value in variant.operator.options.items() if isinstance(value, bool)]
+    for switch in ("return_lse", "return_attention", *switches):
+        for value in ("no", 1, None):
+            if switch == "return_lse" and value != "no":
+                continue
+            told = f"{name}: {switch} must be True or False, got {value!r}.{READING}"
+            if name == "kao_qkv" and switch == "return_lse":
+                continue  # it needs centered=True first
+            refused(OptionError, told, variant.operator.function, x, x, x, order=2, **{switch: value})
+            if switch in switches:
+                told = f"TensorAttention: {switch} must be True or False, got {value!r}."
+                options = {"modes": 2, "operator": variant.name, switch: value}
+                refused(OptionError, told, ta.TensorAttention, 8, 2, **options)
+
+
+@every_operator
+def test_tensors_on_different_devices(variant):
+    near, far, name = ones(*SIZE), torch.empty(SIZE, device="meta"), variant.operator.function.__name__
+    told = f"{name}: the device is cpu in query but meta in key.{READING}"
+    refused(DtypeError, told, variant.function, near, far, far, order=2)
+    told = f"{name}: the device is cpu in query but meta in value.{READING}"
+    refused(DtypeError, told, variant.function, near, near, far, order=2)
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "include_self" in operator.options])
+@pytest.mark.parametrize("positions", [(4, 3), (7,), (3, 5), ()], ids=str)
+def test_an_own_token_off_the_grid(name, positions, make):
+    key, function = make(*SIZE), OPERATORS[name].function
+    query = make(2, *positions, 5)
+    width = max(len(str(tuple(query.shape))), len(str(SIZE)))
+    rule = f"include_self needs the query on the grid of key, but query has positions {positions} where key has (3, 4)."
+    told = [f"{function.__name__}: {rule}", "  modes    0 1"]
+    told.append(f"  query    {tuple(query.shape)!s:<{width}}   batch=(2,) positions={positions} D=5")
+    told += [f"  {each:<8} {SIZE!s:<{width}}   batch=(2,) 0=3 1=4 D=5" for each in ("key", "value")]
+    refused(ShapeError, "\n".join(told), function, query, key, key, order=2, include_self=True)
+
+
+@every_operator
+def test_integers_of_numpy(variant):
+    x = ones(*SIZE)
+    expected = variant.function(x, x, x, order=2)
+    torch.testing.assert_close(variant.function(x, x, x, order=np.int64(2)), expected, rtol=0, atol=0)
+    layer = ta.TensorAttention(np.int64(8), np.int32(2), modes=np.int16(2), operator=variant.name)
+    assert (type(layer.embed_dim), type(layer.num_heads), layer.modes.order) == (int, int, 2)
+    assert layer(ones(2, 3, 4, 8)).shape == (2, 3, 4, 8)
+
+
 LACKS = [(name, argument) for name, operator in OPERATORS.items() for argument in operator.lacks]
 
 
@@ -310,6 +409,8 @@ OPTION_VALUES = [
     ("saturation", 0, "saturation must be positive or None, got 0."),
     ("saturation", -1.5, "saturation must be positive or None, got -1.5."),
     ("saturation", float("nan"), "saturation must be positive or None, got nan."),
+    ("saturation", "x", "saturation must be positive or None, got 'x'."),
+    ("saturation", True, "saturation must be positive or None, got True."),
     ("pool", "max", "pool must be 'mean' or 'sum', got 'max'."),
     ("interaction_order", 0, "interaction_order must be an integer between 1 and order 2, got 0."),
     ("interaction_order", 3, "interaction_order must be an integer between 1 and order 2, got 3."),
@@ -359,6 +460,20 @@ def test_subsets_that_are_kept(make):
     for kind, options, rule in cases:
         told = f"truncated_attention: {rule}{READING}"
         refused(kind, told, ta.truncated_attention, x, x, x, order=2, **options)
+    for kept, rule in NO_SUBSETS:
+        told = f"truncated_attention: {rule}{READING}{SUBSETS}"
+        refused(ModesError, told, ta.truncated_attention, x, x, x, order=2, kept=kept)
+        told = f"TensorAttention: {rule}{SUBSETS}"
+        refused(ModesError, told, ta.TensorAttention, 8, 2, modes="t h", operator="truncated", kept=kept)
+
+
+SUBSETS = "\n  Write [(0,), (1, 2)] for the modes 0, 1 and 2, the last two together."
+NO_SUBSETS = [
+    ([1], "each subset in kept must be a sequence of modes, got 1."),
+    ([(0,), "t"], "each subset in kept must be a sequence of modes, got 't'."),
+    (1, "kept must hold subsets of modes, got 1."),
+    ("t", "kept must hold subsets of modes, got 't'."),
+]
 
 
 @pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "bias" not in operator.lacks])
@@ -374,9 +489,33 @@ def test_biases_that_do_not_fit(name, make):
         ([make(7, 3, 3), None], ShapeError, batch.format((7,))),
         ([make(1, 2, 3, 3), None], ShapeError, batch.format((1, 2))),
         ([make(3, 3, dtype=torch.int64), None], DtypeError, "bias of mode 0 must be floating point, got torch.int64."),
+        ([make(3, 3, dtype=torch.complex64), None], DtypeError, "bias of mode 0 must be real, got torch.complex64."),
+        (5, ShapeError, "bias is 5, but order 2 needs 2 tensors, one a mode."),
+        ("no", ShapeError, "bias is 'no', but order 2 needs 2 tensors, one a mode."),
+        ([[["a"]], None], DtypeError, "bias of mode 0 must be a tensor or numbers, got [['a']]."),
+        ([[[1.0], [1, 2]], None], DtypeError, "bias of mode 0 must be a tensor or numbers, got [[1.0], [1, 2]]."),
+        ([[[1.0, 2.0]], None], ShapeError, shape.format(0, (1, 2), 3, 3)),
+        ([5, None], ShapeError, shape.format(0, (), 3, 3)),
     ]
     for bias, kind, rule in cases:
         refused(kind, f"{function.__name__}: {rule}{READING}", function, x, x, x, order=2, bias=bias)
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "bias" not in operator.lacks])
+def test_biases_of_other_types_are_brought_to_that_of_the_averages(name):
+    function, draw = OPERATORS[name].function, torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=draw)
+    bias = [torch.randn(3, 3, generator=draw, dtype=torch.float64), torch.randn(2, 4, 4, generator=draw)]
+    expected = function(x, x, x, order=2, bias=[bias[0].float(), bias[1]])
+    for given in (bias, [bias[0].tolist(), bias[1].numpy()], (bias[0].float(), bias[1].double())):
+        output = function(x, x, x, order=2, bias=given)
+        assert output.dtype == torch.float32
+        torch.testing.assert_close(output, expected)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = x.to(dtype)
+        output = function(half, half, half, order=2, bias=bias)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "causal" not in operator.lacks])
@@ -451,6 +590,13 @@ class TestAverages:
         name, integers = function.__name__, make(*SIZE, dtype=torch.int32)
         rule = "tensor must be floating point, got torch.int32."
         refused(DtypeError, f"{name}: {rule}{TENSOR}", function, integers, order=2)
+        if function is ta.mode_averages:
+            for dtype, rule in (
+                ("float32", "dtype must be a torch.dtype such as torch.float32, got 'float32'."),
+                (np.float32, "dtype must be a torch.dtype such as torch.float32, got <class 'numpy.float32'>."),
+                (torch.int32, "dtype must be floating point, got torch.int32."),
+            ):
+                refused(DtypeError, f"{name}: {rule}{TENSOR}", function, make(*SIZE), order=2, dtype=dtype)
         rule = "tensor must be a torch.Tensor, got list."
         refused(DtypeError, f"{name}: {rule}", function, [[1.0]], order=1)
 
@@ -514,6 +660,7 @@ def test_summarize(make):
         (x, x.long(), {}, DtypeError, "value must be floating point, got torch.int64."),
         (x, x, {"kept": [(0,), (2,)]}, ModesError, "there is no mode 2 among '0 1' (order 2)."),
         (x, x, {"kept": []}, ModesError, "kept is empty, but a summary needs at least one subset of modes."),
+        (x, x, {"second_moment": "no"}, OptionError, "second_moment must be True or False, got 'no'."),
         (x, x, {"weights": [None]}, WeightsError, WEIGHTS["too few"][1]),
     ]
     for key, value, options, kind, rule in cases:
@@ -523,6 +670,8 @@ def test_summarize(make):
         told = f"summarize: {rule}" + "\n".join(other)
         refused(kind, told, ta.summarize, key, value, order=2, **options)
     refused(OptionError, "summarize: order must be at least 1, got 0.", ta.summarize, x, x, order=0)
+    for kept, rule in NO_SUBSETS:
+        refused(ModesError, f"summarize: {rule}{PAIR}{SUBSETS}", ta.summarize, x, x, order=2, kept=kept)
 
 
 def test_means_that_a_summary_does_not_hold(make):
@@ -548,9 +697,68 @@ def test_summaries_that_do_not_merge(make):
         (whole, moments, "second moments merge only if both summaries hold them, and their grand means."),
     ]
     for first, second, rule in cases:
-        refused(ShapeError, rule, first.merge, second, mode=0)
-    refused(ModesError, "there is no mode 2 among '0 1' (order 2).", whole.merge, whole, mode=2)
-    refused(ModesError, "there is no mode 't' among '0 1' (order 2).", whole.merge, whole, mode="t")
+        refused(ShapeError, f"Summary.merge: {rule}", first.merge, second, mode=0)
+    told = "Summary.merge: there is no mode {} among '0 1' (order 2)."
+    refused(ModesError, told.format(2), whole.merge, whole, mode=2)
+    refused(ModesError, told.format("'t'"), whole.merge, whole, mode="t")
+
+
+def test_summaries_of_different_tensors_do_not_merge(make):
+    x = make(2, 30, 40, 5)
+    whole = ta.summarize(x, x, order=2)
+    longer, double = make(2, 30, 40, 6), make(2, 30, 40, 5, dtype=torch.float64)
+    keys = dataclasses.replace(whole, values=(None,) * 3)
+    cases = [
+        (ta.summarize(x, x, order=3), ShapeError, "the summaries have different orders: 2 and 3."),
+        (
+            ta.summarize(longer, x, order=2),
+            ShapeError,
+            "the keys have head size 5 in one summary but 6 in the other.",
+        ),
+        (
+            ta.summarize(x, longer, order=2),
+            ShapeError,
+            "the values have head size 5 in one summary but 6 in the other.",
+        ),
+        (
+            ta.summarize(double, double, order=2),
+            DtypeError,
+            "the type of the keys is torch.float32 in one summary but torch.float64 in the other.",
+        ),
+        (keys, ShapeError, "only one of the summaries holds the mean values of the kept modes (0,)."),
+        (x.shape, OptionError, "other must be a Summary, got Size."),
+    ]
+    for other, kind, rule in cases:
+        refused(kind, f"Summary.merge: {rule}", whole.merge, other, mode=0)
+    other = ta.summarize(torch.ones(2, 30, 40, 5), torch.ones(2, 30, 40, 5), order=2)
+    if x.is_meta:
+        rule = "the device of the keys is meta in one summary but cpu in the other."
+        refused(DtypeError, f"Summary.merge: {rule}", whole.merge, other, mode=0)
+
+
+def test_linear_maps_that_do_not_fit_a_summary(make):
+    summary = ta.summarize(make(2, 30, 40, 5), make(2, 30, 40, 7), order=2)
+    good = (make(6, 5), make(4, 7))
+    cases = [
+        ((make(6, 4), good[1]), {}, ShapeError, "key_weight has 4 columns, but the keys have head size 5."),
+        ((good[0], make(4, 5)), {}, ShapeError, "value_weight has 5 columns, but the values have head size 7."),
+        ((make(5), good[1]), {}, ShapeError, "key_weight has 1 dimensions, but needs 2."),
+        ((make(6, 5, dtype=torch.int64), good[1]), {}, DtypeError, floating("key_weight", "torch.int64")),
+        ((good[0], [[1.0]]), {}, DtypeError, floating("value_weight", "list")),
+        (good, {"key_bias": make(4)}, ShapeError, "key_bias has 4 entries, but key_weight has 6 rows."),
+        (good, {"value_bias": make(6)}, ShapeError, "value_bias has 6 entries, but value_weight has 4 rows."),
+        (good, {"value_bias": make(1, 4)}, ShapeError, "value_bias has 2 dimensions, but needs 1."),
+        (good, {"num_heads": 3}, ShapeError, "value_weight has 4 rows, which num_heads=3 does not divide."),
+        (good, {"num_heads": 4}, ShapeError, "key_weight has 6 rows, which num_heads=4 does not divide."),
+        (good, {"num_heads": 0}, OptionError, "num_heads must be at least 1, got 0."),
+        (good, {"num_heads": 2.0}, OptionError, "num_heads must be an integer, got 2.0."),
+    ]
+    for weights, options, kind, rule in cases:
+        refused(kind, f"Summary.project: {rule}", summary.project, *weights, **options)
+
+
+def floating(argument, got):
+    return f"{argument} must be a floating-point tensor, got {got}."
 
 
 # Plans.
@@ -560,9 +768,39 @@ PLANS = {
     "torch dtype": (
         {"dtype": torch.float32},
         OptionError,
-        "dtype must be one of float64, float32, bfloat16, float16, got torch.float32.",
+        "dtype must be one of float64, float32, bfloat16, float16, got torch.float32.\n"
+        "  Write the name of the type, such as 'float32'.",
     ),
-    "layout": ({"layout": "NHWC"}, OptionError, "layout must be 'channels_last' or 'channels_first', got 'NHWC'."),
+    "layout": (
+        {"layout": "NHWC"},
+        OptionError,
+        "layout must be 'channels_last', 'channels_first' or strides, got 'NHWC'.",
+    ),
+    "no layout": (
+        {"layout": None},
+        OptionError,
+        "layout must be 'channels_last', 'channels_first' or strides, got None.",
+    ),
+    "too few strides": ({"layout": (4, 1)}, OptionError, "layout has 2 strides, but the tensor has 3 dimensions."),
+    "strides of the batch": (
+        {"layout": (4, 1, 1), "batch": (2,)},
+        OptionError,
+        "layout has 3 strides, but the tensor has 4 dimensions.",
+    ),
+    "strides of no integers": (
+        {"layout": (4.0, 1, 1)},
+        OptionError,
+        "the strides in layout must be integers, got (4.0, 1, 1).",
+    ),
+    "negative strides": (
+        {"layout": (4, -1, 1)},
+        OptionError,
+        "the strides in layout must not be negative, got (4, -1, 1).",
+    ),
+    "sizes of no integers": ({"sizes": (3, 4.0)}, OptionError, "sizes must be integers, got (3, 4.0)."),
+    "a truth value of sizes": ({"sizes": (3, True)}, OptionError, "sizes must be integers, got (3, True)."),
+    "one size": ({"sizes": 3}, OptionError, "sizes must be integers, got 3."),
+    "no subsets": ({"kept": 1}, ModesError, f"kept must hold subsets of modes, got 1.{SUBSETS}"),
     "empty mode": (
         {"sizes": (3, 0)},
         OptionError,
@@ -571,7 +809,7 @@ PLANS = {
     "negative size": (
         {"sizes": (-3, 2), "modes": "h w"},
         OptionError,
-        "mode h has size -3 in sizes, but every mode needs at least 1 index.",
+        "mode 'h' has size -3 in sizes, but every mode needs at least 1 index.",
     ),
     "names": ({"modes": "t h w"}, OptionError, "modes names 3 modes, but sizes has 2."),
     "number of modes": ({"modes": 3}, OptionError, "modes names 3 modes, but sizes has 2."),
@@ -590,7 +828,34 @@ def test_plan(case):
 def test_a_plan_for_another_array(make):
     plan = ta.plan((3, 4), dim=5, batch=(2,))
     rule = "the array has shape (2, 4, 3, 5), but the plan is for (2, 3, 4, 5)."
-    refused(ShapeError, rule, plan.execute, make(2, 4, 3, 5))
+    refused(ShapeError, f"Plan.execute: {rule}", plan.execute, make(2, 4, 3, 5))
+
+
+PLANNED = ta.plan((3, 4), dim=5, batch=(2,), modes="h w")
+
+
+def test_what_a_plan_cannot_execute(make):
+    cases = [
+        ([1.0], DtypeError, "array must be an array of NumPy, JAX or PyTorch, got list."),
+        (make(*SIZE, dtype=torch.int64), DtypeError, "array must be floating point, got int64."),
+        (np.ones(SIZE, dtype=bool), DtypeError, "array must be floating point, got bool."),
+        (np.ones(SIZE, dtype=complex), DtypeError, "array must be floating point, got complex128."),
+    ]
+    for array, kind, rule in cases:
+        refused(kind, f"Plan.execute: {rule}", PLANNED.execute, array)
+
+
+@pytest.mark.parametrize("case", {**WEIGHTS, **VALUES})
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_weights_of_a_plan(case, library):
+    weights, rule = {**WEIGHTS, **VALUES}[case]
+    array = ones(*SIZE) if library == "torch" else np.ones(SIZE, dtype=np.float32)
+    if library == "numpy" and not isinstance(weights, torch.Tensor | int | str):
+        weights = [vector.numpy() if isinstance(vector, torch.Tensor) else vector for vector in weights]
+    named = rule.replace("mode 0", "mode 'h'").replace("mode 1", "mode 'w'").replace("a tensor or", "an array or")
+    if library == "numpy":
+        named = named.replace("torch.", "")
+    refused(WeightsError, f"Plan.execute: {named}", PLANNED.execute, array, weights)
 
 
 # Modes and the registry.
@@ -640,6 +905,14 @@ CONSTRUCTION = {
     "dropout": ({"dropout": 1.5}, "dropout must be between 0 and 1, got 1.5."),
     "negative dropout": ({"dropout": -0.5}, "dropout must be between 0 and 1, got -0.5."),
     "no order": ({"modes": 0}, "modes must be at least 1, got 0."),
+    "heads of no integer": ({"num_heads": 4.0}, "num_heads must be an integer, got 4.0."),
+    "a truth value of heads": ({"num_heads": True}, "num_heads must be an integer, got True."),
+    "channels of no integer": ({"embed_dim": "96"}, "embed_dim must be an integer, got '96'."),
+    "dropout of no number": ({"dropout": "a"}, "dropout must be between 0 and 1, got 'a'."),
+    "channels first": ({"channels_first": "no"}, "channels_first must be True or False, got 'no'."),
+    "bias": ({"bias": 0}, "bias must be True or False, got 0."),
+    "mode projections": ({"mode_projections": "no"}, "mode_projections must be True or False, got 'no'."),
+    "norm": ({"qk_norm": "no"}, "qk_norm must be True or False, got 'no'."),
 }
 
 
@@ -682,28 +955,26 @@ INPUTS = {
         "t h w",
         (2, 4, 4, 96),
         ShapeError,
-        "x has 4 dimensions, but the layout (B t h w C) has 5.\n"
-        "  modes    t h w\n  x        (2, 4, 4, 96)   batch=() t=2 h=4 w=4 D=96",
+        "x has 4 dimensions, but the layout (B t h w C) has 5.\n  modes    t h w\n  x        (2, 4, 4, 96)",
     ),
     "too many dimensions": (
         2,
         (2, 4, 3, 5, 96),
         ShapeError,
-        "x has 5 dimensions, but the layout (B 0 1 C) has 4.\n"
-        "  modes    0 1\n  x        (2, 4, 3, 5, 96)   batch=(2, 4) 0=3 1=5 D=96",
+        "x has 5 dimensions, but the layout (B 0 1 C) has 4.\n  modes    0 1\n  x        (2, 4, 3, 5, 96)",
     ),
     "channels": (
         "h w",
         (2, 4, 3, 95),
         ShapeError,
-        "x has 95 channels, but embed_dim is 96.\n  modes    h w\n  x        (2, 4, 3, 95)   batch=(2,) h=4 w=3 D=95",
+        "x has 95 channels, but embed_dim is 96.\n  modes    h w\n  x        (2, 4, 3, 95)   batch=(2,) h=4 w=3 C=95",
     ),
     "empty mode": (
         "h w",
         (2, 4, 0, 96),
         ShapeError,
         "mode 'w' has size 0 in x, but every mode needs at least 1 index.\n"
-        "  modes    h w\n  x        (2, 4, 0, 96)   batch=(2,) h=4 w=0 D=96",
+        "  modes    h w\n  x        (2, 4, 0, 96)   batch=(2,) h=4 w=0 C=96",
     ),
 }
 
@@ -719,26 +990,55 @@ def test_inputs_of_the_module(variant, case, make):
 def test_channels_first_inputs_of_the_module(make):
     layer = ta.TensorAttention(96, 4, modes="t h w", channels_first=True, device=make(1).device)
     cases = [
-        ((2, 96, 4, 4), "x has 4 dimensions, but the layout (B C t h w) has 5."),
-        ((2, 4, 4, 4, 96), "x has 4 channels, but embed_dim is 96."),
-        ((2, 96, 4, 0, 4), "mode 'h' has size 0 in x, but every mode needs at least 1 index."),
+        ((2, 96, 4, 4), "x has 4 dimensions, but the layout (B C t h w) has 5.", ""),
+        ((2, 4, 4, 5, 96), "x has 4 channels, but embed_dim is 96.", "   batch=(2,) C=4 t=4 h=5 w=96"),
+        (
+            (2, 96, 4, 0, 4),
+            "mode 'h' has size 0 in x, but every mode needs at least 1 index.",
+            "   batch=(2,) C=96 t=4 h=0 w=4",
+        ),
     ]
-    for shape, rule in cases:
-        refused(ShapeError, f"TensorAttention: {rule}", layer, make(*shape))
+    for shape, rule, reading in cases:
+        told = f"TensorAttention: {rule}\n  modes    t h w\n  x        {shape}{reading}"
+        refused(ShapeError, told, layer, make(*shape))
+
+
+def test_modes_go_by_the_names_that_the_user_gave():
+    reading = "\n  modes    t h\n  x        (2, 3, 4, 8)   batch=(2,) t=3 h=4 C=8"
+    layer = ta.TensorAttention(8, 2, modes="t h")
+    for weights, rule in (
+        ([ones(2), None], "weights of mode 't' have length 2, but the mode has size 3."),
+        ([None, ones(7, 4)], "weights of mode 'h' have batch dimensions (7,), which do not broadcast to (2,)."),
+        ([None, torch.zeros(4)], "weights of mode 'h' are all zero, so no index takes part."),
+    ):
+        told = f"TensorAttention: {rule}{reading}"
+        refused(WeightsError, told, layer, ones(2, 3, 4, 8), weights=weights)
+    told = "TensorAttention: mode 1 has size 0 in x, but every mode needs at least 1 index."
+    told += "\n  modes    0 1\n  x        (2, 30, 0, 8)   batch=(2,) 0=30 1=0 C=8"
+    refused(ShapeError, told, ta.TensorAttention(8, 2, modes=2), ones(2, 30, 0, 8))
+    rule = "mode 'h' has size 0 in sizes, but every mode needs at least 1 index."
+    refused(OptionError, f"plan: {rule}", ta.plan, (3, 0), modes="t h")
 
 
 def test_types_of_the_module(make):
     layer = ta.TensorAttention(96, 4, modes=2, device=make(1).device)
     told = "TensorAttention: x must be floating point, got torch.int64.\n  modes    0 1\n"
-    reading = "  x        (2, 4, 3, 96)   batch=(2,) 0=4 1=3 D=96"
+    reading = "  x        (2, 4, 3, 96)   batch=(2,) 0=4 1=3 C=96"
     refused(DtypeError, told + reading, layer, make(2, 4, 3, 96, dtype=torch.int64))
+
+
+def test_an_input_on_another_device_than_the_parameters():
+    told = "TensorAttention: the device is cpu in x but meta in the parameters.\n  modes    0 1\n"
+    reading = "  x        (2, 4, 3, 96)   batch=(2,) 0=4 1=3 C=96"
+    layer = ta.TensorAttention(96, 4, modes=2, device="meta")
+    refused(DtypeError, told + reading, layer, ones(2, 4, 3, 96))
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_of_the_module(case, make):
     weights, rule = WEIGHTS[case]
     layer = ta.TensorAttention(8, 2, modes=2, device=make(1).device)
-    reading = "\n  modes    0 1\n  x        (2, 3, 4, 8)   batch=(2,) 0=3 1=4 D=8"
+    reading = "\n  modes    0 1\n  x        (2, 3, 4, 8)   batch=(2,) 0=3 1=4 C=8"
     told = f"TensorAttention: {rule}{reading}"
     refused(WeightsError, told, layer, make(2, 3, 4, 8), weights=weights)
 
@@ -747,7 +1047,7 @@ def test_weights_of_the_module(case, make):
 def test_weight_values_of_the_module(case):
     weights, rule = VALUES[case]
     layer = ta.TensorAttention(8, 2, modes=2)
-    reading = "\n  modes    0 1\n  x        (2, 3, 4, 8)   batch=(2,) 0=3 1=4 D=8"
+    reading = "\n  modes    0 1\n  x        (2, 3, 4, 8)   batch=(2,) 0=3 1=4 C=8"
     refused(WeightsError, f"TensorAttention: {rule}{reading}", layer, ones(2, 3, 4, 8), weights=weights)
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
-from variants import VARIANTS
 
 import tensorattn as ta
 from tensorattn import positionwise
 from tensorattn.operators import OPERATORS
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 PARAMETERS = [f"{name}_proj.{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias")]
@@ -61,7 +63,7 @@ def apart(layer, variant, x, weights=None, **settings):
 def test_every_option_has_a_variant():
     for name, operator in OPERATORS.items():
         tried = set().union(*(variant.options for variant in VARIANTS if variant.name == name))
-        assert tried == set(operator.options), f"give each option of {name!r} a line in OPTIONS of variants.py"
+        assert tried == set(operator.options), f"give each option of {name!r} a line in OPTIONS of testing/variants.py"
 
 
 class TestValues:

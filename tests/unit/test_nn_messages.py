@@ -32,8 +32,15 @@ def build(kind, channels=8, modes="h w", **options):
     )  # fmt: skip
 
 
-def reading(*shape, argument="x"):
-    return f"\n  modes    h w\n  {argument:<8} {shape}   batch={shape[:-3]} h={shape[-3]} w={shape[-2]} D={shape[-1]}"
+def reading(*shape, argument="x", first=False):
+    """How an input is read: not at all where it lacks a dimension."""
+    line = f"\n  modes    h w\n  {argument:<8} {shape}"
+    if argument == "x" and len(shape) < 4:
+        return line
+    letter = "C" if argument == "x" else "D"
+    grid = f"h={shape[-2]} w={shape[-1]}" if first else f"h={shape[-3]} w={shape[-2]}"
+    channels = f"{letter}={shape[-3 if first else -1]}"
+    return f"{line}   batch={shape[:-3]} {f'{channels} {grid}' if first else f'{grid} {channels}'}"
 
 
 PERIOD = "\n  Give it in the unit of the coordinates, such as periodic={'w': 360.0}."
@@ -120,7 +127,7 @@ INPUTS = {
 @pytest.mark.parametrize("case", INPUTS)
 def test_inputs(kind, case, make):
     shape, error, rule = INPUTS[case]
-    shown = reading(*shape) if len(shape) == 4 else "\n  modes    h w\n  x        (2, 30, 40)   batch=() h=2 w=30 D=40"
+    shown = reading(*shape)
     refused(error, f"{kind.__name__}: {rule}{shown}", build(kind), make(*shape))
 
 
@@ -128,8 +135,9 @@ def test_inputs(kind, case, make):
 def test_inputs_of_other_layouts_and_types(kind, make):
     name = kind.__name__
     first = build(kind, channels_first=True)
-    refused(ShapeError, f"{name}: x has 30 channels, but embed_dim is 8.", first, make(2, 30, 40, 8))
-    told = f"{name}: x has 3 dimensions, but the layout (B C h w) has 4."
+    told = f"{name}: x has 30 channels, but embed_dim is 8.{reading(2, 30, 40, 8, first=True)}"
+    refused(ShapeError, told, first, make(2, 30, 40, 8))
+    told = f"{name}: x has 3 dimensions, but the layout (B C h w) has 4.{reading(2, 30, 40)}"
     refused(ShapeError, told, first, make(2, 30, 40))
     told = f"{name}: x must be floating point, got torch.int64.{reading(2, 30, 40, 8)}"
     refused(DtypeError, told, build(kind), make(2, 30, 40, 8, dtype=torch.int64))
@@ -297,17 +305,23 @@ def test_channels_of_patches():
 
 
 def test_sizes_that_patches_do_not_divide(make):
-    module = ta.PatchEmbedding(8, 4, (2, 8), modes="h w")
+    device = make(1).device
+    module = ta.PatchEmbedding(8, 4, (2, 8), modes="h w", device=device)
     hint = "\n  Crop it, choose another patch, or repeat its last index with pad=True."
     told = f"PatchEmbedding: mode 'w' has size 30 in x, which patches of 8 do not divide.{reading(2, 4, 30, 8)}{hint}"
     refused(ShapeError, told, module, make(2, 4, 30, 8))
-    first = ta.PatchEmbedding(8, 4, (2, 8), modes="h w", channels_first=True)
-    told = f"PatchEmbedding: mode 'h' has size 3 in x, which patches of 2 do not divide.{hint}"
+    first = ta.PatchEmbedding(8, 4, (2, 8), modes="h w", channels_first=True, device=device)
+    told = "PatchEmbedding: mode 'h' has size 3 in x, which patches of 2 do not divide."
+    told += reading(2, 8, 3, 32, first=True) + hint
     refused(ShapeError, told, first, make(2, 8, 3, 32))
 
 
 def test_inputs_of_patches(make):
-    embedding, unembedding = ta.PatchEmbedding(8, 8, 1, modes="h w"), ta.PatchUnembedding(8, 4, (2, 8), modes="h w")
+    device = make(1).device
+    embedding, unembedding = (
+        ta.PatchEmbedding(8, 8, 1, modes="h w", device=device),
+        ta.PatchUnembedding(8, 4, (2, 8), modes="h w", device=device),
+    )
     for module, called in ((embedding, "in_channels"), (unembedding, "embed_dim")):
         name = type(module).__name__
         cases = [
@@ -385,13 +399,13 @@ def test_parts_of_blocks():
 @pytest.mark.parametrize("case", INPUTS)
 def test_inputs_of_blocks(case, make):
     shape, error, rule = INPUTS[case]
-    shown = reading(*shape) if len(shape) == 4 else "\n  modes    h w\n  x        (2, 30, 40)   batch=() h=2 w=30 D=40"
+    shown = reading(*shape)
     block = ta.TensorTransformerBlock(8, 2, modes="h w")
     refused(error, f"TensorTransformerBlock: {rule}{shown}", block, make(*shape))
     told = f"the type is torch.float64 in x but torch.float32 in the parameters.{reading(2, 30, 40, 8)}"
     refused(DtypeError, f"TensorTransformerBlock: {told}", block, make(2, 30, 40, 8, dtype=torch.float64))
     first = ta.TensorTransformerBlock(8, 2, modes="h w", channels_first=True)
-    told = "TensorTransformerBlock: x has 30 channels, but embed_dim is 8."
+    told = f"TensorTransformerBlock: x has 30 channels, but embed_dim is 8.{reading(2, 30, 40, 8, first=True)}"
     refused(ShapeError, told, first, make(2, 30, 40, 8))
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.export import Dim
-from variants import VARIANTS
 
 import tensorattn as ta
+from tensorattn.testing.variants import variants
+
+VARIANTS = variants()
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
@@ -87,3 +89,11 @@ def test_causal_frames_see_no_absent_and_no_later_frame_whatever_is_there(varian
             dirty[absent] = torch.nan
         seen = slice(0, first_dirty)
         torch.testing.assert_close(function(dirty)[seen], expected[seen], rtol=1e-12, atol=1e-13)
+
+
+@every_variant
+def test_whole_numbers_as_weights_leave_single_precision_as_it_is(variant):
+    """Also where values are narrower than keys, so that the softmax is written out."""
+    x, weights = torch.ones(1, 1, 3), (None, torch.tensor([1]))
+    output = variant.function(x, x, x[..., :2], order=2, weights=weights)
+    assert output.dtype == torch.float32 and output.isfinite().all()

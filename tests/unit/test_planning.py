@@ -16,8 +16,10 @@ import torch
 from numpy.testing import assert_allclose
 
 import tensorattn as ta
+from tensorattn import contraction
 from tensorattn.contraction_tree import main_effects, primitive_for
-from tensorattn.planning import ITEM_SIZES, make_plan
+from tensorattn.execution import memory_order
+from tensorattn.planning import ITEM_SIZES, make_plan, order_of_strides
 
 ORDERS = range(1, 9)
 LAYOUTS = ("channels_last", "channels_first")
@@ -201,6 +203,124 @@ def test_execution_on_jax_arrays():
         for result, expected in zip(results, from_scratch(array, plan, given), strict=True):
             assert type(result) is type(numpy.asarray(array))
             assert_allclose(np.asarray(result), expected, rtol=1e-5, atol=1e-6)
+
+
+LIBRARIES = {
+    "numpy": lambda array: array,
+    "torch": lambda array: torch.from_numpy(np.asarray(array)),
+    "jax": lambda array: pytest.importorskip("jax.numpy").asarray(array),
+}
+every_library = pytest.mark.parametrize("library", LIBRARIES)
+
+
+@every_library
+def test_half_precision_is_accumulated_in_single(library):
+    array = np.full((64, 64, 2), 60000, dtype=np.float16)
+    array[:, 7] = 0.5
+    plan = ta.plan((64, 64), dim=2, dtype="float16", kept=[(0,), (1,), ()])
+    given = LIBRARIES[library](array)
+    for weights in (None, [None, [1.0] * 64]):
+        results = plan.execute(given, weights)
+        for result, expected in zip(results, from_scratch(array.astype(np.float64), plan), strict=True):
+            assert type(result) is type(given) and result.dtype == given.dtype
+            assert_allclose(np.asarray(result).astype(np.float64), expected, rtol=2**-11)
+
+
+def test_bfloat16_is_accumulated_in_single():
+    x = torch.full((300, 300, 1), 1.0, dtype=torch.bfloat16)
+    x[5] = 257
+    plan = ta.plan((300, 300), dtype="bfloat16")
+    for ours, theirs in zip(plan.execute(x), ta.mode_averages(x, order=2), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, theirs)
+
+
+@every_library
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_weights_of_every_kind(library, dtype):
+    """Lists, None, batch dimensions, integers and truth values weigh as they do in mode averages."""
+    if library == "jax" and dtype == "float64":
+        pytest.skip("JAX has no float64 by default")
+    convert = LIBRARIES[library]
+    array = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 6)).astype(dtype)
+    tensor, plan = torch.from_numpy(array), ta.plan((4, 5), dim=6, batch=(2, 3), kept=[(0,), (1,)])
+    draw = np.random.default_rng(1).uniform(0, 3, (2, 3, 4))
+    given = [
+        [None, None],
+        [None, [1, 0, 2, 0, 1]],
+        [draw.astype(np.float32), None],
+        [draw[:, :1].astype(np.float32), np.array([True, False, True, True, False])],
+        (draw[0].astype(np.float32), np.arange(5)),
+        [draw[0, 0].tolist(), draw[:, :, [0]].repeat(5, -1).astype(np.float32)],
+    ]
+    for weights in given:
+        own = [convert(vector) if isinstance(vector, np.ndarray) else vector for vector in weights]
+        of_torch = [torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector for vector in weights]
+        expected = ta.mode_averages(tensor, order=2, weights=of_torch)
+        for mixed in (own, weights):
+            for ours, theirs in zip(plan.execute(convert(array), mixed), expected, strict=True):
+                tolerance = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-11}[dtype]
+                assert type(ours) is type(convert(array)) and str(ours.dtype).endswith(dtype)
+                assert_allclose(np.asarray(ours), theirs.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_sample_of_no_weight_has_means_of_zero():
+    array = np.ones((2, 3, 4, 5))
+    weights = [np.array([[1.0, 2, 3], [0, 0, 0]]), None]
+    rows, columns = ta.plan((3, 4), dim=5, batch=(2,)).execute(array, weights)
+    assert_allclose(columns, ta.mode_averages(torch.from_numpy(array), order=2, weights=weights)[1])
+    assert_allclose(rows[1], 1)
+    assert_allclose(columns[1], 0)
+
+
+def test_gradients_reach_the_weights_of_a_plan():
+    x, w = torch.randn(3, 4, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64, requires_grad=True)
+    plan = ta.plan((3, 4), dim=2, dtype="float64")
+    assert torch.autograd.gradcheck(lambda w: plan.execute(x, [w, None]), (w,))
+
+
+LAID_OUT = {
+    "as it is": lambda x: x,
+    "permuted": lambda x: x.permute(0, 3, 1, 2, 4),
+    "channels first": lambda x: x.movedim(1, -1),
+    "batch inside": lambda x: x.movedim(0, -1),
+    "reversed": lambda x: x.permute(4, 3, 2, 1, 0),
+    "expanded": lambda x: x[:, :1].expand(-1, 7, -1, -1, -1),
+    "sliced": lambda x: x[:, ::2, 1:],
+    "of size one": lambda x: x[:, :, :1].transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("case", LAID_OUT)
+def test_strides_give_the_plan_that_averages_use(case, monkeypatch):
+    x, used = LAID_OUT[case](torch.randn(2, 3, 4, 5, 6)), []
+
+    def recorded(*arguments):
+        used.append(make_plan(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr(contraction, "make_plan", recorded)
+    ta.mode_averages(x, order=3)
+    batch, *sizes, dim = x.shape
+    assert used[0] == ta.plan(sizes, dim=dim, batch=(batch,), layout=x.stride())
+    assert order_of_strides(x.stride()) == memory_order(x)
+    plan = ta.plan(sizes, dim=dim, batch=(batch,), layout=np.array(x.stride()))
+    for ours, theirs in zip(plan.execute(x), ta.mode_averages(x, order=3), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_layouts_by_name_are_those_of_their_strides():
+    x = torch.empty(2, 3, 4, 5, 6)
+    assert ta.plan((3, 4, 5), dim=6, batch=(2,), layout=x.stride()) is ta.plan((3, 4, 5), dim=6, batch=(2,))
+    strides = x.movedim(1, -1).stride()
+    first = ta.plan((4, 5, 6), dim=3, batch=(2,), layout="channels_first")
+    assert ta.plan((4, 5, 6), dim=3, batch=(2,), layout=strides) is first
+
+
+def test_integers_of_numpy_are_integers():
+    sizes = np.array([3, 4])
+    plan = ta.plan(sizes, dim=np.int32(5), batch=[np.int64(2)], modes=np.int8(2))
+    assert plan is ta.plan((3, 4), dim=5, batch=(2,)) and "np." not in str(plan)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -53,11 +54,15 @@ class Check(Protocol):
     Attributes:
         statement: What is checked.
         law: The check of a single case.
+        share: Share of the examples that it takes.
+        drawn: Arguments of `cases`: what the law supposes.
     """
 
     __name__: str
     statement: str
     law: Law
+    share: float
+    drawn: Mapping[str, Any]
 
     def __call__(
         self,
@@ -109,7 +114,7 @@ def check(
         part = f", of which this check takes {share:.0%}" if share < 1 else ""
         told, title, examples = inspect.cleandoc(law.__doc__ or "").partition("Examples:")
         run.__doc__ = told.rstrip() + ARGUMENTS.format(share=part) + title + examples
-        run.__dict__.update(statement=str(statement), law=law)
+        run.__dict__.update(statement=str(statement), law=law, share=share, drawn=MappingProxyType(drawn))
         run.__dict__.pop("__wrapped__")  # so that help() shows the signature of the check
         return cast(Check, run)
 

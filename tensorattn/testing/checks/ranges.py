@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorattn import reference
 from tensorattn.operators import Claim
-from tensorattn.testing.cases import Case
+from tensorattn.testing.cases import Case, rows
 from tensorattn.testing.checks.check import Draw, check
 from tensorattn.testing.checks.symmetries import present
 from tensorattn.testing.definitions import arrays
 from tensorattn.testing.subject import Subject
-from tensorattn.testing.tolerances import allowed, exact
+from tensorattn.testing.tolerances import LARGEST_LOGIT, allowed, exact
 
 __all__ = ["check_convex", "check_finite", "check_zero_scale_mean"]
 
@@ -32,6 +33,22 @@ def check_convex(subject: Subject, case: Case, draw: Draw) -> None:
         Traceback (most recent call last):
         AssertionError: additive: the output must lie within the range of the values, but there is ...
     """
+    _expect_within(subject, case)
+    # The hardest case: only the position of the least logit of a query has another value, and each mode avoids it.
+    reach = draw(st.sampled_from([1.0, 3.0, 10.0, 100.0]))
+    reach = min(reach, LARGEST_LOGIT.get(case.dtype, 1.0))
+    scale = abs(case.factor) * reach / case.logit if case.logit else case.scale
+    batch = len(case.batch)
+    query, key = rows(exact(case.query), batch), rows(exact(case.key), batch)
+    logits = (query[..., :1, :] @ key.mT)[..., 0, :]
+    absent = case.position_weights().expand(*case.batch, *case.sizes).flatten(batch) == 0
+    least = logits.masked_fill(absent, math.inf).argmin(-1, keepdim=True)
+    value = torch.ones_like(logits).scatter(-1, least, 0.0).reshape(*case.batch, *case.sizes, 1)
+    _expect_within(subject, case.replace(value=value.expand(case.value.shape).to(case.value), scale=scale))
+
+
+def _expect_within(subject: Subject, case: Case) -> None:
+    """Compare the output with the range of the values of present positions."""
     output, value = exact(subject.output(case)), exact(case.value)
     dims = [len(case.batch) + mode for mode in range(case.order)]
     absent = (case.position_weights() == 0).unsqueeze(-1)
@@ -56,7 +73,7 @@ def check_zero_scale_mean(subject: Subject, case: Case, draw: Draw) -> None:
     mean = reference.marginal_mean(given["value"], (), order=case.order, weights=given["weights"])
     output = exact(subject.output(still))
     expected = _for_each_query(case, torch.from_numpy(mean)).expand_as(output)
-    tolerance = allowed("average", case.dtype, magnitude=case.magnitude)
+    tolerance = subject.terms(case.order) * allowed("average", case.dtype, magnitude=case.magnitude)
     statement = "at scale zero the output must be the mean value"
     subject.expect_close(present(case, output), present(case, expected), tolerance, statement, still)
 

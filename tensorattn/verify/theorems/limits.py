@@ -17,6 +17,7 @@ from tensorattn.stats import TensorNormal
 from tensorattn.testing import Case, Subject
 from tensorattn.testing.checks.derivatives import along_queries, expect_slope, marginal_covariance
 from tensorattn.testing.definitions import attention
+from tensorattn.testing.drawing import canonical
 from tensorattn.testing.tolerances import exact
 from tensorattn.truncation import counting_numbers, kept_family
 from tensorattn.verify.statement import Asked, Statement, called, drawn_cases, st
@@ -128,7 +129,7 @@ def no_leak(subject: Subject, case: Case, draw: Any) -> None:
     frame = draw(st.integers(0, case.sizes[causal] - 1))
     later = (torch.arange(case.sizes[causal]) > frame).reshape(-1, *(1 for _ in range(case.order - causal)))
     later = later.to(case.key.device)
-    case = case.replace(key=case.key.contiguous(), value=case.value.contiguous())  # both are then read alike
+    case = case.replace(key=canonical(case.key), value=canonical(case.value))  # both are then read alike
     far = min(FAR, torch.finfo(case.dtype).max / 8)
     other = case.replace(key=case.key.masked_fill(later, far), value=case.value.masked_fill(later, -far))
     before, after = (

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensorattn.averages import interaction_residual
 from tensorattn.diagnose import error_bound
 from tensorattn.operators.additive import additive_attention
 from tensorattn.operators.flattened import flattened_attention
 from tensorattn.operators.kao_kv import kao_kv
+from tensorattn.operators.kao_qkv import kao_qkv
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.testing import Case, Subject, allowed
 from tensorattn.testing.cases import rows
 from tensorattn.testing.definitions import attention
-from tensorattn.testing.tolerances import exact
+from tensorattn.testing.tolerances import exact, largest
 from tensorattn.truncation import counting_numbers, kept_family
 from tensorattn.verify.means import at_most, expectation, for_queries, mean
 from tensorattn.verify.statement import Asked, Statement, called, drawn_cases, st
@@ -35,6 +38,28 @@ def counted_once(subject: Subject, case: int, draw: Any) -> None:
     ones = torch.ones(len(totals)).double()
     statement = f"every effect of the family {family} must be counted once"
     subject.expect_close(torch.tensor(totals).double(), ones, 0.0, statement, case)  # type: ignore[arg-type]
+
+
+def closed_form(subject: Subject, case: int, draw: Any) -> None:
+    """All sets of r of N modes: (-1)^(r - |U|) binomial(N - |U| - 1, r - |U|); the case is N."""
+    size = draw(st.integers(1, case))
+    counts = counting_numbers(kept_family(case, None, size))
+    signs = [(-1) ** (size - len(u)) for u in counts]
+    ways = [math.comb(case - len(u) - 1, size - len(u)) if len(u) < case else 1 for u in counts]
+    told = [sign * way for sign, way in zip(signs, ways, strict=True)]
+    got, expected = (torch.tensor(list(numbers)).double() for numbers in (counts.values(), told))
+    statement = f"counting numbers of all sets of {size} modes must have their closed form"
+    subject.expect_close(got, expected, 0.0, statement, case)  # type: ignore[arg-type]
+
+
+def outer_sums(subject: Subject, case: Case, draw: Any) -> None:
+    """Outputs of averaged queries have no interaction residual."""
+    for centered in (False, True):
+        output = called(kao_qkv, case, centered=centered)
+        residual = interaction_residual(exact(output), order=case.order)
+        tolerance = 2 * case.order * allowed("average", case.dtype, magnitude=largest(output))
+        statement = "the output of averaged queries must be an outer sum"
+        subject.expect_close(residual, torch.zeros_like(residual), tolerance, statement, case)
 
 
 def ladder(subject: Subject, case: Case, draw: Any) -> None:
@@ -125,6 +150,18 @@ def _orders(least: int, most: int) -> Any:
 
 
 STATEMENTS = (
+    Statement(
+        "counting numbers of all sets of r modes have a closed form",
+        "c_U = (−1)^(r−|U|) C(N−|U|−1, r−|U|)",
+        closed_form,
+        _orders(1, 6),
+    ),
+    Statement(
+        "outputs of averaged queries are outer sums, whatever the data",
+        "R(O) = 0",
+        outer_sums,
+        drawn_cases(on_grid=True, max_positions=40),
+    ),
     Statement(
         "counting numbers count every kept effect once",
         "Σ_(U'⊇U) c_U' = 1 for every U",
