@@ -14,7 +14,7 @@ from tensorattn.attend.optional import MissingPackageError
 from tensorattn.attend.output import check_directory, png_bytes, write_files
 from tensorattn.bench import goals, report, scaling, targets
 from tensorattn.bench.contenders import PEERS, PRIMITIVES, Contender, operator_contender
-from tensorattn.bench.examine import Row, examine
+from tensorattn.bench.examine import Row, examine, predicted
 from tensorattn.bench.machine import machine
 from tensorattn.bench.workload import DTYPES, LAYOUTS, Workload, parse_shape
 from tensorattn.errors import OptionError
@@ -119,6 +119,8 @@ def _asked(arguments: argparse.Namespace) -> _Asked:
             works.append(Workload(batch, sizes, dim, heads, dtype, each, arguments.backward, arguments.skip))
     names = OPERATORS if arguments.operator is None else arguments.operator
     contenders = [operator_contender(choice) for choice in parse_choices(names)]
+    for each, work in itertools.product(contenders, works):
+        predicted(each, work)  # refuses options that have no meaning for the shape
     if arguments.operator is None or arguments.peers:
         contenders += PEERS
     if arguments.operator is None and not arguments.backward:
@@ -193,7 +195,7 @@ def _losses(rows: Sequence[Row]) -> str:
 
 def _exponents(rows: Sequence[Row]) -> str:
     """Write the exponents of time in positions."""
-    cells = [("scaling, order 3, 32 channels, 1 thread", "positions", "exponent, last 4")]
+    cells = [(f"scaling: {scaling.SETTING}, 1 thread", "positions", f"exponent, last {scaling.LAST}")]
     for name, curve in scaling.curves(rows).items():
         cells.append((name, f"{curve.positions[0]:,} to {curve.positions[-1]:,}", f"{curve.exponent:.2f}"))
     return "\n".join(report.aligned(cells))

@@ -15,7 +15,7 @@ from tensorattn.bench.timing import Timed, interleaved
 from tensorattn.bench.workload import Workload
 from tensorattn.cost import cost
 
-__all__ = ["Row", "examine"]
+__all__ = ["Row", "examine", "predicted"]
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,20 @@ def _with_memory(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[R
     """Add measured and predicted memory to the rows that have a time."""
     measured = {row.name: row.workload for row in rows if row.timed is not None and row.share == 1}
     found = dict(zip(measured, peaks(list(measured.items())), strict=True))
-    known = {each.name: _predicted(each, measured[each.name]) for each in contenders if each.name in measured}
+    known = {each.name: predicted(each, measured[each.name]) for each in contenders if each.name in measured}
     return [replace(row, peak=found.get(row.name), predicted=known.get(row.name)) for row in rows]
 
 
-def _predicted(who: Contender, work: Workload) -> int | None:
-    """Predict the peak of a module of this package."""
+def predicted(who: Contender, work: Workload) -> int | None:
+    """Predict the peak memory of a module of this package.
+
+    Args:
+        who: The contender.
+        work: The workload.
+
+    Returns:
+        Bytes, as `cost` has them; None for others.
+    """
     if who.choice is None:
         return None
     foreseen = cost(

@@ -233,4 +233,6 @@ def verdicts(outcomes: Sequence[Outcome]) -> str:
         "",
         f"{reached} of {len(outcomes)} reached; each number is the worst of its cases.",
     ]
+    if any(not outcome.undisturbed for outcome in outcomes):
+        lines.append("!: the machine was too busy for times on several threads; run it again when it is not.")
     return "\n".join([*lines, *(["", "Not reached, all cases:", *missed] if missed else [])])

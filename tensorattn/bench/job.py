@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tensorattn.averages import mode_averages, outer_sum
 from tensorattn.bench.workload import DTYPES, Workload
 
-__all__ = ["AveragesJob", "Job", "LayerJob", "OuterSumJob", "Parity", "SomeQueriesJob", "UnitJob"]
+__all__ = ["AveragesJob", "Job", "LayerJob", "OuterSumJob", "Parity", "SomeQueriesJob", "UnitJob", "distance"]
 
 PROBES = 12  # positions at which outputs are compared
 TOLERANCES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}  # of the largest entry

@@ -28,7 +28,9 @@ NOTES = (
     "parity: largest error of outputs (and gradients) as a share of the largest entry, against float64.",
     "!: on a busy machine, too few samples on several threads in which none of them waited for a processor; not to be "
     "relied on.",
-    "extra memory: the most held beyond input, parameters and results; peak: results included; predicted: of cost.",
+    "extra memory: the most held beyond input, parameters and results; peak: results included; predicted: the peak "
+    "that tensorattn.cost foresees. Measured in a process of its own, on one thread, every block of 64 KB and more "
+    "mapped by itself, so that the heap holds nothing back.",
 )
 
 
@@ -123,7 +125,8 @@ def losses(rows: Sequence[Row]) -> list[str]:
             for other in others:
                 if ours in seconds and seconds.get(other, math.inf) < seconds[ours]:
                     factor = seconds[ours] / seconds[other]
-                    lines.append(f"{ours} takes {factor:.2f} times as long as {other} on {work}, {threads} threads")
+                    words = "1 thread" if threads == 1 else f"{threads} threads"
+                    lines.append(f"{ours} takes {factor:.2f} times as long as {other} on {work}, {words}")
     return lines
 
 

@@ -13,9 +13,10 @@ from tensorattn.bench.contenders import contender
 from tensorattn.bench.examine import Row, examine
 from tensorattn.bench.workload import Workload
 
-__all__ = ["Curve", "cubes", "curves", "measure_scaling", "plot"]
+__all__ = ["LAST", "SETTING", "Curve", "cubes", "curves", "measure_scaling", "plot"]
 
 CHANNELS = 32
+SETTING = "order 3, equal modes, 32 channels, 4 heads, float32, forward"
 LAST = 4  # sizes that an exponent is fitted to
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # for the colour-blind
 
@@ -105,7 +106,7 @@ def plot(found: Mapping[str, Curve], title: str) -> Any:
         words = name if math.isnan(curve.exponent) else f"{name}: exponent {curve.exponent:.2f}"
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
         axes.loglog(curve.positions, [1000 * second for second in curve.seconds], marker="o", label=words, **style)
-    axes.set_xlabel("positions (order 3, equal modes, 32 channels)")
+    axes.set_xlabel(f"positions ({SETTING})")
     axes.set_ylabel("time, ms")
     axes.grid(True, which="both", color="0.9")
     axes.legend(frameon=False, loc="upper left", fontsize=9)
