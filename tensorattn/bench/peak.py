@@ -21,6 +21,10 @@ from tensorattn.measuring import PeakMemory
 __all__ = ["Peak", "main", "peaks"]
 
 
+# Every block from 64 KB on is mapped by itself: what is freed is gone, and is not counted as held by the heap.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 class Peak(NamedTuple):
     """Memory of a job.
 
@@ -56,7 +60,7 @@ def peaks(jobs: Sequence[tuple[str, Workload]]) -> list[Peak | None]:
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **MAPPED},
     )
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     return [None if each is None else Peak(*each) for each in found]

@@ -70,6 +70,16 @@ class Case:
         """Bytes an element of an average: float32 for half precision."""
         return max(4, self.itemsize)
 
+    @property
+    def heads_interleaved(self) -> bool:
+        """Whether heads lie beside each other at each position, as in the module."""
+        return self.module and self.heads > 1
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the channels of a head do not lie together: given so in the functional form."""
+        return self.channels_first and not self.module
+
     def tokens(self, family: Family) -> int:
         """Count the means of a family, one batch entry and channel.
 

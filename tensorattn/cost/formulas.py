@@ -12,7 +12,8 @@ from typing import Any, Literal
 from tensorattn.contraction_tree import Family, Kept, main_effects
 from tensorattn.cost.case import Case
 from tensorattn.cost.layer import Layer, Means
-from tensorattn.cost.steps import Tokens, along_mode, attention, averages, elementwise, outer_sum, product
+from tensorattn.cost.products import Tokens, along_mode, attention, product
+from tensorattn.cost.steps import accumulate, averages, elementwise, outer_sum
 from tensorattn.cost.tape import Tape, Value
 from tensorattn.errors import OptionError
 from tensorattn.truncation import counting_numbers, kept_family
@@ -81,10 +82,16 @@ def _from_positions(softmaxes_of: Callable[[Case], list[Family]]) -> Callable[[L
 
         def attend(tape: Tape, positions: Sequence[Value], count: int) -> Value:
             query, *own_token = positions
-            output = attention(tape, query, groups, case.head_dim, written_out=own)
+            copies = query.bytes if case.scattered else 0
+            output = attention(
+                tape, query, groups, case.head_dim, written_out=own, copies=copies, chunked=case.scattered
+            )
             if corrected:
                 output = _corrected(case, tape, query, output, means, kept, count)
-            return elementwise(tape, output, query, *own_token, flops=4, keeps=True) if own else output
+            if not own:
+                return output
+            values = (output, query, *own_token)
+            return elementwise(tape, *values, flops=4, keeps=values, scratch=5 * output.bytes // 2)
 
         return layer.attended(attend, with_own_token=own)
 
@@ -116,7 +123,7 @@ def _corrected(case: Case, tape: Tape, query: Value, output: Value, means: Means
     flops = 2 * query.elements * case.head_dim
     missing = _missing(case, tape, means, kept, wanted, count)
     terms = [product(tape, (query, moment), flops, query.elements, "attention") for moment in missing]
-    return elementwise(tape, output, *terms, flops=2 * wanted, keeps=wanted > 1)
+    return elementwise(tape, output, *terms, flops=2 * wanted, keeps=terms if wanted > 1 else ())
 
 
 def _kao_qkv(layer: Layer) -> Value:
@@ -146,7 +153,9 @@ def _kao_qkv(layer: Layer) -> Value:
         for pair in zip(means.moments[:wanted], missing, strict=True)
         for side, moment in zip((own, additive), pair, strict=True)
     ]
-    return layer.finished(elementwise(tape, total, *terms, flops=2 * len(terms), keeps=True), joined=False)
+    return layer.finished(
+        elementwise(tape, total, *terms, flops=2 * len(terms), keeps=terms, scratch=total.bytes), joined=False
+    )
 
 
 def _mode_matrices(layer: Layer) -> list[Value]:
@@ -165,30 +174,45 @@ def _kronecker_product(layer: Layer) -> Value:
     """Apply the matrix of each mode in turn to the values."""
     case, matrices = layer.case, _mode_matrices(layer)
     output = layer.projected(layer.value)
-    for mode, (size, matrix) in enumerate(zip(case.sizes, matrices, strict=True)):
-        output = along_mode(layer.tape, output, matrix, size, copied=case.module and case.heads > 1 and mode == 0)
-    return layer.finished(output, joined=case.heads == 1)
+    for mode, matrix in enumerate(matrices):
+        copied = (case.heads_interleaved or case.scattered) and mode == 0 and (case.order > 1 or case.batch > 1)
+        output = along_mode(layer.tape, case, output, matrix, mode, copied=copied)
+    return layer.finished(output, joined=not case.heads_interleaved)
 
 
 def _kronecker_sum(layer: Layer) -> Value:
     """Apply the matrix of each mode to the values, and add up."""
     case, matrices = layer.case, _mode_matrices(layer)
-    value, copied = layer.projected(layer.value), case.module and case.heads > 1
-    parts = [
-        along_mode(layer.tape, value, matrix, size, copied=copied)
-        for size, matrix in zip(case.sizes, matrices, strict=True)
-    ]
-    total = parts[0] if len(parts) == 1 else elementwise(layer.tape, *parts)
-    return layer.finished(total, joined=case.heads == 1)
+    value, total = layer.projected(layer.value), None
+    for mode, matrix in enumerate(matrices):
+        copied = case.scattered and mode < case.order - 1
+        if case.heads_interleaved:
+            copied = mode < case.order - 1 or case.batch > 1
+        part = along_mode(layer.tape, case, value, matrix, mode, copied=copied)
+        if total is None:
+            total = part
+        else:
+            accumulate(layer.tape, total, part)
+    assert total is not None
+    return layer.finished(total, joined=not case.heads_interleaved)
 
 
 def _axial(layer: Layer) -> Value:
-    """Attend along each mode, and take the mean."""
+    """Attend along each mode with all others as batch, and take the mean."""
     case = layer.case
     query, key, value = (layer.projected(each) for each in (layer.query, layer.key, layer.value))
-    fibres = [Tokens(size, (key,), (value,)) for size in case.sizes]
-    outputs = [attention(layer.tape, query, [group], case.head_dim) for group in fibres]
-    return layer.finished(elementwise(layer.tape, *outputs, flops=case.order), joined=False)
+    outputs = []
+    for mode, size in enumerate(case.sizes):
+        # The kernel takes two batch dimensions: all but the last of the others are joined, where they lie apart by
+        # a copy.
+        together = mode >= case.order - 2 and not case.scattered
+        if case.heads_interleaved:
+            together = case.order < 3 and case.batch == 1
+        copies = 0 if together or case.order == 1 else query.bytes + key.bytes + value.bytes
+        fibres = Tokens(size, (key,), (value,))
+        outputs.append(attention(layer.tape, query, [fibres], case.head_dim, copies=copies))
+    scratch = query.bytes if case.order > 1 else 0
+    return layer.finished(elementwise(layer.tape, *outputs, flops=case.order, scratch=scratch), joined=False)
 
 
 MEANS_OPTIONS = {"interaction": None, "saturation": 1.0, "include_self": False}

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.cost.case import Case
-from tensorattn.cost.steps import Tokens, averages, elementwise, joined_linear, linear, outer_sum, product, slabs
+from tensorattn.cost.products import Tokens, joined_linear, linear, product
+from tensorattn.cost.steps import averages, elementwise, outer_sum, slabs
 from tensorattn.cost.tape import Tape, Value
 
 __all__ = ["SLAB_POSITIONS", "Layer", "Means", "slab_of"]
@@ -66,7 +67,9 @@ class Layer:
         if not self.case.module:
             return value
         tape = self.tape if tape is None else tape
-        return linear(tape, value, self._weight(), self.case.dim, copied=self.case.channels_first)
+        return linear(
+            tape, value, self._weight(), self.case.dim, copied=self.case.channels_first and self.case.batch > 1
+        )
 
     def mapped(self, means: dict[Kept, Value]) -> dict[Kept, Value]:
         """Map means of the input by one of the linear maps of the module."""
@@ -99,7 +102,8 @@ class Layer:
         case = self.case
         heads = 1 if case.module else case.heads
         size = case.batch * heads * (case.dim // heads) ** 2
-        return product(self.tape, tensors, 2 * case.positions * size, size, "moments")
+        centred = 2 * self.key.bytes  # both sides, less their means
+        return product(self.tape, tensors, 2 * case.positions * size, size, "moments", saved=centred)
 
     def _projected_moment(self, moment: Value) -> Value:
         """Project a second moment of the input to that of each head."""

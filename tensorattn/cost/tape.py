@@ -67,7 +67,9 @@ class Step:
         keeps: What its backward pass needs.
         passes: Those of `reads` whose gradient is that of the result itself, and takes no memory.
         saves: What it makes for its backward pass alone.
-        scratch: Bytes that it holds while it runs, or in place of which it holds what it saves.
+        lasting: Whether it holds what it saves until the result is let go.
+        scratch: Bytes that it holds while it runs.
+        saving_scratch: Bytes that it holds while it runs, beside what it saves, where a backward pass follows.
         backward_scratch: Bytes that its backward pass holds while it runs.
     """
 
@@ -78,7 +80,9 @@ class Step:
     keeps: tuple[Value, ...] = ()
     passes: tuple[Value, ...] = ()
     saves: tuple[Value, ...] = ()
+    lasting: bool = False
     scratch: int = 0
+    saving_scratch: int = 0
     backward_scratch: int = 0
 
 
@@ -138,14 +142,15 @@ class Tape:
         needed = self._needed(result) if backward else []
         holders: dict[Value, Step] = {}  # of a value that is kept, the step whose backward pass needs it last
         for step in needed:
-            for value in (*step.keeps, *step.saves):
+            for value in step.keeps:
                 holders.setdefault(value, step)
         memory = _Memory()
         last = {value: step for step in self.steps for value in (*step.writes, *step.reads)}
         for step in self.steps:
             memory.take(value for value in step.writes if not value.held)
-            memory.reach(step.scratch)
-            memory.take(value for value in step.saves if value in holders)
+            if step in needed:
+                memory.take(step.saves)
+            memory.reach(step.saving_scratch if step in needed else step.scratch)
             memory.drop(
                 value
                 for value in (*step.reads, *step.writes)
@@ -154,7 +159,8 @@ class Tape:
         gradients: dict[Value, Value] = {}
         for step in reversed(needed):
             memory.run_backwards(step, gradients)
-            memory.drop(value for value in (*step.keeps, *step.saves) if holders[value] is step and value is not result)
+            memory.drop(value for value in step.keeps if holders[value] is step and value is not result)
+            memory.drop(() if step.lasting else step.saves)
         return memory.peak
 
 
@@ -180,13 +186,13 @@ class _Memory:
 
     def run_backwards(self, step: Step, gradients: dict[Value, Value]) -> None:
         """Turn the gradients of what a step wrote into those of what it read; those of given values last."""
+        own = [gradients.pop(value) for value in step.writes if value in gradients]
         fresh = {v: Value(v.elements, v.itemsize) for v in dict.fromkeys(step.reads) if v not in step.passes}
         self.take(fresh.values())
         self.reach(step.backward_scratch)
         for value, gradient in fresh.items():  # a second gradient of a value is added to the first
             if gradients.setdefault(value, gradient) is not gradient:
                 self.drop([gradient])
-        own = [gradients.pop(value) for value in step.writes if value in gradients]
         for value in step.passes if own else ():
             gradients.setdefault(value, own[0])
         lasting: Collection[Value] = gradients.values()

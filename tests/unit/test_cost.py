@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tensorattn as ta
 from tensorattn import contraction, execution, positionwise, softmax
-from tensorattn.cost import FORMULAS, layer, steps
+from tensorattn.bench.peak import peaks
+from tensorattn.bench.workload import Workload
+from tensorattn.cost import FORMULAS, layer, products, steps
 from tensorattn.cost.tape import Step, Tape, Value
 from tensorattn.testing.variants import Variant, variants
 
@@ -131,7 +133,7 @@ def test_every_operator_has_a_formula_with_its_options() -> None:
 def test_slabs_are_those_of_the_code() -> None:
     """The cost knows no tensor, so it has the sizes of slabs a second time."""
     assert steps.SLAB == execution.SLAB
-    assert steps.LOGITS == softmax.CHUNK
+    assert products.LOGITS == softmax.CHUNK
     assert layer.SLAB_POSITIONS == positionwise.POSITIONS
     for sizes in GRIDS["channels_last"]:
         for most in (1, 5, 7, 100):
@@ -172,6 +174,28 @@ def test_what_nothing_depends_on_has_no_backward_pass() -> None:
     tape.steps.append(Step((given,), (result,)))
     assert tape.peak(result, backward=True) == 4000 + 0
     assert [part.phase for part in tape.parts(result, backward=True)] == ["forward"]
+
+
+MEASURED = [
+    ("kao_kv", {"backward": True, "skip": True}),
+    ("additive", {"backward": True, "layout": "channels_first"}),
+    ("kao_qkv", {"backward": True, "skip": True}),
+    ("kronecker_sum", {}),
+    ("kronecker_product", {"backward": True}),
+]
+
+
+def test_the_peak_is_close_to_what_is_measured() -> None:
+    """Within a tenth, from 64 MB on; each in a process of its own."""
+    jobs = [(name, Workload(1, (24, 72, 72), 64, **given)) for name, given in MEASURED]
+    for (name, work), peak in zip(jobs, peaks(jobs), strict=True):
+        assert peak is not None
+        if peak.bytes is None:
+            pytest.skip("this system does not tell")
+        given = {"skip": work.skip, "backward": work.backward, "layout": work.layout}
+        cost = ta.cost(name, work.sizes, dim=work.dim, num_heads=work.heads, **given)
+        assert peak.bytes > 64e6 and cost.peak == pytest.approx(peak.bytes, rel=0.1), f"{name} on {work}"
+        assert cost.results == peak.results - 4 * 4 * work.dim * work.backward  # biases are not counted
 
 
 # ---- what is printed, and what is refused --------------------------------------------------------------------
