@@ -1,1 +1,1 @@
-"""Verification: every theorem of the package, tried on random cases of a chosen type and device."""
+"""Verification: what operators claim and the theorems around it, tried on random cases of a chosen type and device."""

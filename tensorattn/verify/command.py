@@ -23,7 +23,7 @@ DTYPES = {
 MOST_MODES = 6
 
 DESCRIPTION = """\
-Try every theorem on random cases: what the operators claim, what every operator has, and what they are made of.
+Try statements on random cases: what the operators claim, what every operator has, and what they are made of.
 
 Prints one table: each statement in words and as a formula, for how many operators and in how many cases it was tried,
 the largest error in units of its tolerance, and the verdict. The tolerance is what rounding may cause in the type;
@@ -42,7 +42,7 @@ def register(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "verify",
-        help="try every theorem on random cases of a type and device, with a table of errors and verdicts",
+        help="try claims and theorems on random cases of a type and device, with a table of errors and verdicts",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
