@@ -11,7 +11,7 @@ import torch
 from tensorattn.bench.contenders import UNITS, Contender
 from tensorattn.bench.job import Job, Parity
 from tensorattn.bench.peak import Peak, peaks
-from tensorattn.bench.timing import Timed, interleaved
+from tensorattn.bench.timing import Timed, interleaved, on_threads
 from tensorattn.bench.workload import Workload
 from tensorattn.cost import cost
 
@@ -83,16 +83,13 @@ def examine(
         One row for each contender and number of threads. Who fails parity has no time.
     """
     x, jobs, parities, notes = workload.tensor(), {}, {}, {}
-    for each in contenders:
-        started(f"parity of {each.name}")
-        notes[each.name] = each.absence(workload)
-        if notes[each.name]:
-            continue
-        job, parity, notes[each.name] = _checked(each, workload, x)
-        if parity is not None:
-            parities[each.name] = parity
-        if job is not None:
-            jobs[each.name] = job
+    with on_threads(threads[0]):
+        for each in contenders:
+            started(f"parity of {each.name}")
+            job, parity, note = _checked(each, workload, x)
+            parities[each.name], notes[each.name] = parity, note
+            if job is not None:
+                jobs[each.name] = job
     units = {unit.name: unit.build(workload, x) for unit in UNITS}
     rows = []
     for count in threads:
@@ -106,7 +103,7 @@ def examine(
                 workload,
                 each.name,
                 count,
-                parities.get(each.name),
+                parities[each.name],
                 times.get(each.name),
                 (of_units[0], of_units[1], of_units[2]),
                 jobs[each.name].share if each.name in jobs else 1.0,
@@ -122,6 +119,8 @@ def examine(
 
 def _checked(who: Contender, workload: Workload, x: torch.Tensor) -> tuple[Job | None, Parity | None, str]:
     """Build a job and check it: the job if parity holds, the parity, and what went wrong."""
+    if absence := who.absence(workload):
+        return None, None, absence
     try:
         job = who.build(workload, x)
         parity = job.check()

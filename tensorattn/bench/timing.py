@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Timed", "interleaved"]
+__all__ = ["Timed", "interleaved", "on_threads"]
 
 LEAST = 3  # samples of a call, however long it takes
 PATIENCE = 3.0  # seconds of a call after which it is sampled no more than that
@@ -91,9 +92,7 @@ def interleaved(
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     known = {name: _Samples() for name in calls}
-    set_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         for name, call in calls.items():
             call()
             start = clock()
@@ -103,9 +102,22 @@ def interleaved(
             for name in wanting:
                 before()
                 _sample(calls[name], known[name], clock, alone=threads == 1)
-    finally:
-        torch.set_num_threads(set_before)
     return {name: samples.summary() for name, samples in known.items()}
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let torch use a number of threads for a while.
+
+    Args:
+        count: The number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sample(call: Callable[[], Any], known: _Samples, clock: Callable[[], float], *, alone: bool) -> None:

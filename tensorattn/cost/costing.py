@@ -99,7 +99,7 @@ def cost(
     modes: int | str | Sequence[str] | None = None,
     **options: Any,
 ) -> Cost:
-    """Tell what an operator costs, without running it.
+    """Tell what an operator costs, without running it: without weights, position biases, causality or dropout.
 
     Matrix products count two operations a multiply-add. Operations in averages, softmaxes, outer sums and elementwise
     functions are counted by formula: one an element read or written, five an element of a softmax. Bytes are those of
@@ -144,7 +144,7 @@ def cost(
         peak memory: 19.3 MB beyond what is given, 19.3 MB of it the results and 0.0 MB extra
     """
     if operator not in FORMULAS:
-        raise OptionError(f"there is no operator {operator!r}; the operators are: {', '.join(FORMULAS)}.")
+        raise OptionError(f"no cost formula of operator {operator!r}; there is one of: {', '.join(FORMULAS)}.")
     formula = FORMULAS[operator]
     for name in options:
         if name not in formula.options:

@@ -232,7 +232,11 @@ def test_memory_counts_what_it_says() -> None:
 
 
 REFUSED = [
-    (("dense", (3,)), {}, "there is no operator 'dense'; the operators are: " + ", ".join(FORMULAS) + "."),
+    (
+        ("dense", (3,)),
+        {},
+        "no cost formula of operator 'dense'; there is one of: " + ", ".join(FORMULAS) + ".",
+    ),
     (
         ("kao_kv", (3,)),
         {"centered": True},
