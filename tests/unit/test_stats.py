@@ -249,7 +249,7 @@ class TestDistribution:
         crooked = torch.tensor([[1.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
         unchecked = TensorNormal(zeros(2), [crooked], validate_args=False).expand((3,))
         assert bool(unchecked.log_prob(zeros(2) / 0).isnan().all())
-        with pytest.raises(OptionError, match=r"^log_prob: mode_covariances\[0\] is singular"):
+        with pytest.raises(OptionError, match=r"^TensorNormal.log_prob: mode_covariances\[0\] is singular"):
             TensorNormal(zeros(2), [torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()], validate_args=False).log_prob(
                 zeros(2)
             )
@@ -268,7 +268,7 @@ class TestDistribution:
         with pytest.raises(ShapeError) as error:
             _ = law.covariance_matrix
         assert str(error.value) == (
-            "covariance_matrix: the dense matrix would be 960000 by 960000, in all 921600000000 entries, "
+            "TensorNormal.covariance_matrix: the dense matrix would be 960000 by 960000, in all 921600000000 entries, "
             "more than the 16777216 that are allowed.\n  Its factors are small: work with those."
         )
 

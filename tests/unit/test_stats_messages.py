@@ -179,26 +179,36 @@ def test_of_the_constructor(kind, message, args, options):
     ],
 )
 def test_of_the_density(law, kind, message, args, options):
-    refused(lambda: law.log_prob(*args, **options), kind, f"log_prob: {message}")
+    refused(lambda: law.log_prob(*args, **options), kind, f"TensorNormal.log_prob: {message}")
 
 
 def test_of_a_wider_value():
     single = TensorNormal(torch.zeros(2), [torch.eye(2)])
-    message = "log_prob: value is torch.float64 but loc is torch.float32."
+    message = "TensorNormal.log_prob: value is torch.float64 but loc is torch.float32."
     refused(lambda: single.log_prob(zeros(2)), DtypeError, message)
 
 
 def test_of_singular_factors():
     law = TensorNormal(zeros(2, 3, 2), [ROWS, SINGULAR], CHANNELS)
     why = "mode_covariances[1] is singular: its eigenvalues run from 0 to 2, so"
-    refused(lambda: law.log_prob(zeros(2, 3, 2)), OptionError, f"log_prob: {why} the law has no density.")
-    refused(law.entropy, OptionError, f"entropy: {why} the law has no density.")
-    refused(lambda: law.mode_scale_trils, OptionError, f"mode_scale_trils: {why} it has no unique Cholesky factor.")
+    refused(lambda: law.log_prob(zeros(2, 3, 2)), OptionError, f"TensorNormal.log_prob: {why} the law has no density.")
+    refused(law.entropy, OptionError, f"TensorNormal.entropy: {why} the law has no density.")
+    refused(
+        lambda: law.mode_scale_trils,
+        OptionError,
+        f"TensorNormal.mode_scale_trils: {why} it has no unique Cholesky factor.",
+    )
 
 
 def test_of_expand(law):
-    refused(lambda: law.expand((5, 4)).log_prob(zeros(2, 3, 2) / 0), OptionError, "log_prob: value has a NaN.")
-    refused(lambda: law.expand((3,)), ShapeError, "expand: batch_shape is (3,), but (4,) does not expand to it.")
+    refused(
+        lambda: law.expand((5, 4)).log_prob(zeros(2, 3, 2) / 0), OptionError, "TensorNormal.log_prob: value has a NaN."
+    )
+    refused(
+        lambda: law.expand((3,)),
+        ShapeError,
+        "TensorNormal.expand: batch_shape is (3,), but (4,) does not expand to it.",
+    )
 
 
 @pytest.mark.parametrize(
