@@ -89,11 +89,15 @@ class Outcome(NamedTuple):
         return max(self.numbers, key=lambda pair: (math.isnan(pair[1]), sign * pair[1]))
 
     @property
+    def reached(self) -> bool:
+        """Whether even the worst number is good enough."""
+        return self.goal.meets(self.worst[1], self.goal.limits[self.threads])
+
+    @property
     def verdict(self) -> str:
-        """Whether it was reached; with a mark where the machine was too busy to tell."""
-        _, value = self.worst
-        words = "reached" if self.goal.meets(value, self.goal.limits[self.threads]) else "NOT REACHED"
-        if self.goal.stretch is not None and self.goal.meets(value, self.goal.stretch):
+        """Whether it was reached, in words; with a mark where the machine was too busy to tell."""
+        words = "reached" if self.reached else "NOT REACHED"
+        if self.goal.stretch is not None and self.goal.meets(self.worst[1], self.goal.stretch):
             words = "stretch"
         return words if self.undisturbed else f"{words} !"
 
@@ -224,10 +228,10 @@ def verdicts(outcomes: Sequence[Outcome]) -> str:
         _, worst = outcome.worst
         limit = f"{sign} {goal.limits[outcome.threads]:g}"
         cells.append((goal.title, words, limit, stretch, f"{worst:.2f}", goal.unit, outcome.verdict))
-        if "NOT" in outcome.verdict:
+        if not outcome.reached:
             missed.append(f"{goal.title}, {words}, {limit} {goal.unit}:")
             missed += [f"  {value:.2f}  {case}" for case, value in outcome.numbers]
-    reached = sum(outcome.verdict != "NOT REACHED" for outcome in outcomes)
+    reached = sum(outcome.reached for outcome in outcomes)
     lines = [
         *aligned(cells, left=2),
         "",

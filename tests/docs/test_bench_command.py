@@ -333,6 +333,10 @@ def test_a_verdict_on_a_busy_machine_has_a_mark():
     busy = dataclasses.replace(a_row("read", 1.0), timed=Timed(1.0, (1.0, 1.0), 5, False))
     (outcome,) = goals.judge([a_goal(2.0)], [a_row("averages", 1.0), busy])
     assert outcome.verdict == "reached !" and "the machine was too busy" in goals.verdicts([outcome])
+    (missed,) = goals.judge([a_goal(0.5)], [a_row("averages", 1.0), busy])
+    assert missed.verdict == "NOT REACHED !"
+    assert "1 of 2 reached" in goals.verdicts([outcome, missed])
+    assert "Not reached, all cases:" in goals.verdicts([missed])
 
 
 def test_memory_counts_beyond_what_is_free():
