@@ -3,7 +3,8 @@ r"""Running summaries: what a query in one frame may know of the frames up to it
 Frames are the indices of one mode, time as a rule. The summary of all positions up to frame i is a running sum of the
 summaries of the frames, so one pass over the tensor gives all of them: marginal means that do not keep the causal mode
 become running means, and those that keep it become one token a frame, absent while it lies ahead. Nothing that is known
-at frame i depends on a later frame, whatever the data.
+at frame i depends on a later frame, whatever the data. The means that keep the causal mode are therefore held once for
+each of T frames that may see them: T² of them for each index of the other kept modes.
 
 The sums may start from those of frames that came before, a `Past`, and end in one: a tensor that is fed frame by frame
 is summarised as the whole tensor is, whose past is empty.

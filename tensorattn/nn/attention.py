@@ -16,7 +16,7 @@ from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, TensorAttentionError
 from tensorattn.modes import GridShape, ModeSpec, mode_subsets
-from tensorattn.nn.layout import check_input, check_parameters, reading
+from tensorattn.nn.layout import channels_last, check_input, check_parameters, reading
 from tensorattn.operators import get_operator
 from tensorattn.operators.operator import default_scale
 from tensorattn.operators.position import frames_first, frames_last
@@ -200,20 +200,16 @@ class TensorAttention(nn.Module):
             check_parameters(x, self.q_proj.weight)
             if skip is not None or out is not None:
                 check_whole(x.shape, (x, *self.parameters()), skip, out)
-            last = self._last(x)
+            last = channels_last(x, self.channels_first)
             checked = check_weights(weights, grid, last, self.modes)
         except TensorAttentionError as cause:
             told = reading(x, self.modes, channels_first=self.channels_first)
             raise cause.retold("TensorAttention", told) from None
-        added = last if skip is x else None if skip is None else self._last(skip)
-        y = self._attend(last, grid, checked, added, None if out is None else self._last(out))
+        added = last if skip is x else None if skip is None else channels_last(skip, self.channels_first)
+        y = self._attend(last, grid, checked, added, None if out is None else channels_last(out, self.channels_first))
         if out is not None:
             return out
         return y.movedim(-1, 1) if self.channels_first else y
-
-    def _last(self, tensor: Tensor) -> Tensor:
-        """View an input with its channels last."""
-        return tensor.movedim(1, -1) if self.channels_first else tensor
 
     def _attend(self, x: Tensor, grid: GridShape, weights: Vectors, skip: Tensor | None, out: Tensor | None) -> Tensor:
         """Summarise the input once, project the summary, attend, project back."""

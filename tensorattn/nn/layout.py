@@ -12,7 +12,7 @@ from tensorattn.errors import DtypeError, ModesError, ShapeError, describe
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.weights import check_floating
 
-__all__ = ["check_grid", "check_input", "check_parameters", "one_a_mode", "reading", "show_modes"]
+__all__ = ["channels_last", "check_grid", "check_input", "check_parameters", "one_a_mode", "reading", "show_modes"]
 
 
 def check_input(
@@ -71,6 +71,16 @@ def check_grid(tensor: Tensor, modes: ModeSpec, argument: str) -> GridShape:
     sizes = tuple(tensor.shape[-order - 1 : -1])
     _check_sizes(sizes, modes, argument)
     return GridShape(tuple(tensor.shape[: -order - 1]), sizes, tensor.shape[-1])
+
+
+def channels_last(tensor: Tensor, channels_first: bool) -> Tensor:
+    """View the input of a module with its channels last.
+
+    Args:
+        tensor: The input.
+        channels_first: Whether its channels come first.
+    """
+    return tensor.movedim(1, -1) if channels_first else tensor
 
 
 def check_parameters(x: Tensor, parameter: Tensor) -> None:
