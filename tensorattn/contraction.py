@@ -57,17 +57,19 @@ def contract_through(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[
         The means as `contract` gives them, and the tensor.
     """
     everything = tuple(range(len(vectors)))
-    smaller = tuple(kept for kept in family if kept != everything)
+    smaller = tuple(kept for kept in family if kept != everything) if everything in family else family
+    passed = tensor
     if torch.compiler.is_compiling() or any(v is not None and is_differentiated(v) for v in vectors):
-        means, passed = _contract_plainly(tensor, smaller, vectors), tensor
+        means = _contract_plainly(tensor, smaller, vectors)
     elif not smaller:
-        means, passed = (), tensor
+        means = ()
     elif is_transformed(tensor):
         *means, passed = _Contract.apply(tensor, smaller, True, *vectors)
     else:
-        grid, memory = GridShape(*split_shape(tensor, len(vectors))), memory_order(tensor)
+        grid, memory = split_shape(tensor, len(vectors)), memory_order(tensor)
         means = run(make_plan(*grid, memory, tensor.dtype.itemsize, smaller), tensor, vectors, True)
-        passed = tensor
+    if smaller is family:
+        return tuple(means), passed
     found = dict(zip(smaller, means, strict=True))
     return tuple(passed if kept == everything else found[kept] for kept in family), passed
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["ContractionTree", "Family", "Kept", "main_effects", "primitive_for"]
+__all__ = ["ContractionTree", "Family", "Kept", "folding", "main_effects", "primitive_for"]
 
 Kept = tuple[int, ...]  # modes that a marginal mean keeps, ascending; the empty tuple is the grand mean
 Family = tuple[Kept, ...]  # marginal means that are wanted together
+
+LONG = 2048  # elements of a row that a product reads at full speed
+LONG_ENOUGH = 512  # elements of a row that a product reads no slower than a sum
+LITTLE = 1 << 15  # elements that any operation reads in less time than it takes to call it
 
 
 def main_effects(order: int) -> Family:
@@ -24,15 +28,37 @@ def primitive_for(left: int, group: int, right: int) -> str:
     """Choose the operation that reduces the middle axis of ``(left, group, right)`` fastest.
 
     Measured: a product with a vector of weights reads at full speed where rows are long, either the rows that it
-    reduces or those that it keeps; a sum does where rows are short.
+    reduces or those that it keeps, which `folding` lengthens; a sum does where rows are short, and costs the fewest
+    calls where there is little to read.
+
+    Args:
+        left: Product of the sizes before the axis.
+        group: Size of the axis.
+        right: Product of the sizes behind it.
     """
     if group == 1:
         return "view"
     if right == 1:
         return "mv" if group >= 4096 and left >= 8 else "sum"
-    if right < 512:
+    if right * folding(group, right) < LONG_ENOUGH or left * group * right < LITTLE:
         return "sum"
     return "mv" if left == 1 else "matmul"
+
+
+def folding(group: int, right: int) -> int:
+    """Choose how many rows are read as one where the middle axis of ``(left, group, right)`` is reduced by a product.
+
+    Rows that lie k apart are added up in one long row, and its k parts among each other afterwards, which is worth it
+    where there are many rows for each.
+
+    Args:
+        group: Number of rows.
+        right: Length of a row.
+    """
+    fold = math.ceil(LONG / right)
+    if right >= LONG_ENOUGH:
+        return max(1, min(fold, group // 8))
+    return fold if group // fold >= (16 if right >= 64 else 32) else 1
 
 
 def slowness(left: int, group: int, right: int) -> float:
@@ -50,7 +76,8 @@ def slowness(left: int, group: int, right: int) -> float:
         return 0.9 if primitive == "mv" else 1 + 16 / group
     if primitive == "sum":
         return (2.0 if right < 8 else 1.0 if right < 48 else 1.4) + 8 / group
-    return 0.85 + 300 / right + 1 / group
+    fold = folding(group, right)
+    return 0.85 + 300 / (fold * right) + fold / group
 
 
 class ContractionTree:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tensorattn.contraction_tree import Kept, primitive_for
+from tensorattn.contraction_tree import Kept, folding, primitive_for
 from tensorattn.planning import Plan, Step, order_of_strides
 from tensorattn.weights import Vector, accumulation_dtype
 
@@ -37,17 +37,17 @@ def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tu
 
     The copy also converts half precision to float32, and takes away what is not finite where a weight is zero.
     """
-    memory = tensor.permute(plan.permutation)
-    dtype = accumulation_dtype(tensor.dtype)
-    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
+    memory = tensor if plan.in_order else tensor.permute(plan.permutation)
+    dtype, everything = accumulation_dtype(tensor.dtype), plan.everything
+    weighted = any(vector is not None for vector in vectors)
+    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)] if weighted else vectors
     nodes: dict[Kept, Tensor] | None = None
-    if tensor.dtype == dtype and memory.is_contiguous() and _reads_in_place(plan, vectors):
-        nodes = _reduce(plan, {tuple(range(len(plan.sizes))): memory}, plan.steps, aligned, mean)
-        if any(vector is not None for vector in vectors) and not _finite(nodes):
+    if tensor.dtype == dtype and memory.is_contiguous() and (not weighted or _reads_in_place(plan, vectors)):
+        nodes = _reduce(plan, {everything: memory}, plan.steps, aligned, mean)
+        if weighted and not _finite(nodes):
             nodes = None
     if nodes is None:
         nodes = _run_by_slabs(plan, memory, aligned, mean, dtype)
-    everything = tuple(range(len(plan.sizes)))
     if everything in plan.family:
         nodes[everything] = memory.to(dtype)
     return tuple(_to_logical(nodes[kept], plan, kept) for kept in plan.family)
@@ -67,7 +67,7 @@ def _run_by_slabs(
     The tensor itself is only averaged into the first nodes of the tree, which add up over slabs; the rest of the tree
     is made of those.
     """
-    root = tuple(range(len(plan.sizes)))
+    root = plan.everything
     first = [step for step in plan.steps if step.source == root]
     nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, memory.shape), dtype=dtype) for step in first}
     slabs = list(slabs_of(memory.shape, SLAB))
@@ -114,49 +114,71 @@ def _reduce(
 
     Returns the nodes given and made, but the tensor itself.
     """
-    axes, nodes = plan.mode_axes, dict(nodes)
+    nodes = dict(nodes)
     for step in steps:
-        node, places = nodes[step.source], [axes[mode] for mode in step.reduced]
+        node = nodes[step.source]
         plain = [mode for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
-        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
-        nodes[step.target] = _reduce_group(node, places, weights, factor)
-    return {kept: node for kept, node in nodes.items() if len(kept) < len(axes)}
+        factor = 1 / math.prod([plan.sizes[mode] for mode in plain]) if mean else 1.0
+        if len(plain) == len(step.reduced):
+            nodes[step.target] = _reduce_plainly(node, *step.axes, factor)
+        else:
+            weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
+            nodes[step.target] = _reduce_by_weights(node, *step.axes, weights, factor)
+    return {kept: node for kept, node in nodes.items() if len(kept) < len(plan.sizes)}
 
 
-def _reduce_group(node: Tensor, places: list[int], weights: list[Tensor], factor: float) -> Tensor:
-    """Reduce one group of adjacent axes with a view and one primitive."""
-    first, last = min(places), max(places) + 1
-    shape = node.shape
+def _reduce_plainly(node: Tensor, first: int, last: int, factor: float) -> Tensor:
+    """Sum the axes from one up to another, and multiply by a factor, with a view and one primitive."""
+    left, group, right, reduced, primitive = _around(node.shape, first, last)
+    if primitive == "view":
+        return node.view(reduced) if factor == 1 else node.view(reduced) * factor
+    if primitive == "sum":
+        return node.view(left, group, right).sum(1).mul_(factor).view(reduced)
+    if primitive == "mv":
+        matrix = node.view(left, group) if right == 1 else node.view(group, right).t()
+        return torch.mv(matrix, node.new_full((group,), factor)).view(reduced)
+    rows, fold = node.view(left, group, right), folding(group, right)
+    whole = group - group % fold
+    folded = rows[:, :whole].view(left, whole // fold, fold * right)
+    result = torch.bmm(node.new_full((1, 1, whole // fold), factor).expand(left, -1, -1), folded)
+    if fold > 1:
+        result = result.view(left, fold, right).sum(1)
+    if whole < group:
+        result.add_(rows[:, whole:].sum(1), alpha=factor)
+    return result.view(reduced)
+
+
+@functools.lru_cache(maxsize=4096)
+def _around(shape: Sequence[int], first: int, last: int) -> tuple[int, int, int, tuple[int, ...], str]:
+    """See a shape as ``(left, group, right)`` around some axes; also the shape without them, and the primitive."""
     left, group, right = math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
-    reduced = [1 if axis in places else size for axis, size in enumerate(shape)]
-    if any(weight.numel() != math.prod(weight.shape[axis] for axis in places) for weight in weights):
+    reduced = (*shape[:first], *(1,) * (last - first), *shape[last:])
+    return left, group, right, reduced, primitive_for(left, group, right)
+
+
+def _reduce_by_weights(node: Tensor, first: int, last: int, weights: Sequence[Tensor], factor: float) -> Tensor:
+    """Sum the axes from one up to another, each index with its weight, with a view and one product."""
+    shape, places = node.shape, range(first, last)
+    left, group, right, reduced, _ = _around(shape, first, last)
+    if any(weight.numel() != math.prod(weight.shape[first:last]) for weight in weights):
         return _reduce_by_sample(node, places, weights, factor).reshape(reduced)
-    primitive = primitive_for(left, group, right)
-    if not weights and primitive == "view":
-        return node * factor if factor != 1 else node
-    if not weights and primitive == "sum":
-        return node.reshape(left, group, right).sum(1).mul_(factor).reshape(reduced)
-    if weights:
-        vector = functools.reduce(torch.mul, weights) * factor
-        vector = vector.expand(*(shape[axis] if axis in places else 1 for axis in range(len(shape)))).reshape(-1)
-    else:
-        vector = node.new_full((group,), factor)
+    vector = functools.reduce(torch.mul, weights) * factor
+    vector = vector.expand(*(shape[axis] if axis in places else 1 for axis in range(len(shape)))).reshape(-1)
     if right == 1:
-        return torch.mv(node.reshape(left, group), vector).reshape(reduced)
+        return torch.mv(node.view(left, group), vector).view(reduced)
     if left == 1:
-        return torch.mv(node.reshape(group, right).t(), vector).reshape(reduced)
-    return torch.matmul(vector.expand(left, 1, group), node.reshape(left, group, right)).reshape(reduced)
+        return torch.mv(node.view(group, right).t(), vector).view(reduced)
+    return torch.bmm(vector.expand(left, 1, group), node.view(left, group, right)).view(reduced)
 
 
-def _reduce_by_sample(node: Tensor, places: list[int], weights: list[Tensor], factor: float) -> Tensor:
-    """Reduce one group of adjacent axes by weights that differ between samples."""
-    first, last, shape = min(places), max(places) + 1, node.shape
+def _reduce_by_sample(node: Tensor, places: range, weights: Sequence[Tensor], factor: float) -> Tensor:
+    """Reduce adjacent axes by weights that differ between samples."""
+    first, last, shape = places.start, places.stop, node.shape
     varying = [axis for axis in range(len(shape)) if axis not in places and any(w.shape[axis] != 1 for w in weights)]
     batch = varying[-1] + 1
     entries = math.prod(shape[:batch])
     if batch > first or entries == 0:
-        return (functools.reduce(torch.mul, weights, node) * factor).sum(places, keepdim=True)
+        return (functools.reduce(torch.mul, weights, node) * factor).sum(tuple(places), keepdim=True)
     left, group, right = (math.prod(shape[start:end]) for start, end in ((batch, first), (first, last), (last, None)))
     vector = functools.reduce(torch.mul, weights) * factor
     grid = (shape[axis] if axis < batch or axis in places else 1 for axis in range(len(shape)))
@@ -208,7 +230,7 @@ def run_backwards(
         _write(terms[root], result)
     except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
         result = _add_up(terms[root]).expand(shape).to(dtype)
-    return result.permute([plan.permutation.index(d) for d in range(len(shape))])
+    return result.permute(plan.inverse)
 
 
 def _add_up(terms: Sequence[Term]) -> Tensor:
@@ -259,8 +281,8 @@ def _kept_shape(plan: Plan, kept: Kept, shape: Sequence[int]) -> list[int]:
 
 def _to_logical(node: Tensor, plan: Plan, kept: Kept) -> Tensor:
     """Bring a node from memory order to ``(*batch, *kept sizes, D)``."""
-    node = node.permute([plan.permutation.index(d) for d in range(node.dim())])
-    return node.squeeze([len(plan.batch) + mode for mode in range(len(plan.sizes)) if mode not in kept])
+    reduced = tuple(len(plan.batch) + mode for mode in range(len(plan.sizes)) if mode not in kept)
+    return (node if plan.in_order else node.permute(plan.inverse)).squeeze(reduced)
 
 
 def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:

@@ -39,6 +39,7 @@ class Step:
         source: Modes that the node read still has.
         target: Modes that the node written still has.
         reduced: Modes averaged out, in memory order.
+        axes: First of their axes in memory order, and the one behind the last.
         equation: The contraction over all axes in memory order, as opt_einsum writes it.
         read: Elements read.
         written: Elements written.
@@ -50,6 +51,7 @@ class Step:
     source: Kept
     target: Kept
     reduced: Kept
+    axes: tuple[int, int]
     equation: str
     read: int
     written: int
@@ -113,10 +115,25 @@ class Plan:
         """Elements read and written, as a multiple of one read of the tensor."""
         return (self.read + self.written) / max(1, self.elements)
 
-    @property
+    @functools.cached_property
     def mode_axes(self) -> tuple[int, ...]:
         """Position in memory order of each mode."""
         return tuple(self.permutation.index(len(self.batch) + mode) for mode in range(len(self.sizes)))
+
+    @functools.cached_property
+    def everything(self) -> Kept:
+        """All modes: what the root of the tree keeps."""
+        return tuple(range(len(self.sizes)))
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether the dimensions of the tensor lie in memory in their own order."""
+        return self.permutation == tuple(range(len(self.permutation)))
+
+    @functools.cached_property
+    def inverse(self) -> tuple[int, ...]:
+        """Position in memory order of each dimension of the tensor."""
+        return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
     @retells
     def execute(self, array: Any, weights: Sequence[Any] | None = None) -> tuple[Any, ...]:
@@ -375,11 +392,13 @@ def make_plan(
             for node in (source, target)
         )
         extent = {symbols[d]: size for d, size in enumerate(shape)}
+        axes = [empty.mode_axes[mode] for mode in reduced]
         steps.append(
             Step(
                 source,
                 target,
                 reduced,
+                (min(axes), max(axes) + 1),
                 f"{inputs}->{output}",
                 left * group * right,
                 left * right,

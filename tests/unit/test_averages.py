@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tensorattn as ta
 from tensorattn import execution, reference
+from tensorattn.contraction_tree import folding
 
 ORDERS = range(1, 9)
 LARGEST = {1: 9, 2: 7, 3: 5, 4: 4, 5: 4, 6: 3, 7: 3, 8: 2}
@@ -112,6 +113,14 @@ class TestMeans:
         weights = [[None, positive(n, seed=k), positive(2, n, seed=k)][(k + order) % 3] for k, n in enumerate(sizes)]
         close(ta.mode_averages(LAYOUTS[layout](x, order), order=order, weights=weights), plain(x, order, weights))
 
+    @pytest.mark.parametrize(("sizes", "fold"), [((257, 130), 16), ((1061, 63), 33), ((40, 600), 4), ((9, 2100), 1)])
+    def test_rows_that_are_read_several_at_a_time(self, sizes, fold):
+        """Products of a few long rows, with a rest of rows that fill none, where the middle of a tensor is reduced."""
+        assert folding(*sizes) == fold
+        x = draw(2, 2, *sizes)
+        assert "matmul" in {step.primitive for step in ta.plan(sizes, dim=2, batch=(2,), layout="channels_first").steps}
+        close(ta.mode_averages(x.movedim(1, -1), order=2), plain(x.movedim(1, -1), 2))
+
     @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (1, 2, 1, 2)], ids=str)
     def test_batch(self, batch, slabs):
         x = draw(*grid(3, batch))
@@ -119,7 +128,9 @@ class TestMeans:
 
     @pytest.mark.parametrize("dim", [1, 2, 17])
     @pytest.mark.parametrize(
-        "sizes", [(1,), (1, 1, 1), (40,), (33, 1), (1, 33), (17, 18), (2, 33, 3), (33, 2, 20)], ids=str
+        "sizes",
+        [(1,), (1, 1, 1), (40,), (33, 1), (1, 33), (17, 18), (2, 33, 3), (33, 2, 20), (90, 200), (30, 4200), (4200, 9)],
+        ids=str,
     )
     def test_sizes_on_both_sides_of_every_choice(self, sizes, dim):
         """Short and long groups, rows of one element, few and many: each primitive in turn."""

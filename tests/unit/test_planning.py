@@ -371,9 +371,14 @@ def test_element_sizes_are_those_of_torch(dtype):
         ((8, 9, 1), "sum"),
         ((8, 4096, 1), "mv"),
         ((7, 4096, 1), "sum"),
-        ((1, 9, 512), "mv"),
+        ((1, 9, 4096), "mv"),
         ((8, 9, 512), "matmul"),
         ((8, 9, 511), "sum"),
+        ((8, 9, 455), "sum"),  # little to read
+        ((8, 256, 128), "matmul"),  # 16 rows at a time
+        ((8, 255, 128), "sum"),
+        ((8, 512, 63), "sum"),
+        ((8, 1056, 63), "matmul"),
     ],
 )
 def test_primitives(extents, primitive):
