@@ -22,6 +22,7 @@ from torch import Tensor
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.execution import absent_as_zero, memory_order, run, run_backwards, split_shape
 from tensorattn.fused import is_differentiated, is_transformed
+from tensorattn.handover import take_over
 from tensorattn.modes import GridShape
 from tensorattn.planning import make_plan
 from tensorattn.weights import Vector, Vectors, accumulation_dtype
@@ -138,6 +139,10 @@ class _Contract(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
             for grad, (shape, dtype, device) in zip(of_means, ctx.means, strict=True)
         ]
+        if passed is not None and passed.dtype == ctx.dtype and take_over(passed) and not torch.is_grad_enabled():
+            plan = make_plan(*ctx.grid, ctx.memory, ctx.dtype.itemsize, ctx.family)
+            run_backwards(plan, parts, ctx.vectors, ctx.mean, ctx.dtype, passed, passed)
+            return passed, None, None, *(None for _ in ctx.vectors)
         grad = _Expand.apply(ctx.family, ctx.grid, ctx.memory, ctx.dtype, ctx.mean, passed, *ctx.vectors, *parts)
         return grad, None, None, *(None for _ in ctx.vectors)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tensorattn.execution import slabs_of
 from tensorattn.fused import is_transformed
+from tensorattn.handover import hand_over
 from tensorattn.weights import accumulation_dtype
 
 __all__ = ["map_positions"]
@@ -162,6 +163,8 @@ class _Mapped(torch.autograd.Function):
             found = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=True, allow_unused=True)
         else:
             found = _backward_by_slabs(run, sources, places, grad)
+            if places and places[0] == 0 and found[0] is not None:
+                hand_over(found[0])
         for place, of_source in zip(places, found, strict=True):
             grads[place] = of_source
         skip = None if ctx.skip_dtype is None else grad.to(ctx.skip_dtype)

@@ -42,6 +42,7 @@ def averages(tape: Tape, case: Case, tensor: Value, family: Family) -> dict[Kept
             tuple(means.values()),
             (Part("averages", FORWARD, plan.flops, read, written),),
             (Part("averages", BACKWARD, _expand_flops(plan), written, tensor.bytes),),
+            joins=(tensor,),
             scratch=scratch,
             saving_scratch=scratch,
             backward_scratch=scratch,
@@ -172,6 +173,7 @@ def slabs(tape: Tape, whole: tuple[Tape, Value], slab: tuple[Tape, Value], resul
             forward,
             (*(dataclasses.replace(part, phase=RECOMPUTED) for part in forward), *backward),
             keeps=given,
+            hands_over=True,
             scratch=slab[0].peak(slab[1], backward=False),
             backward_scratch=slab[0].peak(slab[1], backward=True),
         )

@@ -66,6 +66,8 @@ class Step:
         backward: The work of its backward pass.
         keeps: What its backward pass needs.
         passes: Those of `reads` whose gradient is that of the result itself, and takes no memory.
+        joins: Those of `reads` whose gradient is added where a step that hands over its own has written it.
+        hands_over: Whether the gradients that it writes are nobody else's, so that others can be added to them.
         saves: What it makes for its backward pass alone.
         lasting: Whether it holds what it saves until the result is let go.
         scratch: Bytes that it holds while it runs.
@@ -79,6 +81,8 @@ class Step:
     backward: tuple[Part, ...] = ()
     keeps: tuple[Value, ...] = ()
     passes: tuple[Value, ...] = ()
+    joins: tuple[Value, ...] = ()
+    hands_over: bool = False
     saves: tuple[Value, ...] = ()
     lasting: bool = False
     scratch: int = 0
@@ -169,6 +173,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self.live: set[Value] = set()
+        self.handed_over: set[Value] = set()
         self.peak = 0
 
     def take(self, values: Iterable[Value]) -> None:
@@ -187,8 +192,13 @@ class _Memory:
     def run_backwards(self, step: Step, gradients: dict[Value, Value]) -> None:
         """Turn the gradients of what a step wrote into those of what it read; those of given values last."""
         own = [gradients.pop(value) for value in step.writes if value in gradients]
-        fresh = {v: Value(v.elements, v.itemsize) for v in dict.fromkeys(step.reads) if v not in step.passes}
+        joined = {v for v in step.joins if gradients.get(v) in self.handed_over}
+        fresh = {
+            v: Value(v.elements, v.itemsize) for v in dict.fromkeys(step.reads) if v not in {*step.passes, *joined}
+        }
         self.take(fresh.values())
+        if step.hands_over:
+            self.handed_over.update(fresh.values())
         self.reach(step.backward_scratch)
         for value, gradient in fresh.items():  # a second gradient of a value is added to the first
             if gradients.setdefault(value, gradient) is not gradient:

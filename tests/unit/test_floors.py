@@ -32,6 +32,7 @@ FLOORS = {
     "options": 3,
     "weights": 3,
     "execution": 3,
+    "handover": 3,
     "contraction": 3,
     "averages": 3,
     "fused": 3,
