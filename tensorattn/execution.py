@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tensorattn import slabs
 from tensorattn.contraction_tree import Kept, folding, primitive_for
 from tensorattn.planning import Plan, Step, order_of_strides
+from tensorattn.slabs import slabs_of
 from tensorattn.weights import Vector, accumulation_dtype
 
-__all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "slabs_of", "split_shape"]
-
-SLAB = 1 << 19  # elements worked on at a time where one pass is not enough, so that they stay in the cache
+__all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
 
 Term = tuple[Tensor, Tensor | None]  # a part of a sum, and its weight
 
@@ -70,9 +69,9 @@ def _run_by_slabs(
     root = plan.everything
     first = [step for step in plan.steps if step.source == root]
     nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, memory.shape), dtype=dtype) for step in first}
-    slabs = list(slabs_of(memory.shape, SLAB))
-    scratch = memory.new_empty(max(memory[slab].numel() for slab in slabs), dtype=dtype)
-    for slab in slabs:
+    parts = list(slabs_of(memory.shape, slabs.ELEMENTS))
+    scratch = memory.new_empty(max(memory[slab].numel() for slab in parts), dtype=dtype)
+    for slab in parts:
         part = memory[slab]
         block = scratch[: part.numel()].view(part.shape).copy_(part)
         pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
@@ -245,7 +244,7 @@ def _write(terms: Sequence[Term], result: Tensor) -> None:
     weighted = [(part, weight) for part, weight in others if weight is not None]
     exact = all(part.dtype == result.dtype for part, _ in terms)
     whole = exact and len(terms) <= 2 and not weighted and first[1] is None
-    for slab in [()] if whole else slabs_of(result.shape, SLAB):
+    for slab in [()] if whole else slabs_of(result.shape, slabs.ELEMENTS):
         target = result[slab]
         total = target if exact else target.new_empty(target.shape, dtype=accumulation_dtype(result.dtype))
         one = first[0][_within(slab, first[0])].expand(total.shape)
@@ -291,28 +290,6 @@ def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
         if mode not in kept:
             part = part.unsqueeze(len(plan.batch) + mode)
     return part.permute(plan.permutation).contiguous()
-
-
-def slabs_of(shape: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a grid into slabs of at most a number of elements, along its outermost dimensions.
-
-    Args:
-        shape: Sizes, the outermost in memory first.
-        elements: Number of elements.
-
-    Returns:
-        The slices of each slab.
-    """
-    inner = math.prod(shape)
-    ranges: list[list[slice]] = []
-    for size in shape:
-        if inner <= elements:
-            break
-        inner //= size
-        pieces = math.ceil(size / max(1, elements // inner))
-        step = math.ceil(size / pieces)  # slabs of about the same size
-        ranges.append([slice(start, start + step) for start in range(0, size, step)])
-    yield from itertools.product(*ranges)
 
 
 def _within(slab: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:

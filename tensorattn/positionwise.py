@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.execution import slabs_of
 from tensorattn.fused import is_transformed
 from tensorattn.handover import hand_over
+from tensorattn.slabs import positions_at_a_time, slabs_of
 from tensorattn.weights import accumulation_dtype
 
 __all__ = ["map_positions"]
-
-POSITIONS = 1 << 12  # positions worked on at a time, of all batch entries together
 
 Slab = tuple[slice, ...]
 Body = Callable[..., Tensor]
@@ -51,7 +49,7 @@ def map_positions(
     Returns:
         The result: ``out``, or a new tensor that lies in memory as ``x`` does.
     """
-    most = max(1, POSITIONS // max(1, math.prod(x.shape[:batch])))
+    most = positions_at_a_time(math.prod(x.shape[:batch]), math.prod(x.shape[batch:-1]))
     slabs = [(*(slice(None),) * batch, *slab) for slab in slabs_of(x.shape[batch:-1], most)]
     if torch.compiler.is_compiling() or (len(slabs) == 1 and out is None):
         y = body(x, *tensors)

@@ -9,12 +9,11 @@ from typing import NamedTuple
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.cost.case import Case
 from tensorattn.cost.products import Tokens, joined_linear, linear, product
-from tensorattn.cost.steps import averages, elementwise, outer_sum, slabs
+from tensorattn.cost.steps import averages, elementwise, outer_sum, slab_by_slab
 from tensorattn.cost.tape import Tape, Value
+from tensorattn.slabs import positions_at_a_time, slabs_of
 
-__all__ = ["SLAB_POSITIONS", "Layer", "Means", "slab_of"]
-
-SLAB_POSITIONS = 1 << 12  # queries that the module projects, attends from and projects back at a time
+__all__ = ["Layer", "Means"]
 
 Attend = Callable[[Tape, Sequence[Value], int], Value]  # of queries, with own key and value, in so many slabs
 
@@ -131,7 +130,7 @@ class Layer:
         maps = 3 if with_own_token else 1
         if not case.module:
             return attend(self.tape, (self.query, self.key, self.value)[:maps], 1)
-        size, count = slab_of(case.sizes, max(1, SLAB_POSITIONS // case.batch))
+        size, count = _largest_slab(case)
         if count == 1 and not case.out:
             return self._position_by_position(self.tape, self.query, attend, maps, 1)
         whole, slab = Tape(), Tape()
@@ -139,7 +138,7 @@ class Layer:
         of_all = self._position_by_position(whole, self.query, attend, maps, count)
         of_one = self._position_by_position(slab, part, attend, maps, 1)
         result = Value(case.elements, case.itemsize, held=case.out)
-        slabs(self.tape, (whole, of_all), (slab, of_one), result)
+        slab_by_slab(self.tape, (whole, of_all), (slab, of_one), result)
         return result
 
     def _position_by_position(self, tape: Tape, part: Value, attend: Attend, maps: int, count: int) -> Value:
@@ -176,24 +175,8 @@ class Layer:
         return outer_sum(self.tape, case, mapped, skip=self.query if case.skip else None, out=case.out)
 
 
-def slab_of(sizes: tuple[int, ...], most: int) -> tuple[int, int]:
-    """Cut a grid into slabs along its outermost modes.
-
-    Args:
-        sizes: Sizes of the modes.
-        most: Most positions of a slab, where a position of the outermost modes has no more.
-
-    Returns:
-        Positions of the largest slab, and the number of slabs.
-    """
-    size, count = math.prod(sizes), 1
-    for extent in sizes:
-        if size <= most:
-            break
-        size //= extent
-        pieces = math.ceil(extent / max(1, most // size))
-        step = math.ceil(extent / pieces)
-        count *= pieces
-        if step > 1:
-            return size * step, count
-    return size, count
+def _largest_slab(case: Case) -> tuple[int, int]:
+    """Positions of the first slab of a batch entry, which is the largest, and the number of slabs."""
+    first, *others = slabs_of(case.sizes, positions_at_a_time(case.batch, case.positions))
+    ranges = [range(size)[part] for size, part in zip(case.sizes, first, strict=False)]
+    return math.prod(map(len, ranges)) * math.prod(case.sizes[len(first) :]), 1 + len(others)

@@ -6,14 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
+from tensorattn import slabs
 from tensorattn.contraction_tree import Family, Kept, main_effects
 from tensorattn.cost.case import Case
 from tensorattn.cost.tape import BACKWARD, FORWARD, RECOMPUTED, Part, Step, Tape, Value
 from tensorattn.planning import Plan
 
-__all__ = ["SLAB", "accumulate", "averages", "elementwise", "outer_sum", "slabs"]
-
-SLAB = 1 << 19  # elements that averages and outer sums of half precision hold in float32 at a time
+__all__ = ["accumulate", "averages", "elementwise", "outer_sum", "slab_by_slab"]
 
 
 def averages(tape: Tape, case: Case, tensor: Value, family: Family) -> dict[Kept, Value]:
@@ -53,7 +52,7 @@ def averages(tape: Tape, case: Case, tensor: Value, family: Family) -> dict[Kept
 
 def _converted(case: Case, tensor: Value) -> int:
     """Bytes of the part of a half-precision tensor that is held in float32 at a time."""
-    return min(SLAB, tensor.elements) * case.accumulated if case.itemsize < case.accumulated else 0
+    return min(slabs.ELEMENTS, tensor.elements) * case.accumulated if case.itemsize < case.accumulated else 0
 
 
 def _expand_flops(plan: Plan) -> int:
@@ -154,7 +153,7 @@ def accumulate(tape: Tape, total: Value, part: Value) -> None:
     )
 
 
-def slabs(tape: Tape, whole: tuple[Tape, Value], slab: tuple[Tape, Value], result: Value) -> None:
+def slab_by_slab(tape: Tape, whole: tuple[Tape, Value], slab: tuple[Tape, Value], result: Value) -> None:
     """Add a tape that runs slab by slab of positions, and again for its backward pass.
 
     Args:

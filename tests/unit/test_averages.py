@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 import tensorattn as ta
-from tensorattn import execution, reference
+from tensorattn import reference, slabs
 from tensorattn.contraction_tree import folding
 
 ORDERS = range(1, 9)
@@ -91,23 +91,23 @@ LAYOUTS = {
 
 
 @pytest.fixture(params=["whole", "slabs"])
-def slabs(request, monkeypatch):
+def slab(request, monkeypatch):
     """Read tensors that are copied in one slab, and in slabs of a few elements."""
     if request.param == "slabs":
-        monkeypatch.setattr(execution, "SLAB", 7)
+        monkeypatch.setattr(slabs, "ELEMENTS", 7)
 
 
 class TestMeans:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", ORDERS)
-    def test_equal_weights(self, order, layout, slabs):
+    def test_equal_weights(self, order, layout, slab):
         for one in (False, True):
             x = draw(*grid(order, one=one))
             close(ta.mode_averages(LAYOUTS[layout](x, order), order=order), plain(x, order))
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", ORDERS)
-    def test_weights(self, order, layout, slabs):
+    def test_weights(self, order, layout, slab):
         x = draw(*grid(order))
         sizes = x.shape[1:-1]
         weights = [[None, positive(n, seed=k), positive(2, n, seed=k)][(k + order) % 3] for k, n in enumerate(sizes)]
@@ -122,7 +122,7 @@ class TestMeans:
         close(ta.mode_averages(x.movedim(1, -1), order=2), plain(x.movedim(1, -1), 2))
 
     @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (1, 2, 1, 2)], ids=str)
-    def test_batch(self, batch, slabs):
+    def test_batch(self, batch, slab):
         x = draw(*grid(3, batch))
         close(ta.mode_averages(x, order=3), plain(x, 3))
 
@@ -156,7 +156,7 @@ class TestMeans:
             "0 elements read and 0 written, 0.00 times one read of the tensor"
         )
 
-    def test_expanded_tensors(self, slabs):
+    def test_expanded_tensors(self, slab):
         row = draw(2, 1, 5, 1)
         x = row.expand(2, 4, 5, 3)
         close(ta.mode_averages(x, order=2), plain(x, 2))
@@ -164,13 +164,13 @@ class TestMeans:
         point = torch.ones(1, dtype=torch.float64).expand(2, 3, 4, 5)
         close(ta.mode_averages(point, order=3), [torch.ones(n, 5, dtype=torch.float64) for n in (2, 3, 4)])
 
-    def test_overlapping_windows(self, slabs):
+    def test_overlapping_windows(self, slab):
         x = draw(3, 20).unfold(1, 6, 2).unsqueeze(-1)  # (3, 8, 6, 1), most elements twice or more
         assert x.stride() == (20, 2, 1, 1)
         close(ta.mode_averages(x, order=2), plain(x, 2))
         close(ta.mode_averages(x, order=3), plain(x, 3))
 
-    def test_the_input_is_left_alone(self, slabs):
+    def test_the_input_is_left_alone(self, slab):
         for layout in LAYOUTS.values():
             x = layout(draw(*grid(3)), 3)
             before = x.clone()
@@ -191,7 +191,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", [1, 2, 3, 4])
-    def test_every_layout(self, order, layout, slabs):
+    def test_every_layout(self, order, layout, slab):
         x = LAYOUTS[layout](draw(*grid(order)), order)
         for weights in ([positive(n) for n in x.shape[1:-1]], [positive(2, n, seed=n) for n in x.shape[1:-1]]):
             close(ta.mode_averages(x, order=order, weights=weights), plain(x, order, weights))
@@ -213,7 +213,7 @@ class TestWeights:
         close([rows, columns[..., keep, :]], ta.mode_averages(self.x[..., keep, :], order=2))
 
     @pytest.mark.parametrize("shape", [(4,), (1, 4), (3, 4), (1, 1, 4), (2, 1, 4), (1, 3, 4), (2, 3, 4)], ids=str)
-    def test_batch_dimensions(self, shape, slabs):
+    def test_batch_dimensions(self, shape, slab):
         weights = positive(*shape)
         expected = plain(self.x, 2, [weights.expand(2, 3, 4), None])
         close(ta.mode_averages(self.x, order=2, weights=[weights, None]), expected)
@@ -254,7 +254,7 @@ class TestTypes:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", HALVES)
-    def test_half_precision_is_rounded_once(self, dtype, layout, slabs):
+    def test_half_precision_is_rounded_once(self, dtype, layout, slab):
         x = draw(2, 5, 6, 7, 3, dtype=dtype)
         for weights in (None, [None, positive(6), positive(2, 7)]):
             results = ta.mode_averages(LAYOUTS[layout](x, 3), order=3, weights=weights)
@@ -322,7 +322,7 @@ class TestOuterSum:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", [1, 2, 3, 5])
-    def test_adds_a_tensor_and_writes_where_it_is_told(self, order, layout, slabs):
+    def test_adds_a_tensor_and_writes_where_it_is_told(self, order, layout, slab):
         skip = LAYOUTS[layout](draw(*grid(order)), order)
         vectors = [draw(2, n, 3, seed=k) for k, n in enumerate(skip.shape[1:-1])]
         plain = ta.outer_sum(vectors)
@@ -336,7 +336,7 @@ class TestOuterSum:
         close([skip], [expected])
 
     @pytest.mark.parametrize("dtype", HALVES)
-    def test_half_precision_is_rounded_once(self, dtype, slabs):
+    def test_half_precision_is_rounded_once(self, dtype, slab):
         skip = draw(*grid(3), dtype=dtype)
         vectors = [draw(2, n, 3, seed=k, dtype=dtype) for k, n in enumerate(skip.shape[1:-1])]
         exact = ta.outer_sum([v.double() for v in vectors], skip=skip.double()).to(dtype)
@@ -427,7 +427,7 @@ def functions(weights=None):
 class TestDerivatives:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", ORDERS)
-    def test_gradients_are_those_of_plain_means(self, order, layout, slabs):
+    def test_gradients_are_those_of_plain_means(self, order, layout, slab):
         x = draw(*grid(order))
         weights = [
             [None, positive(n, seed=k), positive(2, n, seed=k)][(k + order) % 3] for k, n in enumerate(x.shape[1:-1])

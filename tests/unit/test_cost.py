@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import tensorattn as ta
-from tensorattn import contraction, execution, positionwise, softmax
+from tensorattn import contraction, slabs, softmax
 from tensorattn.bench.peak import peaks
 from tensorattn.bench.workload import Workload
-from tensorattn.cost import FORMULAS, layer, products, steps
+from tensorattn.cost import FORMULAS, products, steps
 from tensorattn.cost.tape import Step, Tape, Value
 from tensorattn.testing.variants import Variant, variants
 
@@ -29,8 +28,7 @@ POSITIONS = 64  # of a slab, so that small grids come in several
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the module work on few positions at a time."""
-    monkeypatch.setattr(positionwise, "POSITIONS", POSITIONS)
-    monkeypatch.setattr(layer, "SLAB_POSITIONS", POSITIONS)
+    monkeypatch.setattr(slabs, "POSITIONS", POSITIONS)
 
 
 @pytest.fixture
@@ -130,16 +128,9 @@ def test_every_operator_has_a_formula_with_its_options() -> None:
         )
 
 
-def test_slabs_are_those_of_the_code() -> None:
-    """The cost knows no tensor, so it has the sizes of slabs a second time."""
-    assert steps.SLAB == execution.SLAB
+def test_logits_are_those_of_the_code() -> None:
+    """The cost knows no tensor, so it has their number a second time."""
     assert products.LOGITS == softmax.CHUNK
-    assert layer.SLAB_POSITIONS == positionwise.POSITIONS
-    for sizes in GRIDS["channels_last"]:
-        for most in (1, 5, 7, 100):
-            slabs = list(execution.slabs_of(sizes, most))
-            counts = [math.prod(torch.empty(sizes, device="meta")[slab].shape) for slab in slabs]
-            assert layer.slab_of(sizes, most) == (max(counts), len(slabs))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------

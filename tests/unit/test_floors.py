@@ -24,6 +24,7 @@ PROJECT = PACKAGE.parent / "pyproject.toml"
 FLOORS = {
     "errors": 0,
     "modes": 1,
+    "slabs": 1,
     "contraction_tree": 2,
     "planning": 2,
     "truncation": 2,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tensorattn as ta
-from tensorattn import contraction, positionwise
+from tensorattn import contraction, slabs
 from tensorattn.handover import hand_over, take_over
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -51,7 +51,7 @@ def test_gradients_in_slabs_are_those_of_the_whole(name, skipped, channels_first
     given = draw(*x.shape, seed=1)
     results = []
     for positions in (16, 1 << 20):
-        monkeypatch.setattr(positionwise, "POSITIONS", positions)
+        monkeypatch.setattr(slabs, "POSITIONS", positions)
         before = given.clone()
         y = module(x, skip=x if skipped == "itself" else None)
         y = y + x if skipped == "added afterwards" else y
@@ -68,7 +68,7 @@ def test_one_input_of_several_layers(taken, monkeypatch):
     x = draw(2, 3, 4, 5, 6).requires_grad_()
     results = []
     for positions in (16, 1 << 20):
-        monkeypatch.setattr(positionwise, "POSITIONS", positions)
+        monkeypatch.setattr(slabs, "POSITIONS", positions)
         x.grad = None
         for _ in range(2):  # the second time, gradients are added to those there are
             (first(x) * second(x) + ta.mode_averages(x, order=3)[0].sum()).square().sum().backward()
@@ -79,7 +79,7 @@ def test_one_input_of_several_layers(taken, monkeypatch):
 
 def test_gradients_that_are_differentiated_are_not_written_to(taken, monkeypatch):
     """Second derivatives keep every gradient."""
-    monkeypatch.setattr(positionwise, "POSITIONS", 16)
+    monkeypatch.setattr(slabs, "POSITIONS", 16)
     module, x = layer("additive"), draw(2, 3, 4, 5, 6).requires_grad_()
     torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     assert True not in taken

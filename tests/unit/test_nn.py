@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 import tensorattn as ta
-from tensorattn import positionwise
+from tensorattn import slabs
 from tensorattn.operators import OPERATORS
 from tensorattn.testing.variants import variants
 
@@ -186,7 +186,7 @@ class TestSkipAndOut:
     @pytest.fixture(autouse=True, params=["whole", "slabs"])
     def _slabs(self, request, monkeypatch):
         if request.param == "slabs":
-            monkeypatch.setattr(positionwise, "POSITIONS", 14)
+            monkeypatch.setattr(slabs, "POSITIONS", 14)
 
     @every_variant
     @pytest.mark.parametrize("channels_first", [False, True])
@@ -214,7 +214,7 @@ class TestSkipAndOut:
 
     @every_operator
     def test_layout_in_memory(self, variant, monkeypatch):
-        monkeypatch.setattr(positionwise, "POSITIONS", 14)
+        monkeypatch.setattr(slabs, "POSITIONS", 14)
         layer, x = make(variant, 3, channels_first=True), draw(2, 8, 3, 4, 5)
         if variant.operator.query == "positions" or variant.name == "kao_qkv":
             assert layer(x, skip=x).is_contiguous()

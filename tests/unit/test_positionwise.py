@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tensorattn import positionwise
+from tensorattn import slabs
 from tensorattn.positionwise import map_positions
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -34,14 +34,14 @@ LAYOUTS = {
 
 
 @pytest.fixture
-def slabs(monkeypatch):
+def small(monkeypatch):
     """Slabs of a few positions."""
-    monkeypatch.setattr(positionwise, "POSITIONS", 10)
+    monkeypatch.setattr(slabs, "POSITIONS", 10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("skipped", ["nothing", "itself", "another"])
-def test_values_and_derivatives(layout, skipped, slabs):
+def test_values_and_derivatives(layout, skipped, small):
     x = LAYOUTS[layout](draw(2, 3, 4, 5, 6))
     other = draw(2, 3, 4, 5, 6, seed=1)
     leaves = [tensor.requires_grad_() for tensor in (x, other, draw(6, 6, seed=2), draw(6, seed=3))]
@@ -65,14 +65,14 @@ def test_values_and_derivatives(layout, skipped, slabs):
         torch.testing.assert_close(one, two, **CLOSE)
 
 
-def test_the_result_lies_in_memory_as_the_input(slabs):
+def test_the_result_lies_in_memory_as_the_input(small):
     x = LAYOUTS["channels first"](draw(2, 3, 4, 6))
     for grad in (False, True):
         y = map_positions(body, x.detach().requires_grad_(grad), (draw(6, 6), draw(6)), batch=1)
         assert y.stride() == x.stride()
 
 
-def test_one_source_may_be_a_function_of_another(slabs):
+def test_one_source_may_be_a_function_of_another(small):
     x, matrix = draw(3, 4, 6).requires_grad_(), draw(6, 6, seed=1)
     results = []
     for ours in (True, False):
@@ -85,7 +85,7 @@ def test_one_source_may_be_a_function_of_another(slabs):
 
 
 @forward_mode
-def test_transforms(slabs):
+def test_transforms(small):
     xs, matrix, shift = draw(3, 2, 5, 4, 6), draw(6, 6, seed=1), draw(6, seed=2)
     results = []
     for ours in (True, False):
@@ -109,7 +109,7 @@ def test_transforms(slabs):
         torch.testing.assert_close(one, two, **CLOSE)
 
 
-def test_the_same_random_numbers_are_drawn_again(slabs):
+def test_the_same_random_numbers_are_drawn_again(small):
     x, ones = draw(2, 5, 4, 6).requires_grad_(), torch.ones(6, dtype=torch.float64, requires_grad=True)
 
     def noisy(part, scale):
@@ -124,7 +124,7 @@ def test_the_same_random_numbers_are_drawn_again(slabs):
     assert 0.2 < y.eq(0).double().mean() < 0.8
 
 
-def test_types_are_chosen_again_as_they_were(slabs):
+def test_types_are_chosen_again_as_they_were(small):
     x, linear = draw(2, 5, 4, 6, dtype=torch.float32).requires_grad_(), torch.nn.Linear(6, 6)
     seen = []
 
@@ -141,7 +141,7 @@ def test_types_are_chosen_again_as_they_were(slabs):
     torch.testing.assert_close(x.grad, linear.weight.sum(0).expand_as(x), rtol=2e-2, atol=2e-2)
 
 
-def test_derivatives_in_half_precision_add_up_in_single(slabs):
+def test_derivatives_in_half_precision_add_up_in_single(small):
     x = torch.ones(1, 4000, 2, dtype=torch.bfloat16)
     shift = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
     map_positions(lambda part, shift: part * shift, x, (shift,), batch=1).sum().backward()
@@ -151,7 +151,7 @@ def test_derivatives_in_half_precision_add_up_in_single(slabs):
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("positions", [1, 7, 10, 10**6])
 def test_every_position_is_computed_once(batch, positions, monkeypatch):
-    monkeypatch.setattr(positionwise, "POSITIONS", positions)
+    monkeypatch.setattr(slabs, "POSITIONS", positions)
     x, seen = torch.zeros(2, 3, 4, 5, 1), []
     map_positions(lambda part: seen.append(part.numel()) or part + 1, x, (), batch=batch, out=(out := x.clone()))
     assert out.eq(1).all()
@@ -160,7 +160,7 @@ def test_every_position_is_computed_once(batch, positions, monkeypatch):
 
 
 def test_memory_is_that_of_a_slab(monkeypatch):
-    monkeypatch.setattr(positionwise, "POSITIONS", 1 << 10)
+    monkeypatch.setattr(slabs, "POSITIONS", 1 << 10)
     x = torch.ones(1, 1 << 16, 64).requires_grad_()
     matrix, shift = torch.ones(64, 64).requires_grad_(), torch.ones(64).requires_grad_()
     size = x.numel() * x.element_size()
@@ -181,7 +181,7 @@ def test_memory_is_that_of_a_slab(monkeypatch):
     assert peak(False) > 3 * size
 
 
-@pytest.mark.usefixtures("slabs")
+@pytest.mark.usefixtures("small")
 def test_slabs_run_on_the_meta_device():
     """Where there is no autocast, and operations are counted."""
     x = torch.empty(2, 4, 5, 3, device="meta", requires_grad=True)

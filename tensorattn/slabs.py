@@ -1,0 +1,47 @@
+"""Slabs: parts of a grid that are worked on one after the other, so that what is computed on the way stays small."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+__all__ = ["ELEMENTS", "POSITIONS", "positions_at_a_time", "slabs_of"]
+
+ELEMENTS = 1 << 19  # of a tensor that is copied or written in more than one pass, so that a slab stays in the cache
+POSITIONS = 1 << 12  # that are projected, attended from and projected back at a time, of all batch entries together
+
+
+def slabs_of(shape: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a grid into slabs of at most a number of elements, along its outermost dimensions.
+
+    Args:
+        shape: Sizes, the outermost in memory first.
+        elements: Number of elements.
+
+    Returns:
+        The slices of each slab.
+    """
+    inner = math.prod(shape)
+    ranges: list[list[slice]] = []
+    for size in shape:
+        if inner <= elements:
+            break
+        inner //= size
+        pieces = math.ceil(size / max(1, elements // inner))
+        step = math.ceil(size / pieces)  # slabs of about the same size
+        ranges.append([slice(start, start + step) for start in range(0, size, step)])
+    yield from itertools.product(*ranges)
+
+
+def positions_at_a_time(batch: int, positions: int) -> int:
+    """Choose how many positions of each batch entry are worked on at a time.
+
+    Fewer of a small grid, so that what they take is a small part of it; never so few that calls cost more than they do.
+
+    Args:
+        batch: Number of batch entries.
+        positions: Positions of each.
+    """
+    together = min(POSITIONS, max(POSITIONS // 2, batch * positions // 96))
+    return max(1, together // max(1, batch))
