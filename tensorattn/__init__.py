@@ -1,5 +1,6 @@
 """Attention over tensors of any order, without flattening them."""
 
+from tensorattn.attend.drawing import draw_attention_maps
 from tensorattn.averages import additive_part, interaction_residual, mode_averages, outer_sum
 from tensorattn.cost import Cost, cost
 from tensorattn.diagnose import AdditiveFraction, ErrorEstimate, additive_fraction, error_bound, error_estimate
@@ -32,6 +33,7 @@ from tensorattn.operators.kao_kv import kao_kv
 from tensorattn.operators.kao_qkv import kao_qkv
 from tensorattn.operators.kronecker_product import kronecker_product_attention
 from tensorattn.operators.kronecker_sum import kronecker_sum_attention
+from tensorattn.operators.maps import attention_map
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.planning import Plan, plan
 from tensorattn.softmax import merge_attention
@@ -85,8 +87,10 @@ __all__ = [
     "additive_fraction",
     "additive_mean_law",
     "additive_part",
+    "attention_map",
     "axial_attention",
     "cost",
+    "draw_attention_maps",
     "error_bound",
     "error_estimate",
     "flattened_attention",

@@ -248,13 +248,13 @@ def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str
     Args:
         recording: What was read.
         place: Where the query is.
-        head: Which head it is, in words.
+        head: Which head it is, in words, or nothing.
         maps: Weights ``(g_1, …, g_N)`` that sum to one, by what they are; the first is the exact one.
 
     Returns:
         The figure.
     """
-    title = f"{recording.name}: attention of {place.words()}; {head}"
+    title = f"{recording.name}: attention of {place.words()}{head and '; '}{head}"
     if len(place.sizes) == 1:
         return _series_maps(recording, place, maps, title)
     planes = planes_through(place.sizes, place.names)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tensorattn.attend.choices import Choice, parse_choice
@@ -14,6 +14,7 @@ from tensorattn.attend.embedding import Tokens
 from tensorattn.attend.figures import Place, input_figure, maps_figure, weights_figure
 from tensorattn.attend.recordings import Recording
 from tensorattn.errors import OptionError
+from tensorattn.operators.maps import attention_map
 
 __all__ = ["choose_query", "draw"]
 
@@ -73,19 +74,6 @@ def _mode_weights(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> d
     return found
 
 
-def outer_product(weights: Sequence[Array]) -> Array:
-    """Return the outer product of one vector a mode, each made to sum to one; zeros where one has no weight at all.
-
-    Args:
-        weights: One non-negative vector ``(n_m,)`` a mode.
-
-    Examples:
-        >>> outer_product([np.array([1.0, 3.0]), np.array([2.0, 2.0])]).tolist()
-        [[0.125, 0.125], [0.375, 0.375]]
-    """
-    return functools.reduce(np.multiply.outer, [vector / (vector.sum() or 1) for vector in weights])
-
-
 def sharpest_head(attention: Array) -> int:
     """Return the head whose attention is farthest from uniform: the one of least entropy.
 
@@ -119,12 +107,14 @@ def draw(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[C
     head = sharpest_head(exact)
     maps: dict[str, Array] = {"exact attention": exact[head]}
     drawn: dict[str, tuple[list[str], Array]] = {}
+    by_label = {choice.label: choice for choice in choices}
     for name, each in weights.items():
-        product = outer_product([vectors[head] for vectors in each])
-        same = next((key for key, (_, other) in drawn.items() if np.allclose(product, other, rtol=1e-3, atol=0)), name)
-        drawn.setdefault(same, ([], product))[0].append(name)
-    for alike, product in drawn.values():
-        maps[f"{', '.join(alike)}" + (":\nouter product of weights" if product.ndim > 1 else "")] = product
+        of_head, choice = [torch.from_numpy(vectors[head]) for vectors in each], by_label[name]
+        spread = attention_map(of_head, exact.shape[1:], operator=choice.record.name, **choice.options).numpy()
+        same = next((key for key, (_, other) in drawn.items() if np.allclose(spread, other, rtol=1e-3, atol=0)), name)
+        drawn.setdefault(same, ([], spread))[0].append(name)
+    for alike, spread in drawn.values():
+        maps[", ".join(alike)] = spread
     heads = exact.shape[0]
     which = f"head {head + 1}" + (f", the sharpest of {heads}" if heads > 1 else "")
     return {

@@ -11,6 +11,7 @@ from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
+from tensorattn.operators.spreading import At, geometric, weights_of
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
@@ -135,6 +136,13 @@ def claims(*, interaction: str | None, saturation: float | None, include_self: b
     return means_claims(interaction, include_self) | ({Claim.INVISIBLE_INTERACTION} if blind else frozenset())
 
 
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor, **_: Any) -> Tensor:
+    """The product of the weights of the modes: the softmax of additive logits."""
+    parts = enumerate(zip(attention, sizes, strict=True))
+    factors = [((mode,), weights_of(part, at, (size,)), 1) for mode, (part, size) in parts]
+    return geometric(factors, base, len(sizes))
+
+
 OPERATOR = Operator(
     "additive",
     additive_attention,
@@ -142,4 +150,5 @@ OPERATOR = Operator(
     attend,
     claims,
     options={"interaction": None, "saturation": 1.0, "include_self": False},
+    spread=spread,
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
 from tensorattn.operators.position import Bias
+from tensorattn.operators.spreading import At, fibres, place_on, weights_of
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
@@ -176,6 +177,12 @@ def claims() -> frozenset[Claim]:
     return SYMMETRIES | {Claim.REFINEMENT, Claim.CONVEX}
 
 
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor) -> Tensor:
+    """The weights along each fibre through the query, each mode counting equally."""
+    place = place_on(sizes, at)
+    return fibres([weights_of(part, place, (size,)) for part, size in zip(attention, sizes, strict=True)], place)
+
+
 OPERATOR = Operator(
     "axial",
     axial_attention,
@@ -183,5 +190,6 @@ OPERATOR = Operator(
     attend,
     claims,
     query="grid",
+    spread=spread,
     lacks={"return_lse": "a mean of several softmaxes is not a softmax"},
 )

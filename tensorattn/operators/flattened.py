@@ -10,6 +10,7 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
+from tensorattn.operators.spreading import At, weights_of
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector
@@ -115,4 +116,9 @@ def claims() -> frozenset[Claim]:
     return frozenset(Claim) - {Claim.INVISIBLE_INTERACTION}
 
 
-OPERATOR = Operator("flattened", flattened_attention, needs, attend, claims)
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor) -> Tensor:
+    """The weights themselves."""
+    return weights_of(attention[0], at, sizes)
+
+
+OPERATOR = Operator("flattened", flattened_attention, needs, attend, claims, spread=spread)

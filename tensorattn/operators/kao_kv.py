@@ -11,6 +11,7 @@ from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
+from tensorattn.operators.spreading import At, mixture, weights_of
 from tensorattn.softmax import TokenSet, join_sets
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
@@ -127,4 +128,9 @@ def claims() -> frozenset[Claim]:
     return SYMMETRIES | {Claim.INVISIBLE_INTERACTION, Claim.CONVEX, Claim.ZERO_SCALE_MEAN}
 
 
-OPERATOR = Operator("kao_kv", kao_kv, needs, attend, claims)
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor) -> Tensor:
+    """What each average gets, shared by the positions behind it: the output is the mean of the values so weighed."""
+    return mixture([weights_of(part, at, (size,)) for part, size in zip(attention, sizes, strict=True)], base)
+
+
+OPERATOR = Operator("kao_kv", kao_kv, needs, attend, claims, spread=spread)

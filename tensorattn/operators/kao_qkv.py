@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensorattn.contraction import contract, expand
 from tensorattn.contraction_tree import main_effects
-from tensorattn.errors import OptionError, retells
+from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import GridShape, check_order
 from tensorattn.operators.interaction import check_interaction, missing_covariance
 from tensorattn.operators.kao_kv import joint_set
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
+from tensorattn.operators.spreading import At, geometric, mixture, place_on, weights_of
 from tensorattn.softmax import attend_tokens, join_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
@@ -73,7 +76,7 @@ def _attend_from_means(
     if attention is not None:
         columns = attention[:order] if centered else attention[0].split(summary.sizes, -1)
         rows = [column.split(sizes, -2) for column in columns]
-        weights = tuple(tuple(row[mode] for row in rows) for mode in range(order))
+        weights = tuple(tuple(row[place] for row in rows) for place in range(len(sizes)))
     return AttentionResult(tuple(outputs), None if lses is None else tuple(lses), weights)
 
 
@@ -161,7 +164,8 @@ def kao_qkv(
 
     Returns:
         The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` is such
-        that ``attention[m][l]``, ``(*batch, n_m, n_l)``, tells how the averages of mode m attend to those of mode l.
+        that ``attention[m][l]``, ``(*batch, n_m, n_l)``, tells how the averages of mode m attend to those of mode l;
+        with ``centered=True``, ``attention[N][l]``, ``(*batch, 1, n_l)``, how the mean query does.
 
     Raises:
         ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
@@ -231,6 +235,35 @@ def takes_means(*, interaction: str | None, **_: Any) -> bool:
 
 AVERAGED = "its queries are averages over positions"
 
+
+def spread(
+    attention: Sequence[Sequence[Tensor]],
+    sizes: Sequence[int],
+    at: At | None,
+    base: Tensor,
+    *,
+    centered: bool,
+    **_: Any,
+) -> Tensor:
+    """What the mean queries at the place of a query attend to.
+
+    Published, the mean over modes of what `kao_kv` spreads; centred, the product of the weights of all modes and mean
+    queries, those of the grand mean to the power 1−N: the softmax of additive logits of the additive part of a query.
+    """
+    order, place = len(sizes), place_on(sizes, at)
+    if len(attention) != order + centered:
+        raise ShapeError(f"attention has {len(attention)} entries, but {order + centered} are needed.")
+    queries = [
+        [weights_of(part, None, (sizes[mode], size))[..., index, :] for part, size in zip(row, sizes, strict=True)]
+        for mode, (row, index) in enumerate(zip(attention, place, strict=False))
+    ]
+    if not centered:
+        return functools.reduce(torch.add, (mixture(row, base) for row in queries)) / order
+    factors = [((mode,), part, 1) for row in queries for mode, part in enumerate(row)]
+    factors += [((mode,), part[..., 0, :], 1 - order) for mode, part in enumerate(attention[order])]
+    return geometric(factors, base, order)
+
+
 OPERATOR = Operator(
     "kao_qkv",
     kao_qkv,
@@ -239,6 +272,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    spread=spread,
     options={"centered": False, "interaction": None, "saturation": 1.0},
     lacks={"bias": AVERAGED, "causal": AVERAGED},
 )

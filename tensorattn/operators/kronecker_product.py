@@ -10,6 +10,7 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
+from tensorattn.operators.spreading import At, geometric, place_on, rows_at
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector
@@ -126,6 +127,12 @@ def claims(*, pool: str) -> frozenset[Claim]:
     return SYMMETRIES | {Claim.CONVEX, Claim.ZERO_SCALE_MEAN} | indifferent
 
 
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor, **_: Any) -> Tensor:
+    """A row of the Kronecker product: the outer product of the rows of the modes."""
+    rows = rows_at(attention, place_on(sizes, at), sizes)
+    return geometric([((mode,), row, 1) for mode, row in enumerate(rows)], base, len(sizes))
+
+
 OPERATOR = Operator(
     "kronecker_product",
     kronecker_product_attention,
@@ -136,5 +143,6 @@ OPERATOR = Operator(
     takes_means=takes_means,
     pools=True,
     options={"pool": "mean"},
+    spread=spread,
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "its logits are sums over pooled queries"},
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
+from tensorattn.operators.spreading import At, fibres, place_on, rows_at
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector
@@ -127,6 +128,12 @@ def claims(*, pool: str) -> frozenset[Claim]:
     return frozenset({Claim.KEY_SHIFT, Claim.ROTATION} | ({Claim.REFINEMENT} if pool == "mean" else set()))
 
 
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor, **_: Any) -> Tensor:
+    """The row of each mode on the fibre through the query, divided by the N times that values are counted."""
+    place = place_on(sizes, at)
+    return fibres(rows_at(attention, place, sizes), place)
+
+
 OPERATOR = Operator(
     "kronecker_sum",
     kronecker_sum_attention,
@@ -137,5 +144,6 @@ OPERATOR = Operator(
     takes_means=takes_means,
     pools=True,
     options={"pool": "mean"},
+    spread=spread,
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "a sum of several softmaxes is not a softmax"},
 )

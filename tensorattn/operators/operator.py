@@ -79,6 +79,8 @@ class Operator:
         pools: Whether it pools queries and keys over positions before they meet, so that each mode can have linear
             maps of its own, and a norm.
         options: Names of its options with their defaults.
+        spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
+            ``(*, n_1, …, n_N)`` and the options to weights over the grid; None if they have no such form.
         lacks: Arguments without a meaning for it, each with the reason.
     """
 
@@ -91,6 +93,7 @@ class Operator:
     takes_means: Callable[..., bool] = _never
     pools: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import check_order, mode_parts, mode_subsets
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
+from tensorattn.operators.spreading import At, geometric, weights_of
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers, kept_family
@@ -166,6 +167,23 @@ def claims(
     return means_claims(interaction, include_self) - exact - {Claim.CONSTANT_MODE}
 
 
+def spread(
+    attention: Sequence[Tensor],
+    sizes: Sequence[int],
+    at: At | None,
+    base: Tensor,
+    *,
+    kept: KeptModes,
+    interaction_order: int | None,
+    **_: Any,
+) -> Tensor:
+    """The product of the weights of the subsets, each to the power of its counting number: logits add up likewise."""
+    counts = {u: c for u, c in counting_numbers(kept_family(len(sizes), kept, interaction_order)).items() if u and c}
+    parts = zip(counts.items(), attention, strict=True)
+    factors = [(u, weights_of(part, at, [sizes[mode] for mode in u]), count) for (u, count), part in parts]
+    return geometric(factors, base, len(sizes))
+
+
 OPERATOR = Operator(
     "truncated",
     truncated_attention,
@@ -173,4 +191,5 @@ OPERATOR = Operator(
     attend,
     claims,
     options={"kept": None, "interaction_order": None, "interaction": None, "saturation": 1.0, "include_self": False},
+    spread=spread,
 )

@@ -178,9 +178,14 @@ def test_the_outer_product_of_additive_weights_is_the_exact_map_of_additive_keys
 def test_operators_with_the_same_map_share_a_row() -> None:
     of = recording(5, 6, 3, modes="h w")
     tokens = embed(of.array, (1, 1), dim=8, heads=2, logit_std=1.0, seed=0)
-    figure = views.draw(of, place(of, (1, 1), (2, 3)), tokens, parse_choices(["additive", "kao_kv", "axial"]))
+    figure = views.draw(
+        of,
+        place(of, (1, 1), (2, 3)),
+        tokens,
+        parse_choices(["additive", "truncated:interaction_order=1", "kao_kv", "axial"]),
+    )
     words = texts(figure["noise-maps.png"])
-    assert "additive, kao_kv:\nouter product of weights" in words and "axial" not in words
+    assert "additive, truncated:interaction_order=1 |" in words and "axial" not in words
 
 
 # ---- slices --------------------------------------------------------------------------------------------------
@@ -252,11 +257,6 @@ def test_a_query_is_told_with_the_patch_that_contains_it() -> None:
     )
     for figure in figures:
         assert "the 2×3 patch that contains h=2 w=4" in " ".join(figure.get_suptitle().split())
-
-
-def test_a_mode_without_weight_has_an_outer_product_of_zeros() -> None:
-    product = views.outer_product([np.array([1.0, 3.0]), np.zeros(2)])
-    np.testing.assert_array_equal(product, np.zeros((2, 2)))
 
 
 def test_the_lines_of_a_legend_are_of_about_the_same_length() -> None:

@@ -1,0 +1,115 @@
+r"""Attention maps: what the attention weights of an operator say of every position of the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorattn.errors import OptionError, WeightsError, retells
+from tensorattn.modes import check_order, is_integer, mode_parts
+from tensorattn.operators import get_operator
+
+__all__ = ["attention_map"]
+
+
+@retells
+def attention_map(
+    attention: Sequence[Any],
+    sizes: Sequence[int],
+    *,
+    operator: str = "additive",
+    at: Sequence[int] | None = None,
+    weights: Sequence[Tensor | None] | Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    r"""Spread the attention weights of an operator over the grid: one number a position, all summing to one.
+
+    What an operator knows of a position is what its modes say of it, so that the map has the form of the operator:
+
+    - ``additive``: the product of the weights of its modes, :math:`\prod_m p^m[j_m]`, which is the softmax over the
+      grid of additive logits; ``truncated``: the product over its subsets, each to the power of its counting number;
+    - ``kao_kv``: the weights of each average shared by the positions behind it, so that the output is the mean of the
+      values so weighed; ``kao_qkv``: the mean of that over the averaged queries at the place of the query, or with
+      ``centered=True`` the product of their weights over those of the mean query to the power N−1;
+    - ``kronecker_product``: the product of one row a mode; ``kronecker_sum`` and ``axial``: one row a mode on the
+      fibre through the query, each mode counting equally;
+    - ``flattened``: its weights.
+
+    Corrections by ``interaction`` and own tokens by ``include_self`` are no part of a map.
+
+    Args:
+        attention: What the operator returned as ``attention``.
+        sizes: Sizes of the modes of the keys.
+        operator: Name of the operator.
+        at: The query, one index a dimension of its positions; the map of every query if None, which takes as much
+            memory as full attention would. Operators whose queries must be on the grid of the keys need it.
+        weights: The weights that the operator was given: one vector a mode, ``(n_m,)`` or ``(*batch, n_m)``, or None;
+            or one tensor ``(n_1, …, n_N)`` or ``(*batch, n_1, …, n_N)`` for whole positions.
+        **options: The options that the operator was given.
+
+    Returns:
+        The maps, of the type of the weights: not negative, each with sum one, or zero where nothing takes part.
+
+    Raises:
+        OptionError: If the operator has no map or no such option, or ``at`` is missing or out of range.
+        ShapeError: If the attention weights do not fit the sizes of the modes.
+        WeightsError: If the weights of the positions do not.
+
+    Shape:
+        - result: :math:`(*, n_1, \dots, n_N)` with the batch dimensions, and the positions of the queries if ``at`` is
+          None
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, x = torch.randn(7, 8), torch.randn(4, 5, 8)
+        >>> rows, columns = ta.additive_attention(q, x, x, order=2, return_attention=True).attention
+        >>> map_of_query_3 = ta.attention_map((rows, columns), (4, 5), at=[3])
+        >>> torch.allclose(map_of_query_3, torch.outer(rows[3], columns[3]))
+        True
+    """
+    sizes = tuple(sizes)
+    check_order(len(sizes), "the number of sizes")
+    record = get_operator(operator)
+    if record.spread is None:
+        raise OptionError(f"operator {operator!r} has no map.")
+    options = record.with_defaults(options)
+    record.needs(len(sizes), **options)  # refuses values out of range
+    if not isinstance(attention, Sequence) or not attention:
+        raise OptionError("attention must be what an operator returned as its attention, a tuple.")
+    first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
+    base = _weights_of_positions(weights, sizes, first)
+    return record.spread(attention, sizes, None if at is None else _indices(at), base, **options)
+
+
+def _indices(at: Sequence[int]) -> tuple[int, ...]:
+    """Read the place of a query."""
+    found = tuple(at) if isinstance(at, Iterable) and not isinstance(at, str) else (at,)
+    if not isinstance(at, Iterable) or not all(map(is_integer, found)):
+        raise OptionError(f"at must be integers, got {at!r}.")
+    return tuple(map(int, found))
+
+
+def _weights_of_positions(
+    weights: Sequence[Tensor | None] | Tensor | None, sizes: Sequence[int], like: Tensor
+) -> Tensor:
+    """Multiply the weights of the modes into those of the positions, in the type of the attention weights."""
+    if isinstance(weights, Tensor):
+        if tuple(weights.shape[-len(sizes) :]) != sizes:
+            raise WeightsError(f"weights have shape {tuple(weights.shape)}, but the modes have sizes {tuple(sizes)}.")
+        return weights.to(like)
+    base = like.new_ones(tuple(sizes))
+    if weights is None:
+        return base
+    for mode, vector in enumerate(mode_parts(weights, len(sizes), "weights", "vectors", WeightsError)):
+        if vector is None:
+            continue
+        vector = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
+        if vector.dim() == 0 or vector.shape[-1] != sizes[mode]:
+            got = vector.shape[-1] if vector.dim() else "no dimension"
+            raise WeightsError(f"weights of mode {mode} have length {got}, but the mode has size {sizes[mode]}.")
+        behind = len(sizes) - 1 - mode
+        base = base * vector.reshape(*vector.shape[:-1], *(1,) * mode, sizes[mode], *(1,) * behind)
+    return base
