@@ -15,11 +15,15 @@ from tensorattn.errors import (
 from tensorattn.models import TensorTransformer, TensorTransformerConfig
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import (
+    AlibiBias,
+    AxisWindow,
     DropPath,
     GatedMLP,
     LearnedPositions,
     PatchEmbedding,
     PatchUnembedding,
+    PositionBias,
+    RelativePositionBias,
     RotaryEmbedding,
     SinCosPositions,
     TensorAttention,
@@ -54,8 +58,10 @@ __version__ = "0.1.0"
 __all__ = [
     "OPERATORS",
     "AdditiveFraction",
+    "AlibiBias",
     "AttentionResult",
     "AttentionStream",
+    "AxisWindow",
     "Claim",
     "Cost",
     "CrossCovariance",
@@ -72,6 +78,8 @@ __all__ = [
     "PatchEmbedding",
     "PatchUnembedding",
     "Plan",
+    "PositionBias",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "ShapeError",
     "SinCosPositions",
