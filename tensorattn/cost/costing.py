@@ -135,12 +135,12 @@ def cost(
         >>> print(cost("kao_qkv", (16, 56, 56), dim=96, num_heads=4, modes="t h w", skip=True))
         cost of kao_qkv, module, skip: batch=1 t=16 h=56 w=56 C=96 heads=4, float32, channels last, 19.3 MB
                                       FLOPs   bytes read   bytes written
-          averages, forward      20,216,832   40,433,664       1,597,824
-          projections, forward    9,492,480      529,536         197,760
+          averages, forward      20,213,760   40,427,520       1,597,440
+          projections, forward    9,437,184      491,520         196,608
           attention, forward      6,291,456      344,064          49,152
           softmax, forward          327,680            0               0
           outer sum, forward     14,450,688   19,316,736      19,267,584
-          total                  50,779,136   60,624,000      21,112,320
+          total                  50,720,768   60,579,840      21,110,784
         peak memory: 19.3 MB beyond what is given, 19.3 MB of it the results and 0.0 MB extra
     """
     if operator not in FORMULAS:

@@ -132,7 +132,7 @@ def _kao_qkv(layer: Layer) -> Value:
     if corrected and not centered:
         raise OptionError("interaction needs centered=True: the published form has no first order to correct.")
     modes = main_effects(case.order)
-    family = (*modes, ())
+    family = (*modes, ()) if centered else modes
     means = layer.summary(family, second_moment=corrected)
     whole = layer.projected(layer.query) if corrected or not case.module else None
     queries = layer.mapped(means.given) if whole is None else averages(tape, case, whole, family)

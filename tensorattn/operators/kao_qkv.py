@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.contraction import contract, expand
-from tensorattn.contraction_tree import main_effects
+from tensorattn.contraction_tree import Family, main_effects
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import GridShape, check_order
 from tensorattn.operators.interaction import check_interaction, missing_covariance
@@ -43,7 +43,7 @@ def attend(
     if isinstance(query, tuple):
         return _attend_from_means(query, summary, centered, scale=scale, **settings)
     order, batch = summary.order, summary.batch
-    means = contract(query, (*main_effects(order), ()), normalized(summary.mode_weights))
+    means = contract(query, _family(order, centered), normalized(summary.mode_weights))
     parts = _attend_from_means(means, summary, centered, scale=scale, **settings)
     output = expand(parts.output, main_effects(order), GridShape(batch, summary.sizes, parts.output[0].shape[-1]))
     lse = None
@@ -213,11 +213,16 @@ def kao_qkv(
 
 
 def needs(order: int, *, centered: bool, interaction: str | None, saturation: float | None) -> Needs:
-    """The mode averages and the grand mean."""
+    """The mode averages; centred, the grand mean too."""
     check_interaction(interaction, saturation)
     if interaction is not None and not centered:
         raise OptionError("interaction needs centered=True: the published form has no first order to correct.")
-    return Needs((*main_effects(order), ()), second_moment=interaction is not None)
+    return Needs(_family(order, centered), second_moment=interaction is not None)
+
+
+def _family(order: int, centered: bool) -> Family:
+    """The mode averages; the grand mean where it counts."""
+    return (*main_effects(order), ()) if centered else main_effects(order)
 
 
 def claims(*, centered: bool, interaction: str | None, saturation: float | None) -> frozenset[Claim]:
