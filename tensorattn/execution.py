@@ -202,17 +202,16 @@ def run_backwards(
 
     What is to be added on top (`skip`) joins in the same pass, and the result goes to `out` where it is given.
     """
-    axes = plan.mode_axes
     aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
     shape = [(*plan.batch, *plan.sizes, plan.dim)[d] for d in plan.permutation]
-    root = tuple(range(len(axes)))
+    root = plan.everything
     terms: dict[Kept, list[Term]] = {}
     for kept, part in zip(plan.family, parts, strict=True):
         part = _to_memory(part.to(accumulation_dtype(part.dtype)), plan, kept)  # sums of small parts are not rounded
         terms.setdefault(kept, []).append((part, None))
     for step in reversed(plan.steps):
         plain = [mode for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod(plan.sizes[mode] for mode in plain) if mean else 1.0
+        factor = 1 / math.prod([plan.sizes[mode] for mode in plain]) if mean else 1.0
         weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
         grad = _add_up(terms[step.target])
         scaled = grad if factor == 1 else grad * factor
@@ -229,7 +228,7 @@ def run_backwards(
         _write(terms[root], result)
     except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
         result = _add_up(terms[root]).expand(shape).to(dtype)
-    return result.permute(plan.inverse)
+    return result if plan.in_order else result.permute(plan.inverse)
 
 
 def _add_up(terms: Sequence[Term]) -> Tensor:
@@ -243,7 +242,10 @@ def _write(terms: Sequence[Term], result: Tensor) -> None:
     plain = [part for part, weight in others if weight is None]
     weighted = [(part, weight) for part, weight in others if weight is not None]
     exact = all(part.dtype == result.dtype for part, _ in terms)
-    whole = exact and len(terms) <= 2 and not weighted and first[1] is None
+    if exact and len(terms) == 2 and first[1] is None and not weighted:
+        torch.add(first[0].expand(result.shape), plain[0], out=result)
+        return
+    whole = exact and len(terms) == 1 and first[1] is None
     for slab in [()] if whole else slabs_of(result.shape, slabs.ELEMENTS):
         target = result[slab]
         total = target if exact else target.new_empty(target.shape, dtype=accumulation_dtype(result.dtype))
@@ -286,10 +288,9 @@ def _to_logical(node: Tensor, plan: Plan, kept: Kept) -> Tensor:
 
 def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
     """Bring ``(*batch, *kept sizes, D)`` to memory order, with reduced modes of size 1."""
-    for mode in range(len(plan.sizes)):
-        if mode not in kept:
-            part = part.unsqueeze(len(plan.batch) + mode)
-    return part.permute(plan.permutation).contiguous()
+    if len(kept) < len(plan.sizes):
+        part = part[(..., *(slice(None) if mode in kept else None for mode in range(len(plan.sizes))), slice(None))]
+    return (part if plan.in_order else part.permute(plan.permutation)).contiguous()
 
 
 def _within(slab: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
