@@ -257,9 +257,12 @@ def with_one_softmax(layer):
     return lambda *arguments, operator, **options: layer(*arguments, operator=others[operator], **options)
 
 
-def with_wrong_averages(function):
-    def mutant(tensor, **given):
-        return function(Weighing.apply(tensor), **given)
+def wrong_backwards(function):
+    """A function of one or more tensors whose gradients are wrong."""
+
+    def mutant(given, **options):
+        wrong = Weighing.apply(given) if isinstance(given, torch.Tensor) else [Weighing.apply(part) for part in given]
+        return function(wrong, **options)
 
     return functools.wraps(function)(mutant)
 
@@ -341,7 +344,7 @@ MISTAKES = [
     ("far_away", "one softmax", limits, "additive_attention", instead(ta.kao_kv)),
     ("far_away", "not far", limits, "kao_kv", altered(scale=0.5)),
     ("adjoint", "a little more", averages, "outer_sum", a_little_more),
-    ("adjoint", "a wrong gradient", averages, "mode_averages", with_wrong_averages),
+    ("adjoint", "a wrong gradient", averages, "mode_averages", wrong_backwards),
     ("merging", "nothing merged", averages, "summarize", merges_nothing),
     ("plans", "a little more", averages, "plan", plans_too_much),
     (
