@@ -11,7 +11,7 @@ import tensorattn as ta
 from tensorattn.errors import OptionError
 from tensorattn.operators import Claim
 from tensorattn.testing import CLAIMED, Case, resolve
-from tensorattn.testing.variants import variants
+from tensorattn.testing.variants import Variant, variants
 
 VARIANTS = variants()
 
@@ -170,3 +170,54 @@ def test_the_joint_softmax_lets_a_long_mode_drown_a_short_one():
     mean = rows.mean((0, 1))
     joint, full = (f(query, tensor, tensor, order=2, scale=1e-5) - mean for f in (ta.kao_kv, ta.flattened_attention))
     torch.testing.assert_close(joint / full, torch.full((3,), 4 / 68).double(), rtol=1e-3, atol=0)
+
+
+def test_averaged_queries_are_not_exact_on_all_additive_tensors():
+    """Keys and values 1 and -1 along one mode, queries ±.8 ±.8: 2 tanh .8 - tanh 1.6 = .41 too much."""
+    token = column([1.0, 1.0], [-1.0, -1.0])
+    query = 0.8 * column([2.0, 0.0], [0.0, -2.0])
+    how = {"order": 2, "scale": 1.0}
+    error = ta.kao_qkv(query, token, token, centered=True, **how) - ta.flattened_attention(query, token, token, **how)
+    expected = 2 * math.tanh(0.8) - math.tanh(1.6)
+    assert error.abs().max().item() == pytest.approx(expected, abs=1e-12)
+    assert round(expected, 2) == 0.41
+
+
+PLAIN = Variant("additive", {})
+SEEING = [
+    Variant("flattened", {}),
+    Variant("kronecker_product", {}),
+    Variant("kronecker_sum", {}),
+    Variant("additive", {"interaction": "linear"}),
+]
+
+
+def square(*sizes):
+    """Queries, keys and values on a grid with more channels than modes have effects, and how they are attended to."""
+    tensors = [written(*sizes, 8, step=step) for step in (1.3, 1.5, 1.7)]
+    return tensors, {"order": len(sizes), "scale": 1.0}
+
+
+def excess_rank(variant):
+    """Singular value of the outputs, less the mean value, that follows those of as many effects as modes have."""
+    (query, key, value), how = square(3, 3)
+    output = variant.function(query, key, value, **how)
+    deviation = (output - value.mean((0, 1))).flatten(0, 1)
+    return torch.linalg.svdvals(deviation)[4].item()
+
+
+def gradient_interaction(variant):
+    """Largest interaction in the gradient of the values and of the keys."""
+    (query, key, value), how = square(2, 3)
+    leaves = [key.requires_grad_(), value.requires_grad_()]
+    output = variant.function(query, key, value, **how)
+    cotangent = written(*output.shape, step=1.9)
+    gradients = torch.autograd.grad(output, leaves, cotangent)
+    return max(ta.interaction_residual(gradient, order=2).abs().max().item() for gradient in gradients)
+
+
+@pytest.mark.parametrize("measure", [excess_rank, gradient_interaction], ids=lambda f: f.__name__)
+def test_what_sees_interactions_has_a_larger_rank_and_gradients_with_interactions(measure):
+    assert measure(PLAIN) < 1e-14
+    for variant in SEEING:
+        assert measure(variant) > 1e-3, variant
