@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tensorattn.testing.definitions import attention
 from tensorattn.testing.drawing import generators, numbers
 from tensorattn.testing.tolerances import LARGEST_LOGIT, exact, largest
 from tensorattn.truncation import counting_numbers, kept_family
-from tensorattn.verify.means import at_most, expectation, mean, product, summed
+from tensorattn.verify.means import at_most, expectation, for_queries, mean, product, summed
 from tensorattn.verify.statement import Asked, Statement, called, drawn_cases, st
 
 __all__ = ["STATEMENTS"]
@@ -123,6 +124,32 @@ def degenerate_laws(subject: Subject, case: Case, draw: Any) -> None:
     subject.expect_close(called(additive_attention, case), attention(case)[0], tolerance, statement, case)
 
 
+def overlapping_groups(subject: Subject, case: Case, draw: Any) -> None:
+    """Pairs of modes that share the first: additive attention at each index of it, merged by log-sum-exps.
+
+    Of the means alone no formula is exact there, since the log-sum-exp of a mean is not its mean.
+    """
+    pairs, generator = [(0, mode) for mode in range(1, case.order)], draw(generators(9))
+    key, value = (summed(pairs, case, t.shape[-1], generator, case.dtype) for t in (case.key, case.value))
+    case = case.replace(key=key, value=value)
+    weights = None if case.weights is None else case.weights[1:]
+    outputs, lses = [], []
+    for index, weight in enumerate(case.mode_weights(0).unbind(-1)):
+        parts = {name: getattr(case, name).select(len(case.batch), index) for name in ("key", "value")}
+        slice_of = case.replace(**parts, order=case.order - 1, weights=weights)
+        output, lse, _ = called(additive_attention, slice_of, return_lse=True)
+        outputs.append(exact(output))
+        lses.append(exact(lse) + for_queries(weight.log().unsqueeze(-1), case).squeeze(-1))
+    shares = torch.softmax(torch.stack(lses), 0).unsqueeze(-1)
+    expected, expected_lse = attention(case)
+    # A share errs by as much as its log-sum-exp.
+    tolerance = case.allowed() + 2 * case.allowed_lse * case.magnitude
+    statement = "additive attention at each index of the shared mode, merged, must be full attention"
+    subject.expect_close((shares * torch.stack(outputs)).sum(0), expected, tolerance, statement, case)
+    merged = torch.logsumexp(torch.stack(lses), 0)
+    subject.expect_close(merged, expected_lse, case.allowed_lse, f"{statement} in its log-sum-exp", case)
+
+
 def orthogonal_channels(subject: Subject, case: Case, draw: Any) -> None:
     """Queries and keys in which each mode has channels of its own, then rotated; any values."""
     case, logit = _in_own_channels(case, draw)
@@ -177,10 +204,14 @@ def symmetric_modes(subject: Subject, case: Case, draw: Any) -> None:
         subject.expect_close(output, output.transpose(batch, batch + 1), tolerance, statement, swapped)
 
 
-def _two_modes_at_least(asked: Asked, subject: Subject) -> Any:
-    """Draw cases on the grid with two modes to swap, three where the user asks for no number."""
-    order = None if asked.order is None else max(2, asked.order)
-    return cases(**{**asked.cases, "order": order}, min_order=2, on_grid=True, max_positions=36, weighted=False)
+def _two_modes_at_least(**supposed: Any) -> Callable[[Asked, Subject], Any]:
+    """Return where cases come from that have two modes or more, whatever the user asks for."""
+
+    def strategy(asked: Asked, subject: Subject) -> Any:
+        order = None if asked.order is None else max(2, asked.order)
+        return cases(**{**asked.cases, "order": order}, min_order=2, **supposed)
+
+    return strategy
 
 
 def _on_cpu(case: Case) -> list[Tensor] | None:
@@ -200,6 +231,12 @@ STATEMENTS = (
         "A over groups = F where k, v = Σ_g a^g[j_g]",
         groups_as_modes,
         drawn_cases(max_positions=40),
+    ),
+    Statement(
+        "where pairs of modes share one, additive attention at each of its indices merges to full attention",
+        "F = Σ_a P(a) A(q; k[a], v[a]), P(a) ∝ e^(LSE_a), k, v = Σ_m a^m[j_0, j_m]",
+        overlapping_groups,
+        _two_modes_at_least(max_positions=40),
     ),
     Statement(
         "truncation at all modes is full attention, whatever the data",
@@ -241,7 +278,7 @@ STATEMENTS = (
         "tensors that are symmetric in two modes have symmetric outputs",
         "x = x^T: O = O^T",
         symmetric_modes,
-        _two_modes_at_least,
+        _two_modes_at_least(on_grid=True, max_positions=36, weighted=False),
         share=0.5,
     ),
 )

@@ -62,7 +62,10 @@ def laws_of_averages(subject: Subject, case: tuple[int, ...], draw: Any) -> None
 
 
 def gls_averages(subject: Subject, case: tuple[int, ...], draw: Any) -> None:
-    """Averages with these weights project on additive tensors, and what they leave has no covariance with them."""
+    """Averages with these weights project on additive tensors, and what they leave has no covariance with them.
+
+    Where all indices of a mode are alike, they are equal weights.
+    """
     generator, order = draw(generators(9)), len(case)
     roots = [numbers(generator, (size, size)) for size in case]
     factors = [root @ root.mT / size + 0.5 * torch.eye(size).double() for root, size in zip(roots, case, strict=True)]
@@ -80,6 +83,10 @@ def gls_averages(subject: Subject, case: tuple[int, ...], draw: Any) -> None:
     ):
         tolerance = INVERTED * max(1.0, largest(expected))
         subject.expect_close(got, expected, tolerance, what, case)  # type: ignore[arg-type]
+    for size in case:
+        alike = gls_weights(torch.eye(size).double() + draw(st.floats(0, 4)))
+        statement = "indices that are alike must have equal weights"
+        subject.expect_close(alike, torch.full_like(alike, 1 / size), INVERTED, statement, case)  # type: ignore[arg-type]
 
 
 def _sizes(asked: Asked, subject: Subject) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,10 +61,13 @@ def first_orders(subject: Subject, case: Case, draw: Any) -> None:
         expect_slope(operator, case, along_queries(case, matrix), draw, statement)
 
 
-def _slope(subject: Subject, seed: int, expected: float, function: Function, **options: Any) -> None:
-    """Measure the order of the error in the scale on a random tensor that is not additive."""
+def _slope(
+    subject: Subject, seed: int, expected: float, function: Function, together: int = len(SIZES), **options: Any
+) -> None:
+    """Measure the order of the error in the scale on a random tensor of interactions of some modes together."""
     generator = torch.Generator().manual_seed(seed)
     key, value, query = (torch.randn(*n, 4, generator=generator).double() for n in (SIZES, SIZES, (8,)))
+    key, value = (_of_order(together, tensor) for tensor in (key, value))
     errors = []
     for scale in SCALES:
         how: dict[str, Any] = {"order": len(SIZES), "scale": scale}
@@ -72,6 +76,19 @@ def _slope(subject: Subject, seed: int, expected: float, function: Function, **o
     found = math.log(errors[0] / errors[1]) / math.log(SCALES[0] / SCALES[1])
     statement = f"the error of {function.__name__} must be of order {expected:g} in the scale"
     _expect_number(subject, seed, found, expected, SLOPE_TOLERANCE, statement)
+
+
+def _of_order(together: int, tensor: Tensor) -> Tensor:
+    """The sum of the means of a tensor over all modes but some that stay together."""
+    modes = range(len(SIZES))
+    kept = itertools.combinations(modes, together)
+    dropped = ([mode for mode in modes if mode not in subset] for subset in kept)
+    return sum((tensor.mean(modes, keepdim=True) if modes else tensor for modes in dropped), torch.zeros(()).double())
+
+
+def truncated_errors(subject: Subject, case: int, draw: Any) -> None:
+    """Pairs that overlap are not exact under truncation at pairs, but to first order; the case is a seed."""
+    _slope(subject, case, 2.0, truncated_attention, together=2, interaction_order=2)
 
 
 def first_order_errors(subject: Subject, case: int, draw: Any) -> None:
@@ -220,6 +237,14 @@ STATEMENTS = (
         "with the interaction term the error is of second order in the scale, whatever the data",
         "|F − A − s C_vk q| ~ s², measured slope",
         second_order_errors,
+        _seed,
+        double=True,
+        once=True,
+    ),
+    Statement(
+        "truncation at the order of the data errs to second order in the scale",
+        "|F − A_r| ~ s² for k, v of order r, measured slope",
+        truncated_errors,
         _seed,
         double=True,
         once=True,
