@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 import tensorattn as ta
 from tensorattn import reference
-from tensorattn.testing import Subject, cases, check_equals_reference, check_operator
-from tensorattn.testing.biasing import biases
+from tensorattn.testing import Subject, biases, cases, check_equals_reference, check_operator
 from tensorattn.testing.definitions import arrays, as_array
 from tensorattn.testing.tolerances import largest
 

@@ -149,7 +149,6 @@ def speed_of_products(subject: Subject, case: Case, draw: Any) -> None:
     reach = case.factor / 4 * pace * values.reshape(*case.batch, *(1 for _ in case.sizes))
     for function in (kronecker_product_attention, kronecker_sum_attention):
         before, after = (exact(called(function, each)) for each in (case, moved))
-        # Rounding moves a mean query by a part of the largest, which the logits of the means may not show.
         rounding = case.order * (case.allowed() + moved.allowed()) * case.value.shape[-1] ** 0.5
         statement = f"{function.__name__} must not move faster than the mean queries allow"
         _at_most(subject, (after - before).norm(dim=-1), reach, rounding, statement, case)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from tensorattn.operators.additive import additive_attention
-from tensorattn.testing import Case, Subject
-from tensorattn.testing.biasing import biases
+from tensorattn.testing import Case, Subject, biases
 from tensorattn.testing.definitions import attention
 from tensorattn.testing.drawing import canonical
 from tensorattn.testing.tolerances import largest
