@@ -49,7 +49,7 @@ class Asked:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     order: int | None = None
-    examples: int = 20
+    examples: int = 16
     seed: int = 0
 
     @property
