@@ -226,11 +226,14 @@ def _family(order: int, centered: bool) -> Family:
 
 
 def claims(*, centered: bool, interaction: str | None, saturation: float | None) -> frozenset[Claim]:
-    """Uncentred, the values are counted N times; centred, the symmetries of the additive operator."""
+    """Uncentred, the values are counted N times; centred, the symmetries of the additive operator.
+
+    Of keys and values it knows the mode averages, in which no interaction is, unless it corrects for them.
+    """
     if not centered:
-        return frozenset({Claim.KEY_SHIFT, Claim.ROTATION})
-    first_order = {Claim.FIRST_ORDER} if interaction is not None else set()
-    return SYMMETRIES | {Claim.CONSTANT_MODE, Claim.REFINEMENT, Claim.ZERO_SCALE_MEAN} | first_order
+        return frozenset({Claim.KEY_SHIFT, Claim.ROTATION, Claim.INVISIBLE_INTERACTION})
+    own = Claim.INVISIBLE_INTERACTION if interaction is None else Claim.FIRST_ORDER
+    return SYMMETRIES | {Claim.CONSTANT_MODE, Claim.REFINEMENT, Claim.ZERO_SCALE_MEAN, own}
 
 
 def takes_means(*, interaction: str | None, **_: Any) -> bool:

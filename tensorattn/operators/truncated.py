@@ -162,9 +162,16 @@ def claims(
     saturation: float | None,
     include_self: bool,
 ) -> frozenset[Claim]:
-    """What holds for sums of softmaxes over means, whichever are kept; exactness asks for all modes to be kept."""
-    exact = {Claim.EXACT_ON_ADDITIVE, Claim.LOG_SUM_EXP} if kept is not None else set()
-    return means_claims(interaction, include_self) - exact - {Claim.CONSTANT_MODE}
+    """What holds for sums of softmaxes over means, whichever are kept; exactness asks for all modes to be kept.
+
+    So does leaving out a constant mode: sets of modes by name would not be the same sets afterwards. Of single modes
+    it is the additive operator, which does not see interactions.
+    """
+    claimed = means_claims(interaction, include_self)
+    if kept is not None:
+        return claimed - {Claim.EXACT_ON_ADDITIVE, Claim.LOG_SUM_EXP, Claim.CONSTANT_MODE}
+    blind = interaction_order == 1 and interaction is None and not include_self
+    return claimed | {Claim.INVISIBLE_INTERACTION} if blind else claimed
 
 
 def spread(

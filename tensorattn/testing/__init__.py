@@ -17,6 +17,7 @@ try:
 except ImportError as _cause:
     raise ImportError("tensorattn.testing needs Hypothesis; install it by: pip install hypothesis") from _cause
 
+from tensorattn.testing.biasing import biases
 from tensorattn.testing.cases import Case, cases
 from tensorattn.testing.checks import (
     CLAIMED,
@@ -69,6 +70,7 @@ __all__ = [
     "additive_tensors",
     "allowed",
     "batch_sizes",
+    "biases",
     "cases",
     "check_constant_mode",
     "check_convex",

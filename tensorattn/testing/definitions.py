@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,15 @@ def arrays(case: Case) -> dict[str, Any]:
     }
 
 
-def attention(case: Case) -> tuple[Array, Array]:
+def attention(case: Case, bias: Sequence[Tensor | None] | None = None) -> tuple[Array, Array]:
     """Return full attention, the truth that everything is compared with, and its log-sum-exp.
 
     Args:
         case: Arguments.
+        bias: Terms added to the logits, one tensor or None a mode; None for none.
     """
-    return reference.flattened_attention(**arrays(case))
+    tables = None if bias is None else [None if part is None else as_array(part) for part in bias]
+    return reference.flattened_attention(**arrays(case), bias=tables)
 
 
 def with_own_token(case: Case, output: Array, lse: Array | None) -> tuple[Array, Array]:

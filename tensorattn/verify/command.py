@@ -50,7 +50,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", help="device of the tensors (default cpu)")
     parser.add_argument("--order", type=_whole, help="number of modes (default: drawn, from 1 to 4)")
     parser.add_argument(
-        "--examples", type=_whole, default=20, help="cases a statement and operator (default 20; gradients fewer)"
+        "--examples", type=_whole, default=16, help="cases a statement and operator (default 16; gradients fewer)"
     )
     parser.add_argument("--seed", type=_whole, default=0, help="moves the random cases (default 0)")
     parser.add_argument(

@@ -14,7 +14,7 @@ from tensorattn.testing.cases import rows
 from tensorattn.testing.drawing import numbers
 from tensorattn.testing.tolerances import exact
 
-__all__ = ["at_most", "expectation", "for_queries", "mean", "product", "shares", "summed"]
+__all__ = ["at_most", "expectation", "for_queries", "mean", "product", "residual", "shares", "summed"]
 
 
 def at_most(case: Case, logit: float) -> Case:
@@ -54,6 +54,17 @@ def mean(tensor: Tensor, case: Case, kept: Collection[int] = ()) -> Tensor:
         if mode not in kept:
             averaged = (averaged * share.unsqueeze(-1)).sum(len(case.batch) + mode, keepdim=True)
     return averaged
+
+
+def residual(tensor: Tensor, case: Case) -> Tensor:
+    """Return the interaction residual, the tensor less its additive part, in float64.
+
+    Args:
+        tensor: Tensor ``(*batch, n_1, …, n_N, D)``.
+        case: Weights.
+    """
+    averages = torch.stack([mean(tensor, case, (mode,)).expand(tensor.shape) for mode in range(case.order)])
+    return exact(tensor) - averages.sum(0) + (case.order - 1) * mean(tensor, case)
 
 
 def for_queries(tensor: Tensor, case: Case) -> Tensor:

@@ -15,7 +15,19 @@ from tensorattn.testing import Case, Subject
 from tensorattn.testing.cases import cases
 from tensorattn.testing.definitions import Array, as_array
 
-__all__ = ["THEOREM", "Asked", "Law", "Record", "Statement", "Watched", "called", "drawn_cases", "of_subject", "st"]
+__all__ = [
+    "THEOREM",
+    "Asked",
+    "Law",
+    "Record",
+    "Statement",
+    "Watched",
+    "called",
+    "drawn_cases",
+    "drawn_orders",
+    "of_subject",
+    "st",
+]
 
 st = require("hypothesis.strategies", extra="verify", purpose="the command verify")
 
@@ -37,7 +49,7 @@ class Asked:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     order: int | None = None
-    examples: int = 20
+    examples: int = 16
     seed: int = 0
 
     @property
@@ -147,6 +159,20 @@ def drawn_cases(**supposed: Any) -> Callable[[Asked, Subject], Any]:
 
     def strategy(asked: Asked, subject: Subject) -> Any:
         return cases(**{**of_subject(subject), **asked.cases, **supposed})
+
+    return strategy
+
+
+def drawn_orders(least: int, most: int) -> Callable[[Asked, Subject], Any]:
+    """Return where cases come from that are just a number of modes.
+
+    Args:
+        least: Smallest number.
+        most: Largest number that is drawn; the user may ask for more.
+    """
+
+    def strategy(asked: Asked, subject: Subject) -> Any:
+        return st.integers(least, most) if asked.order is None else st.just(max(least, asked.order))
 
     return strategy
 

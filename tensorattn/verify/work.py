@@ -17,9 +17,12 @@ from tensorattn.verify.claims import CHECKS, OTHER_ORDERS, statement_of
 from tensorattn.verify.reproduction import reproduction
 from tensorattn.verify.searching import Failure, search, try_once
 from tensorattn.verify.statement import THEOREM, Asked, Record, Statement, Watched
-from tensorattn.verify.theorems import averages, exactness, limits, softmaxes
+from tensorattn.verify.theorems import averages, bounds, exactness, gradients, laws, limits, positions, softmaxes
 
-__all__ = ["Asked", "Trial", "Verdict", "carry_out", "trials"]
+__all__ = ["THEOREMS", "Asked", "Trial", "Verdict", "carry_out", "trials"]
+
+SUBJECTS = (exactness, positions, softmaxes, bounds, gradients, limits, averages, laws)
+THEOREMS: tuple[Statement, ...] = tuple(statement for subject in SUBJECTS for statement in subject.STATEMENTS)
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,9 @@ def trials(asked: Asked, operator: str | None = None) -> list[Trial]:
         statement = statement_of(check)
         found += [_trial(statement, subject, asked, dtype) for subject, dtype in _pairs(statement, subjects, asked)]
     causal = [variant for variant in wanted if "causal" not in get_operator(variant[0]).lacks]
-    found += [_trial(limits.CAUSAL, variant, asked, asked.dtype) for variant in causal]
+    found += [_trial(positions.CAUSAL, variant, asked, asked.dtype) for variant in causal]
     if operator is None:
-        theorems = (*exactness.STATEMENTS, *softmaxes.STATEMENTS, *limits.STATEMENTS, *averages.STATEMENTS)
-        found += [_trial(statement, None, asked, asked.dtype) for statement in theorems]
+        found += [_trial(statement, None, asked, asked.dtype) for statement in THEOREMS]
     return found
 
 

@@ -15,6 +15,7 @@ from tensorattn.testing import (
     additive_tensors,
     allowed,
     batch_sizes,
+    biases,
     cases,
     for_all,
     mode_partitions,
@@ -138,6 +139,18 @@ def test_every_batch_entry_has_a_position(drawn):
 def test_empty_batch_entries_are_drawn_if_asked_for():
     empty = weights((3,), batch=(3,), empty=True)
     assert seen(empty, lambda w: w is not None and w[0] is not None and not (w[0] > 0).any(-1).all()) == {True, False}
+
+
+def test_biases_are_none_tables_windows_and_batched_and_may_hide_everything():
+    drawn = biases((3, 2), (4, 1), batch=(2,))
+    assert seen(drawn, lambda bias: bias[0] if bias[0] is None else tuple(bias[0].shape)) == {None, (4, 3), (2, 4, 3)}
+    hidden = seen(drawn, lambda bias: None if bias[0] is None else _how_many(bias[0].isinf().all(-1)), 300)
+    assert hidden == {None, "none", "some", "all"}
+    assert seen(drawn, lambda bias: any(part is not None and bool(part.isnan().any()) for part in bias)) == {False}
+
+
+def _how_many(mask):
+    return "all" if bool(mask.all()) else "some" if bool(mask.any()) else "none"
 
 
 @given(st.sampled_from(TYPES), st.data())

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
@@ -24,7 +24,6 @@ from tensorattn.stats import (
 )
 
 EXACT = 1e-12  # relative to the largest entry, float64
-CASES = settings(deadline=None)
 
 
 class Case(NamedTuple):
@@ -97,7 +96,6 @@ def assert_close(found, expected, tolerance=EXACT):
 
 
 @given(cases())
-@CASES
 def test_covariance_and_variance_are_the_dense_kronecker_product(case):
     expected = dense(case.factors, case.law.batch_shape)
     assert_close(case.law.covariance_matrix, expected)
@@ -107,7 +105,6 @@ def test_covariance_and_variance_are_the_dense_kronecker_product(case):
 
 
 @given(cases())
-@CASES
 def test_the_linear_map_of_rsample_is_a_root_of_the_covariance(case):
     """Basis vectors for noise: sample r is then loc plus column r of R, and R Rᵀ is the covariance."""
     law, shapes = case.law, []
@@ -129,7 +126,6 @@ def test_the_linear_map_of_rsample_is_a_root_of_the_covariance(case):
 
 
 @given(definite())
-@CASES
 def test_density_and_entropy_are_those_of_the_dense_normal(case):
     law = case.law
     oracle = MultivariateNormal(flat_loc(case), dense(case.factors, law.batch_shape))
@@ -139,7 +135,6 @@ def test_density_and_entropy_are_those_of_the_dense_normal(case):
 
 
 @given(definite())
-@CASES
 def test_a_value_without_batch_dimensions_meets_every_law_of_the_batch(case):
     law = case.law
     value = gaussian(case.generator, *law.event_shape)
@@ -147,7 +142,6 @@ def test_a_value_without_batch_dimensions_meets_every_law_of_the_batch(case):
 
 
 @given(definite())
-@CASES
 def test_expanding_repeats_the_law(case):
     law = case.law
     wide = law.expand((2, *law.batch_shape))
@@ -161,7 +155,6 @@ def test_expanding_repeats_the_law(case):
 
 
 @given(cases(kinds=("rank 1", "ones", "zero"), least_order=1))
-@CASES
 def test_singular_factors_are_sampled_but_have_no_density(case):
     assume(any(factor.shape[-1] > 1 or bool((factor == 0).any()) for factor in case.factors))
     sample = case.law.rsample()
@@ -173,7 +166,6 @@ def test_singular_factors_are_sampled_but_have_no_density(case):
 
 
 @given(st.integers(2, 4), st.data())
-@CASES
 def test_with_all_ones_factors_in_all_modes_but_one_samples_are_additive(order, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=order, max_size=order))
@@ -221,7 +213,6 @@ subsets = st.sets(st.integers(0, 3))
 
 
 @given(cases(), subsets, st.data())
-@CASES
 def test_the_law_of_a_marginal_mean_is_that_of_a_linear_map(case, subset, data):
     kept = [mode for mode in subset if mode < case.order]
     weights = draw_weights(data, case)
@@ -234,7 +225,6 @@ def test_the_law_of_a_marginal_mean_is_that_of_a_linear_map(case, subset, data):
 
 
 @given(cases(), subsets, subsets, st.data())
-@CASES
 def test_the_cross_covariance_of_marginal_means_is_that_of_two_linear_maps(case, subset_a, subset_b, data):
     kept_a, kept_b = ([mode for mode in subset if mode < case.order] for subset in (subset_a, subset_b))
     weights = draw_weights(data, case)
@@ -245,7 +235,6 @@ def test_the_cross_covariance_of_marginal_means_is_that_of_two_linear_maps(case,
 
 
 @given(cases(least_order=1), subsets, st.data())
-@CASES
 def test_the_mean_of_an_average_of_an_additive_mean(case, subset, data):
     kept = [mode for mode in subset if mode < case.order]
     weights = draw_weights(data, case)
@@ -259,7 +248,6 @@ def test_the_mean_of_an_average_of_an_additive_mean(case, subset, data):
 
 
 @given(definite(least_order=1))
-@CASES
 def test_gls_weighted_averages_project_orthogonally_in_the_inverse_covariance(case):
     """The map Σ_m I ⊗ P_{-m} − (N−1) ⊗ P_m fixes additive tensors, is idempotent, and Π Σ is symmetric."""
     modes, batch = case.factors[: case.order], case.law.batch_shape
@@ -279,7 +267,6 @@ def test_gls_weighted_averages_project_orthogonally_in_the_inverse_covariance(ca
 
 
 @given(definite())
-@CASES
 def test_single_precision_agrees_with_double(case):
     law, count = case.law, case.law.event_shape.numel()
     single = TensorNormal(

@@ -1,28 +1,26 @@
-"""Averages: an adjoint pair, summaries that merge, plans in NumPy, and the laws of averages of normal tensors."""
+"""Averages: an adjoint pair, summaries that merge and project, and plans in NumPy."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.averages import mode_averages, outer_sum
 from tensorattn.planning import plan
-from tensorattn.stats import TensorNormal, marginal_cross_covariance, marginal_mean_law
 from tensorattn.summarizing import summarize
-from tensorattn.testing import Case, Subject, allowed, mode_sizes
+from tensorattn.summary import Summary
+from tensorattn.testing import Case, Subject, allowed
 from tensorattn.testing.drawing import generators, numbers
 from tensorattn.testing.tolerances import exact, largest
 from tensorattn.verify.means import mean
-from tensorattn.verify.statement import Asked, Statement, drawn_cases, st
+from tensorattn.verify.statement import Statement, drawn_cases, st
 
 __all__ = ["STATEMENTS"]
-
-DENSE = 1e-12  # relative to the largest entry, for dense algebra in float64
 
 
 def adjoint(subject: Subject, case: Case, draw: Any) -> None:
@@ -69,19 +67,7 @@ def merging(subject: Subject, case: Case, draw: Any) -> None:
         pair = (tensor.narrow(dim, start, length) for tensor in (case.key, case.value))
         parts.append(summarize(*pair, weights=given, **how))
     merged, whole = parts[0].merge(parts[1], mode=mode), summarize(case.key, case.value, weights=case.weights, **how)
-    sizes = [largest(case.key), largest(case.value)]
-    for subset, count in zip(whole.kept, whole.weights, strict=True):
-        for name, size in zip(("key", "value"), sizes, strict=True):
-            got, expected = (exact(getattr(summary, name)(subset)) for summary in (merged, whole))
-            if count is not None:  # what stands for no position may be anything
-                absent = exact(count).unsqueeze(-1) == 0
-                got, expected = got.masked_fill(absent, 0.0), expected.masked_fill(absent, 0.0)
-            tolerance = allowed("average", case.dtype, magnitude=size)
-            subject.expect_close(got, expected, tolerance, f"the {name} means of {subset} must merge", case)
-    tolerance = allowed("average", case.dtype, magnitude=8 * sizes[0] * max(sizes))
-    for moment in ("covariance", "key_covariance"):
-        got, expected = getattr(merged, moment), getattr(whole, moment)
-        subject.expect_close(got, expected, tolerance, f"the {moment} must merge", case)
+    _same(subject, merged, whole, [largest(case.key), largest(case.value)], "merge", case)
 
 
 def plans(subject: Subject, case: Case, draw: Any) -> None:
@@ -112,38 +98,50 @@ def _given(case: Case) -> list[Tensor] | None:
     return None if case.weights is None else [_vector(case, mode) for mode in range(case.order)]
 
 
-def laws_of_averages(subject: Subject, case: tuple[int, ...], draw: Any) -> None:
-    """Law and cross-covariance of marginal means against Kronecker products multiplied out; the case is the sizes."""
-    generator, order = draw(generators(9)), len(case)
-    first, second = (sorted(draw(st.sets(st.integers(0, order - 1)))) for _ in range(2))
-    roots = [numbers(generator, (size, size)) for size in (*case, 2)]
-    factors = [root @ root.mT for root in roots]
-    weights = [numbers(generator, (size,)).abs() + 0.1 for size in case]
-    shares = [weight / weight.sum() for weight in weights]
-    loc = numbers(generator, (*case, 2))
-    law = TensorNormal(loc, factors[:-1], factors[-1])
-    dense = functools.reduce(torch.kron, factors)
-
-    def averaging(kept: list[int]) -> Tensor:
-        maps = [torch.eye(n).double() if m in kept else shares[m].unsqueeze(0) for m, n in enumerate(case)]
-        return functools.reduce(torch.kron, [*maps, torch.eye(2).double()])
-
-    left, right = averaging(first), averaging(second)
-    cross = marginal_cross_covariance(law, first, second, weights=weights).to_dense()
-    marginal = marginal_mean_law(law, first, weights=weights)
-    for got, expected, what in (
-        (cross, left @ dense @ right.mT, f"the covariance of the means of {first} and {second}"),
-        (marginal.covariance_matrix, left @ dense @ left.mT, f"the covariance of the mean of {first}"),
-        (marginal.mean.flatten(), left @ loc.flatten(), f"the expected mean of {first}"),
-    ):
-        tolerance = DENSE * max(1.0, largest(expected))
-        statement = f"{what} must be that of dense algebra"
-        subject.expect_close(got, expected, tolerance, statement, case)  # type: ignore[arg-type]
+def projecting(subject: Subject, case: Case, draw: Any) -> None:
+    """Averages and covariances of what a linear map makes of a tensor are those that it makes of the summary."""
+    generator, heads = draw(generators(9)), draw(st.none() | st.integers(1, 3))
+    kept = [u for size in range(case.order + 1) for u in itertools.combinations(range(case.order), size)]
+    grids, maps, offsets, mapped = [exact(case.key), exact(case.value)], [], [], []
+    for tensor in grids:
+        width = (heads or 1) * draw(st.integers(1, 3))
+        maps.append(numbers(generator, (width, tensor.shape[-1])))
+        offsets.append(numbers(generator, (width,)))
+        grown = F.linear(tensor, maps[-1], offsets[-1])
+        mapped.append(grown if heads is None else grown.unflatten(-1, (heads, -1)).movedim(-2, len(case.batch)))
+    weights = None if case.weights is None else [case.mode_weights(mode) for mode in range(case.order)]
+    how: dict[str, Any] = {"order": case.order, "kept": kept, "second_moment": True}
+    late = summarize(*grids, weights=weights, **how)
+    late = late.project(*maps, key_bias=offsets[0], value_bias=offsets[1], num_heads=heads)
+    if weights is not None and heads is not None:
+        weights = [weight.unsqueeze(-2) for weight in weights]
+    early = summarize(*mapped, weights=weights, **how)
+    sizes = [
+        float(a.abs().sum(-1).max()) * largest(t) + largest(b) for a, t, b in zip(maps, grids, offsets, strict=True)
+    ]
+    _same(subject, late, early, sizes, "be projected", case)
 
 
-def _sizes(asked: Asked, subject: Subject) -> Any:
-    """Draw the sizes of a small grid."""
-    return mode_sizes(order=asked.order, max_size=4, max_positions=48)
+def _same(subject: Subject, got: Summary, expected: Summary, sizes: list[float], verb: str, case: Case) -> None:
+    """Compare two summaries whose means are at most of the given sizes."""
+    for subset, count in zip(expected.kept, expected.weights, strict=True):
+        for name, size in zip(("key", "value"), sizes, strict=True):
+            left, right = (exact(getattr(summary, name)(subset)) for summary in (got, expected))
+            if count is not None:  # what stands for no position may be anything
+                absent = exact(count).unsqueeze(-1) == 0
+                left, right = left.masked_fill(absent, 0.0), right.masked_fill(absent, 0.0)
+            tolerance = allowed("average", case.dtype, magnitude=size)
+            subject.expect_close(left, right, tolerance, f"the {name} means of {subset} must {verb}", case)
+    for subset, told, count in zip(expected.kept, got.weights, expected.weights, strict=True):
+        if told is not None and count is not None:
+            left, right = torch.broadcast_tensors(exact(told), exact(count))
+            tolerance = allowed("average", told.dtype, magnitude=largest(right))
+            subject.expect_close(left, right, tolerance, f"the weights of {subset} must {verb}", case)
+    tolerance = allowed("average", case.dtype, magnitude=8 * sizes[0] * max(sizes))
+    for moment in ("covariance", "key_covariance"):
+        subject.expect_close(
+            getattr(got, moment), getattr(expected, moment), tolerance, f"the {moment} must {verb}", case
+        )
 
 
 STATEMENTS = (
@@ -157,7 +155,7 @@ STATEMENTS = (
         "the summaries of two parts merge to that of the whole",
         "S(x ∪ y) = S(x) + S(y)",
         merging,
-        drawn_cases(max_positions=40),
+        drawn_cases(empty=True, max_positions=40),
     ),
     Statement(
         "a plan executed in NumPy gives the averages that torch gives",
@@ -167,10 +165,10 @@ STATEMENTS = (
         double=True,
     ),
     Statement(
-        "averages of tensor-normal tensors are tensor-normal: laws against dense algebra",
-        "Cov(x̄^U, x̄^W) = ⊗_m M_m ⊗ Σ_c",
-        laws_of_averages,
-        _sizes,
+        "averages and covariances of a linear map are the linear map of averages and covariances",
+        "S(x W + b) = S(x) W + b",
+        projecting,
+        drawn_cases(dtype=torch.float64, max_positions=40),
         double=True,
     ),
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,24 +13,29 @@ from torch import Tensor
 
 from tensorattn.averages import interaction_residual
 from tensorattn.operators.additive import additive_attention
+from tensorattn.operators.kao_kv import kao_kv
+from tensorattn.operators.kao_qkv import kao_qkv
 from tensorattn.operators.kronecker_product import kronecker_product_attention
 from tensorattn.operators.truncated import truncated_attention
-from tensorattn.testing import Case, Subject, allowed, mode_partitions, tensor_normals
+from tensorattn.testing import Case, Subject, allowed, cases, mode_partitions, tensor_normals
 from tensorattn.testing.definitions import attention
 from tensorattn.testing.drawing import generators, numbers
-from tensorattn.testing.tolerances import exact, largest
-from tensorattn.verify.means import expectation, product, summed
-from tensorattn.verify.statement import Statement, called, drawn_cases, st
+from tensorattn.testing.tolerances import LARGEST_LOGIT, exact, largest
+from tensorattn.truncation import counting_numbers, kept_family
+from tensorattn.verify.means import at_most, expectation, for_queries, mean, product, summed
+from tensorattn.verify.statement import Asked, Statement, called, drawn_cases, st
 
 __all__ = ["STATEMENTS"]
 
 
 def independent_groups(subject: Subject, case: Case, draw: Any) -> None:
-    """Keys and values are sums of one term a group of modes, and the truncation keeps the groups."""
+    """Keys and values are sums of one term a group of modes; the truncation keeps the groups, or all sets as large."""
     groups, generator = draw(mode_partitions(case.order)), draw(generators(9))
     key, value = (summed(groups, case, t.shape[-1], generator, case.dtype) for t in (case.key, case.value))
     case = case.replace(key=key, value=value)
     _equals_full(subject, case, f"truncation to the groups {groups}", kept=groups)
+    largest_group = max(map(len, groups))
+    _equals_full(subject, case, f"truncation at {largest_group}", interaction_order=largest_group)
 
 
 def all_modes(subject: Subject, case: Case, draw: Any) -> None:
@@ -44,14 +52,49 @@ def _equals_full(subject: Subject, case: Case, what: str, **options: Any) -> Non
     subject.expect_close(lse, expected_lse, terms * case.allowed_lse, f"{what} must have its log-sum-exp", case)
 
 
+def groups_as_modes(subject: Subject, case: Case, draw: Any) -> None:
+    """Keys and values are sums of one term a group of modes, and each group is flattened to one mode."""
+    groups, generator = draw(mode_partitions(case.order)), draw(generators(9))
+    key, value = (summed(groups, case, t.shape[-1], generator, case.dtype) for t in (case.key, case.value))
+    batch = len(case.batch)
+    order = [mode for group in groups for mode in group]
+    sizes = [math.prod(case.sizes[mode] for mode in group) for group in groups]
+
+    def joined(tensor: Tensor) -> Tensor:
+        dims = [*range(batch), *(batch + mode for mode in order), batch + case.order]
+        return tensor.permute(dims).reshape(*case.batch, *sizes, tensor.shape[-1])
+
+    weights = None
+    if case.weights is not None:
+        device = case.key.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        parts = ([case.mode_weights(mode) for mode in group] for group in groups)
+        kron = (functools.reduce(lambda x, y: (x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2), part) for part in parts)
+        weights = tuple(weight.to(device, wide) for weight in kron)
+    case = case.replace(key=key, value=value)
+    fewer = case.replace(key=joined(key), value=joined(value), order=len(groups), weights=weights)
+    output, lse, _ = called(additive_attention, fewer, return_lse=True)
+    expected, expected_lse = attention(case)
+    statement = f"with the groups {groups} as modes additive attention must be full attention"
+    subject.expect_close(output, expected, case.allowed(), statement, case)
+    subject.expect_close(lse, expected_lse, case.allowed_lse, f"{statement} in its log-sum-exp", case)
+
+
 def additive_keys(subject: Subject, case: Case, draw: Any) -> None:
-    """Additive keys, and values of interactions of at most r modes: truncation at r."""
+    """Additive keys, and values of interactions of at most r modes: truncation at r, and its formula in softmaxes."""
     degree, generator = draw(st.integers(1, case.order)), draw(generators(9))
     subsets = tuple(itertools.combinations(range(case.order), degree))
     case = case.replace(value=summed(subsets, case, case.value.shape[-1], generator, case.dtype))
+    expected, tolerance = attention(case)[0], 2**case.order * case.allowed()
     output = called(truncated_attention, case, interaction_order=degree)
     statement = f"truncation at {degree} must be exact for additive keys and values of that order"
-    subject.expect_close(output, attention(case)[0], 2**case.order * case.allowed(), statement, case)
+    subject.expect_close(output, expected, tolerance, statement, case)
+    law = product(called(additive_attention, case, return_attention=True).attention, case)
+    counts = counting_numbers(kept_family(case.order, None, degree))
+    means = ((n, mean(case.value, case, kept).expand(case.value.shape)) for kept, n in counts.items() if n)
+    formula = sum((n * expectation(law, marginal, case) for n, marginal in means), torch.zeros(()).double())
+    statement = f"means of the values of at most {degree} modes must do under the product of softmaxes"
+    subject.expect_close(formula, expected, tolerance, statement, case)
 
 
 def missing_interaction(subject: Subject, case: Case, draw: Any) -> None:
@@ -81,8 +124,53 @@ def degenerate_laws(subject: Subject, case: Case, draw: Any) -> None:
     subject.expect_close(called(additive_attention, case), attention(case)[0], tolerance, statement, case)
 
 
+def overlapping_groups(subject: Subject, case: Case, draw: Any) -> None:
+    """Pairs of modes that share the first: additive attention at each index of it, merged by log-sum-exps.
+
+    Of the means alone no formula is exact there, since the log-sum-exp of a mean is not its mean.
+    """
+    pairs, generator = [(0, mode) for mode in range(1, case.order)], draw(generators(9))
+    key, value = (summed(pairs, case, t.shape[-1], generator, case.dtype) for t in (case.key, case.value))
+    case = case.replace(key=key, value=value)
+    weights = None if case.weights is None else case.weights[1:]
+    outputs, lses = [], []
+    for index, weight in enumerate(case.mode_weights(0).unbind(-1)):
+        parts = {name: getattr(case, name).select(len(case.batch), index) for name in ("key", "value")}
+        slice_of = case.replace(**parts, order=case.order - 1, weights=weights)
+        output, lse, _ = called(additive_attention, slice_of, return_lse=True)
+        outputs.append(exact(output))
+        lses.append(exact(lse) + for_queries(weight.log().unsqueeze(-1), case).squeeze(-1))
+    shares = torch.softmax(torch.stack(lses), 0).unsqueeze(-1)
+    expected, expected_lse = attention(case)
+    # A share errs by as much as its log-sum-exp.
+    tolerance = case.allowed() + 2 * case.allowed_lse * case.magnitude
+    statement = "additive attention at each index of the shared mode, merged, must be full attention"
+    subject.expect_close((shares * torch.stack(outputs)).sum(0), expected, tolerance, statement, case)
+    merged = torch.logsumexp(torch.stack(lses), 0)
+    subject.expect_close(merged, expected_lse, case.allowed_lse, f"{statement} in its log-sum-exp", case)
+
+
 def orthogonal_channels(subject: Subject, case: Case, draw: Any) -> None:
     """Queries and keys in which each mode has channels of its own, then rotated; any values."""
+    case, logit = _in_own_channels(case, draw)
+    tolerance = allowed("output", case.dtype, logit=logit, magnitude=case.magnitude)
+    statement = "where modes live in orthogonal channels the Kronecker product must be full attention"
+    subject.expect_close(called(kronecker_product_attention, case), attention(case)[0], tolerance, statement, case)
+
+
+def orthogonal_outer_sums(subject: Subject, case: Case, draw: Any) -> None:
+    """The same queries and keys, and additive values: averaged queries do, with one softmax a mode."""
+    case, logit = _in_own_channels(case, draw)
+    modes = [(mode,) for mode in range(case.order)]
+    case = case.replace(value=summed(modes, case, case.value.shape[-1], draw(generators(10)), case.dtype))
+    output = called(kao_qkv, case, centered=True)
+    tolerance = (2 * case.order - 1) * allowed("output", case.dtype, logit=logit, magnitude=case.magnitude)
+    statement = "where modes live in orthogonal channels centred outer sums must be full attention to additive values"
+    subject.expect_close(output, attention(case)[0], tolerance, statement, case)
+
+
+def _in_own_channels(case: Case, draw: Any) -> tuple[Case, float]:
+    """Give each mode channels of its own in queries and keys, then rotate, with a logit that bounds what is rounded."""
     generator, widths = draw(generators(9)), [draw(st.integers(1, 3)) for _ in case.sizes]
 
     def blocks() -> Tensor:
@@ -94,12 +182,36 @@ def orthogonal_channels(subject: Subject, case: Case, draw: Any) -> None:
 
     rotation = torch.linalg.qr(numbers(generator, (sum(widths), sum(widths)))).Q
     query, key = ((blocks() @ rotation).to(case.key) for _ in range(2))
-    case = case.replace(query=query, key=key, scale=min(abs(case.factor), 1.0))
     # Rotated channels are rounded, which moves a logit by a part of |q| |k|, however small the logit is.
-    bound = case.factor * largest(exact(query).norm(dim=-1)) * largest(exact(key).norm(dim=-1))
-    tolerance = allowed("output", case.dtype, logit=bound, magnitude=case.magnitude)
-    statement = "where modes live in orthogonal channels the Kronecker product must be full attention"
-    subject.expect_close(called(kronecker_product_attention, case), attention(case)[0], tolerance, statement, case)
+    case = case.replace(query=query, key=key, scale=min(abs(case.factor), 1.0))
+    return case, case.factor * largest(exact(query).norm(dim=-1)) * largest(exact(key).norm(dim=-1))
+
+
+def symmetric_modes(subject: Subject, case: Case, draw: Any) -> None:
+    """Tensors that do not change when two modes are swapped, and operators that treat all modes alike."""
+    batch, size = len(case.batch), min(case.sizes[:2])
+
+    def symmetric(tensor: Tensor) -> Tensor:
+        tensor = exact(tensor).narrow(batch, 0, size).narrow(batch + 1, 0, size)
+        return (tensor + tensor.transpose(batch, batch + 1)).to(case.key)
+
+    swapped = case.replace(query=symmetric(case.query), key=symmetric(case.key), value=symmetric(case.value))
+    swapped = at_most(swapped.replace(weights=None), LARGEST_LOGIT.get(case.dtype, 1.0))
+    for function in (additive_attention, kao_kv, kao_qkv, truncated_attention, kronecker_product_attention):
+        output = called(function, swapped)
+        statement = f"{function.__name__} of tensors that are symmetric in two modes must be symmetric"
+        tolerance = 2**case.order * swapped.allowed(largest(output))
+        subject.expect_close(output, output.transpose(batch, batch + 1), tolerance, statement, swapped)
+
+
+def _two_modes_at_least(**supposed: Any) -> Callable[[Asked, Subject], Any]:
+    """Return where cases come from that have two modes or more, whatever the user asks for."""
+
+    def strategy(asked: Asked, subject: Subject) -> Any:
+        order = None if asked.order is None else max(2, asked.order)
+        return cases(**{**asked.cases, "order": order}, min_order=2, **supposed)
+
+    return strategy
 
 
 def _on_cpu(case: Case) -> list[Tensor] | None:
@@ -113,6 +225,18 @@ STATEMENTS = (
         "A_K = F, LSE_K = LSE where k, v = Σ_g a^g[j_g], g ∈ K",
         independent_groups,
         drawn_cases(max_positions=40),
+    ),
+    Statement(
+        "additive attention is exact with independent groups of modes as its modes",
+        "A over groups = F where k, v = Σ_g a^g[j_g]",
+        groups_as_modes,
+        drawn_cases(max_positions=40),
+    ),
+    Statement(
+        "where pairs of modes share one, additive attention at each of its indices merges to full attention",
+        "F = Σ_a P(a) A(q; k[a], v[a]), P(a) ∝ e^(LSE_a), k, v = Σ_m a^m[j_0, j_m]",
+        overlapping_groups,
+        _two_modes_at_least(max_positions=40),
     ),
     Statement(
         "truncation at all modes is full attention, whatever the data",
@@ -143,5 +267,18 @@ STATEMENTS = (
         "α^l·κ^m = 0 for l ≠ m: A¹⊗…⊗A^N v = F",
         orthogonal_channels,
         drawn_cases(on_grid=True, max_positions=36),
+    ),
+    Statement(
+        "centred averaged queries are exact where modes live in orthogonal channels, for additive values",
+        "Σ_m A(Q^m) − (N−1) A(q̄) = F",
+        orthogonal_outer_sums,
+        drawn_cases(on_grid=True, max_positions=36),
+    ),
+    Statement(
+        "tensors that are symmetric in two modes have symmetric outputs",
+        "x = x^T: O = O^T",
+        symmetric_modes,
+        _two_modes_at_least(on_grid=True, max_positions=36, weighted=False),
+        share=0.5,
     ),
 )

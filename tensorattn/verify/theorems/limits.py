@@ -1,42 +1,50 @@
-"""Limits: derivatives by the scale, orders of the error in the scale, many positions, and the frames of the past."""
+"""Limits: derivatives by the scale at zero, orders of the error in the scale, and many positions."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tensorattn.operators.additive import additive_attention
 from tensorattn.operators.flattened import flattened_attention
 from tensorattn.operators.kao_kv import kao_kv
 from tensorattn.operators.truncated import truncated_attention
 from tensorattn.stats import TensorNormal
-from tensorattn.testing import Case, Subject
+from tensorattn.testing import Case, Subject, allowed
+from tensorattn.testing.cases import rows
 from tensorattn.testing.checks.derivatives import along_queries, expect_slope, marginal_covariance
-from tensorattn.testing.definitions import attention
-from tensorattn.testing.drawing import canonical
-from tensorattn.testing.tolerances import exact
+from tensorattn.testing.drawing import numbers
+from tensorattn.testing.tolerances import exact, largest
 from tensorattn.truncation import counting_numbers, kept_family
+from tensorattn.verify.means import mean, residual
 from tensorattn.verify.statement import Asked, Statement, called, drawn_cases, st
 
-__all__ = ["CAUSAL", "STATEMENTS"]
+__all__ = ["STATEMENTS"]
 
 Function = Callable[..., Any]
 
 SIZES = (5, 4, 3)  # of the tensor on which orders of the error are measured
 SCALES = (1e-2, 1e-3)
 SLOPE_TOLERANCE = 0.05
+LEAST_GAP = 200.0  # of logits, as e^-200 is nothing beside 1
 GRIDS, REPEATS = (32, 128), 10  # of white noise; a mean over samples
-FAR = 1e6  # what later frames hold
 
 
 def first_orders(subject: Subject, case: Case, draw: Any) -> None:
     """The derivatives of additive, joint and truncated attention by the scale at zero."""
     modes = range(case.order)
     covariances = [marginal_covariance(case, (mode,)) for mode in modes]
+    rest = case.replace(key=residual(case.key, case), value=residual(case.value, case))
+    whole, missing = (marginal_covariance(each, modes) for each in (case, rest))
+    statement = "the covariance must be those of the mode averages and that of the interaction residuals"
+    tolerance = allowed("average", case.dtype, magnitude=8 * case.order**2 * largest(case.key) * case.magnitude)
+    subject.expect_close(whole - torch.stack(covariances).sum(0), missing, tolerance, statement, case)
     totals = torch.stack([case.mode_weights(mode).sum(-1) for mode in modes])
     parts = (totals / totals.sum(0))[..., None, None]
     family = kept_family(case.order, None, draw(st.integers(1, case.order)))
@@ -53,10 +61,13 @@ def first_orders(subject: Subject, case: Case, draw: Any) -> None:
         expect_slope(operator, case, along_queries(case, matrix), draw, statement)
 
 
-def _slope(subject: Subject, seed: int, expected: float, function: Function, **options: Any) -> None:
-    """Measure the order of the error in the scale on a random tensor that is not additive."""
+def _slope(
+    subject: Subject, seed: int, expected: float, function: Function, together: int = len(SIZES), **options: Any
+) -> None:
+    """Measure the order of the error in the scale on a random tensor of interactions of some modes together."""
     generator = torch.Generator().manual_seed(seed)
     key, value, query = (torch.randn(*n, 4, generator=generator).double() for n in (SIZES, SIZES, (8,)))
+    key, value = (_of_order(together, tensor) for tensor in (key, value))
     errors = []
     for scale in SCALES:
         how: dict[str, Any] = {"order": len(SIZES), "scale": scale}
@@ -65,6 +76,19 @@ def _slope(subject: Subject, seed: int, expected: float, function: Function, **o
     found = math.log(errors[0] / errors[1]) / math.log(SCALES[0] / SCALES[1])
     statement = f"the error of {function.__name__} must be of order {expected:g} in the scale"
     _expect_number(subject, seed, found, expected, SLOPE_TOLERANCE, statement)
+
+
+def _of_order(together: int, tensor: Tensor) -> Tensor:
+    """The sum of the means of a tensor over all modes but some that stay together."""
+    modes = range(len(SIZES))
+    kept = itertools.combinations(modes, together)
+    dropped = ([mode for mode in modes if mode not in subset] for subset in kept)
+    return sum((tensor.mean(modes, keepdim=True) if modes else tensor for modes in dropped), torch.zeros(()).double())
+
+
+def truncated_errors(subject: Subject, case: int, draw: Any) -> None:
+    """Pairs that overlap are not exact under truncation at pairs, but to first order; the case is a seed."""
+    _slope(subject, case, 2.0, truncated_attention, together=2, interaction_order=2)
 
 
 def first_order_errors(subject: Subject, case: int, draw: Any) -> None:
@@ -117,56 +141,68 @@ def plateau(subject: Subject, case: tuple[int, torch.dtype, str], draw: Any) -> 
     _expect_number(subject, case, large / small, 1.0, 0.25, statement)
 
 
+def homogeneous_noise(subject: Subject, case: int, draw: Any) -> None:
+    """Exponential noise, the same at every position: its tilted mean is known, and no Gaussian one; a seed."""
+    small, large = (_tilt_error(case, size) for size in GRIDS)
+    statement = "additive attention and the tilted mean of the noise must be the limit of full attention"
+    _expect_number(subject, case, large / small, 0.25, 0.15, statement)
+
+
+def _tilt_error(seed: int, size: int) -> float:
+    """Root mean square over samples of the error of additive attention and the tilted mean of its noise.
+
+    Queries are so small that the variance of what is averaged has a variance itself.
+    """
+    squares = []
+    for repeat in range(REPEATS):
+        generator = torch.Generator().manual_seed(seed * REPEATS + repeat)
+        rows, columns = numbers(generator, (size, 1, 4)), numbers(generator, (size, 4))
+        uniform = torch.rand(size, size, 4, generator=generator, dtype=torch.float64)
+        x = (rows + columns) / 2 - uniform.log()
+        query = 0.25 * (2 * torch.rand(64, 4, generator=generator, dtype=torch.float64) - 1)
+        tilt = 1 / (1 - query) - 1  # exponential noise of rate 1 that is tilted by t has a rate of 1 - t
+        output: Any = additive_attention(query, x, x, order=2, scale=1.0)
+        full: Any = flattened_attention(query, x, x, order=2, scale=1.0)
+        squares.append(float((output + tilt - full).square().mean()))
+    return math.sqrt(sum(squares) / REPEATS)
+
+
+def far_away(subject: Subject, case: Case, draw: Any) -> None:
+    """At a scale so large that the best token of each set leaves no weight to the second."""
+    batch, modes = len(case.batch), range(case.order)
+    query = exact(rows(case.query, batch))
+    keys, values = ([rows(mean(tensor, case, (m,)), batch) for m in modes] for tensor in (case.key, case.value))
+    weights = [case.mode_weights(mode) for mode in modes]
+    sets = [*zip(keys, values, weights, strict=True)]
+    together = (torch.cat(keys, -2), torch.cat(values, -2), torch.cat(weights, -1))
+    gaps, chosen = zip(*(_best(query, *tokens) for tokens in (*sets, together)), strict=True)
+    # The gap must be clear of the rounding of averages, and of the logarithm of the weights.
+    rounding = allowed("average", case.dtype, magnitude=query.shape[-1] * largest(query) * largest(case.key))
+    if min(gaps) < 1e3 * rounding:
+        return
+    far = case.replace(scale=max(1.0, LEAST_GAP / min(gaps)))
+    center = mean(case.value, case).reshape(*case.batch, 1, -1)
+    additive = torch.stack(chosen[:-1]).sum(0) - (case.order - 1) * center
+    for function, expected in ((additive_attention, additive), (kao_kv, chosen[-1])):
+        # Of the logits only the order counts: averages of values and their sums are all that is rounded.
+        tolerance = (2 * case.order - 1) * allowed("output", case.dtype, magnitude=case.magnitude)
+        statement = f"at a large scale {function.__name__} must attend to the best token alone"
+        subject.expect_close(rows(called(function, far), batch), expected, tolerance, statement, far)
+
+
+def _best(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> tuple[float, Tensor]:
+    """The smallest gap between the best and the second logit of any query, and the values of the best."""
+    logits = (query @ key.mT).masked_fill((weight == 0).unsqueeze(-2), -math.inf)
+    top = logits.topk(min(2, logits.shape[-1])).values
+    gap = float((top[..., 0] - top[..., -1]).min()) if top.shape[-1] > 1 else math.inf
+    index = logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], value.shape[-1])
+    return gap, torch.take_along_dim(value, index, -2)
+
+
 def _expect_number(subject: Subject, case: Any, found: float, expected: float, tolerance: float, what: str) -> None:
     """Compare two numbers."""
     got, wanted = (torch.tensor(number, dtype=torch.float64) for number in (found, expected))
     subject.expect_close(got, wanted, tolerance, what, case)
-
-
-def no_leak(subject: Subject, case: Case, draw: Any) -> None:
-    """Whatever stands in later frames, earlier outputs are the same to the last bit."""
-    causal = draw(st.integers(0, case.order - 1))
-    frame = draw(st.integers(0, case.sizes[causal] - 1))
-    later = (torch.arange(case.sizes[causal]) > frame).reshape(-1, *(1 for _ in range(case.order - causal)))
-    later = later.to(case.key.device)
-    case = case.replace(key=canonical(case.key), value=canonical(case.value))  # both are then read alike
-    far = min(FAR, torch.finfo(case.dtype).max / 8)
-    other = case.replace(key=case.key.masked_fill(later, far), value=case.value.masked_fill(later, -far))
-    before, after = (
-        called(subject.function, each, causal=causal, **subject.options).narrow(len(case.batch) + causal, 0, frame + 1)
-        for each in (case, other)
-    )
-    subject.expect_close(after, before, 0.0, f"nothing may leak from frames of mode {causal} after {frame}", case)
-
-
-def causal_exact(subject: Subject, case: Case, draw: Any) -> None:
-    """On additive tensors causal additive attention is full attention to the frames so far, with its log-sum-exp."""
-    causal = draw(st.integers(0, case.order - 1))
-    output, lse, _ = called(additive_attention, case, causal=causal, return_lse=True)
-    dim, weight = len(case.batch) + causal, case.mode_weights(causal)
-    for frame in range(case.sizes[causal]):
-        seen = [case.mode_weights(m) if m != causal else weight.narrow(-1, 0, frame + 1) for m in range(case.order)]
-        if not bool((seen[causal].sum(-1) > 0).any()):
-            continue
-        past = case.replace(
-            query=case.query.narrow(dim, frame, 1),
-            key=case.key.narrow(dim, 0, frame + 1),
-            value=case.value.narrow(dim, 0, frame + 1),
-            weights=tuple(seen),
-        )
-        full, full_lse = attention(past)
-        statement = f"causal attention must be full attention up to frame {frame} of mode {causal}"
-        subject.expect_close(output.narrow(dim, frame, 1), full, case.allowed(), statement, case)
-        told = f"{statement} in its log-sum-exp"
-        subject.expect_close(lse.narrow(dim, frame, 1), full_lse, case.allowed_lse, told, case)
-
-
-CAUSAL = Statement(  # of every operator that can be causal
-    "causal attention sees nothing of later frames, whatever the data",
-    "∂O[i] / ∂x_j = 0 for j_t > i_t, to the last bit",
-    no_leak,
-    drawn_cases(on_grid=True, max_positions=32),
-)
 
 
 def _seed(asked: Asked, subject: Subject) -> int:
@@ -182,12 +218,6 @@ def _seed_and_type(asked: Asked, subject: Subject) -> tuple[int, torch.dtype, st
 FROM_TO = " → ".join(f"{size}²" for size in GRIDS)
 
 STATEMENTS = (
-    Statement(
-        "on additive data causal additive attention is full attention to the frames so far",
-        "A_t[i] = F[i] over j_t ≤ i_t",
-        causal_exact,
-        drawn_cases(on_grid=True, additive=True, max_positions=32),
-    ),
     Statement(
         "to first order in the scale the operators see the covariances of the means that they keep",
         "dA/ds = Σ_m Cov_m q, dJ/ds = Σ_m n_m/S Cov_m q, dA_K/ds = Σ_U c_U Cov_U q",
@@ -212,6 +242,14 @@ STATEMENTS = (
         once=True,
     ),
     Statement(
+        "truncation at the order of the data errs to second order in the scale",
+        "|F − A_r| ~ s² for k, v of order r, measured slope",
+        truncated_errors,
+        _seed,
+        double=True,
+        once=True,
+    ),
+    Statement(
         "on tensor-normal noise the error with the interaction term falls as one over the root of the positions",
         f"|F − A − s C_vk q| ~ P^(−1/2), {FROM_TO}: ratio 1/4 ± .1",
         decay,
@@ -224,5 +262,19 @@ STATEMENTS = (
         plateau,
         _seed_and_type,
         once=True,
+    ),
+    Statement(
+        "noise of one law at every position tilts attention by its tilted mean, whatever the law",
+        f"F → A + E[ξ e^(s q·ξ)] / E[e^(s q·ξ)] − E[ξ], {FROM_TO}: ratio 1/4 ± .15",
+        homogeneous_noise,
+        _seed,
+        double=True,
+        once=True,
+    ),
+    Statement(
+        "at a large scale each softmax attends to its best token alone",
+        "s → ∞: A = Σ_m V^m[a*_m] − (N−1)v̄, J = V[a*]",
+        far_away,
+        drawn_cases(),
     ),
 )

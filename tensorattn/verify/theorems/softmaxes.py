@@ -1,4 +1,4 @@
-"""What the softmaxes over averages are: shares, geometric marginals, a ladder of log-sum-exps, and a bound."""
+"""What the softmaxes over averages are: shares, marginals, projections, and a ladder of log-sum-exps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorattn.averages import interaction_residual
-from tensorattn.diagnose import error_bound
+from tensorattn.averages import interaction_residual, mode_averages
 from tensorattn.operators.additive import additive_attention
 from tensorattn.operators.flattened import flattened_attention
 from tensorattn.operators.kao_kv import kao_kv
@@ -20,14 +19,15 @@ from tensorattn.operators.truncated import truncated_attention
 from tensorattn.testing import Case, Subject, allowed
 from tensorattn.testing.cases import rows
 from tensorattn.testing.definitions import attention
+from tensorattn.testing.drawing import generators, numbers
 from tensorattn.testing.tolerances import exact, largest
 from tensorattn.truncation import counting_numbers, kept_family
-from tensorattn.verify.means import at_most, expectation, for_queries, mean
-from tensorattn.verify.statement import Asked, Statement, called, drawn_cases, st
+from tensorattn.verify.means import at_most, expectation, for_queries, mean, product
+from tensorattn.verify.statement import Statement, called, drawn_cases, drawn_orders, st
 
 __all__ = ["STATEMENTS"]
 
-SLACK = 1e-9  # relative, for bounds
+LARGEST_SPREAD = 20.0  # of logits whose weights are compared as logarithms
 
 
 def counted_once(subject: Subject, case: int, draw: Any) -> None:
@@ -81,72 +81,95 @@ def ladder(subject: Subject, case: Case, draw: Any) -> None:
 
 
 def joint_shares(subject: Subject, case: Case, draw: Any) -> None:
-    """The joint softmax is the mean value plus a share of each mode's effect."""
+    """Additive attention is the mean value and each mode's effect, the joint softmax a share of each of these."""
     output, _, together = called(kao_kv, case, return_attention=True)
-    separate = called(additive_attention, case, return_attention=True).attention
+    plain, _, separate = called(additive_attention, case, return_attention=True)
     center = for_queries(mean(case.value, case), case)
-    total = center.expand(output.shape)
+    whole = total = center.expand(output.shape)
+    shares = []
     for mode, (part, own) in enumerate(zip(together, separate, strict=True)):
         tokens = mean(case.value, case, (mode,))
         effect = expectation(rows(exact(own), len(case.batch)), tokens, case) - center
-        total = total + exact(part).sum(-1, keepdim=True) * effect
+        shares.append(exact(part).sum(-1, keepdim=True))
+        whole, total = whole + effect, total + shares[-1] * effect
+    terms = 2 * case.order
     statement = "the joint softmax must be the mean value and a share of each mode's effect"
-    subject.expect_close(output, total, 2 * case.order * case.allowed(), statement, case)
+    subject.expect_close(output, total, terms * case.allowed(), statement, case)
+    statement = "additive attention must be the mean value and the effect of each mode"
+    subject.expect_close(plain, whole, terms * case.allowed(), statement, case)
+    added = torch.stack(shares).sum(0)
+    subject.expect_close(added, torch.ones_like(added), case.allowed_lse, "the shares must add up to one", case)
 
 
 def geometric_marginals(subject: Subject, case: Case, draw: Any) -> None:
     """The weight of an index is the geometric mean of full attention over its slice, made to sum to one."""
-    case = at_most(case, 20.0)
-    batch = len(case.batch)
-    query, key = rows(exact(case.query), batch), rows(exact(case.key), batch)
-    lse = torch.from_numpy(attention(case)[1]).reshape(*query.shape[:-1])
-    logs = (case.factor * (key @ query.mT) - lse.unsqueeze(-2)).reshape(*case.batch, *case.sizes, query.shape[-2])
+    case = at_most(case, LARGEST_SPREAD)
+    logs = _log_attention(case).mT.reshape(*case.batch, *case.sizes, -1)
     weights = called(additive_attention, case, return_attention=True).attention
     tolerance = allowed("log-sum-exp", case.dtype, logit=case.logit)
     for mode, own in enumerate(weights):
         marginal = mean(logs, case, (mode,)).reshape(*case.batch, case.sizes[mode], -1).mT
         marginal = torch.softmax(marginal + case.mode_weights(mode).log().unsqueeze(-2), -1)
         statement = f"attention to mode {mode} must be the geometric marginal of full attention"
-        subject.expect_close(rows(own, batch), marginal, tolerance, statement, case)
+        subject.expect_close(rows(own, len(case.batch)), marginal, tolerance, statement, case)
 
 
-def bounded(subject: Subject, case: Case, draw: Any) -> None:
-    """The distance of additive from full attention is at most its bound, and the cheap bound is the larger."""
-    full = exact(called(flattened_attention, case))
-    error = (full - exact(called(additive_attention, case))).norm(dim=-1)
-    rounding = case.allowed() * case.value.shape[-1] ** 0.5
-    near, cheap = (exact(called(error_bound, case, oscillation=how)) for how in ("exact", "cheap"))
-    subject.expect(bool(((near >= 0) & near.isfinite()).all()), "the bound must be a number of at least 0", case)
-    for left, right, statement in (
-        (error, near, "the error must be at most its bound"),
-        (near, cheap, "the cheap bound must be at least the exact one"),
-    ):
-        excess = (left - right * (1 + SLACK)).clamp(min=0)
-        subject.expect_close(excess, torch.zeros_like(excess), rounding, statement, case)
+def projection(subject: Subject, case: Case, draw: Any) -> None:
+    """Pythagoras: full attention, the product of the modes' attention, and any other product have a right angle."""
+    case, generator = at_most(case, LARGEST_SPREAD), draw(generators(9))
+    own = called(additive_attention, case, return_attention=True).attention
+    others = [torch.softmax(numbers(generator, part.shape), -1) for part in own]
+    share = case.position_weights().reshape(*case.batch, 1, -1)
+    share = share / share.sum(-1, keepdim=True)
+
+    def centred(logs: Tensor) -> Tensor:
+        logs = torch.where(share > 0, logs, 0.0)
+        return logs - (share * logs).sum(-1, keepdim=True)
+
+    def squared(left: Tensor, right: Tensor) -> Tensor:
+        return (share * (left - right).square()).sum(-1)
+
+    # Where no weight is, there is no attention, and no logarithm of it.
+    near, other = (centred((product(part, case) / share).log()) for part in (own, others))
+    full = centred(_log_attention(case))
+    size = 1 + case.logit + largest(other)
+    tolerance = 4 * size * allowed("log-sum-exp", case.dtype, logit=size)
+    statement = "the product of the modes' attention must be the foot of the perpendicular"
+    legs = squared(full, near) + squared(near, other)
+    subject.expect_close(squared(full, other), legs, tolerance, statement, case)
 
 
-def exclusive_or(subject: Subject, case: int, draw: Any) -> None:
-    """Keys and values that are 1 or -1 by parity: bound over error is 1 + tanh²(Δ/4); the case is the order."""
-    sides = (torch.tensor([1.0, -1.0]).double().reshape([2] + [1] * mode) for mode in range(case))
-    parity = functools.reduce(torch.mul, sides).unsqueeze(-1)
-    for spread in (0.1, 1.0):
-        query = torch.tensor([spread / 2], dtype=torch.float64)
-        how: dict[str, Any] = {"order": case, "scale": 1.0}
-        full: Any = flattened_attention(query, parity, parity, **how)
-        error = (full - additive_attention(query, parity, parity, **how)).norm()
-        ratio = error_bound(query, parity, parity, oscillation="exact", **how) / error
-        expected = 1 + torch.tensor(spread / 4, dtype=torch.float64).tanh() ** 2
-        statement = f"the bound must be attained at an oscillation of {spread}"
-        subject.expect_close(ratio, expected, 1e-12, statement, case)  # type: ignore[arg-type]
+def _log_attention(case: Case) -> Tensor:
+    """Logarithm of full attention in float64, ``(*batch, L, P)``, with the weight of a position left out."""
+    query, key = (rows(exact(tensor), len(case.batch)) for tensor in (case.query, case.key))
+    lse = torch.from_numpy(attention(case)[1]).reshape(*query.shape[:-1])
+    return case.factor * (query @ key.mT) - lse.unsqueeze(-1)
 
 
-def _orders(least: int, most: int) -> Any:
-    """Return where cases come from that are just a number of modes."""
+def arithmetic_marginals(subject: Subject, case: Case, draw: Any) -> None:
+    """Full attention is its own marginals on mode averages, less mean values, and its mean of the residual."""
+    output, _, (weights,) = called(flattened_attention, case, return_attention=True)
+    batch, modes = len(case.batch), range(case.order)
+    given = None if case.weights is None else [case.mode_weights(mode) for mode in modes]
+    how: dict[str, Any] = {"order": case.order, "weights": given}
+    law = rows(exact(weights).flatten(-case.order), batch)
+    by_mode = law.unflatten(-1, case.sizes)
+    expected = expectation(law, interaction_residual(exact(case.value), **how), case)
+    for mode, tokens in enumerate(mode_averages(exact(case.value), **how)):
+        others = [batch + 1 + m for m in modes if m != mode]
+        expected = expected + expectation(by_mode.sum(others) if others else by_mode, tokens, case)
+    expected = expected - (case.order - 1) * for_queries(mean(case.value, case), case)
+    statement = "full attention must be its marginals on the averages, and its mean of the interaction residual"
+    subject.expect_close(output, expected, 4 * case.order * case.allowed(), statement, case)
 
-    def strategy(asked: Asked, subject: Subject) -> Any:
-        return st.integers(least, most) if asked.order is None else st.just(max(least, asked.order))
 
-    return strategy
+def counted_mean(subject: Subject, case: Case, draw: Any) -> None:
+    """At scale zero the outer sum as published is N times the mean value."""
+    flat = case.replace(scale=0.0)
+    center = case.order * for_queries(mean(case.value, case), case)
+    output = called(kao_qkv, flat, centered=False)
+    statement = "at scale zero averaged queries as published must count the mean value once a mode"
+    subject.expect_close(output, center.expand(output.shape), case.order * flat.allowed(), statement, case)
 
 
 STATEMENTS = (
@@ -154,7 +177,7 @@ STATEMENTS = (
         "counting numbers of all sets of r modes have a closed form",
         "c_U = (−1)^(r−|U|) C(N−|U|−1, r−|U|)",
         closed_form,
-        _orders(1, 6),
+        drawn_orders(1, 6),
     ),
     Statement(
         "outputs of averaged queries are outer sums, whatever the data",
@@ -166,7 +189,7 @@ STATEMENTS = (
         "counting numbers count every kept effect once",
         "Σ_(U'⊇U) c_U' = 1 for every U",
         counted_once,
-        _orders(1, 5),
+        drawn_orders(1, 5),
     ),
     Statement(
         "the more modes are kept, the larger the log-sum-exp, up to that of full attention",
@@ -175,8 +198,8 @@ STATEMENTS = (
         drawn_cases(max_positions=40),
     ),
     Statement(
-        "the joint softmax is the mean value and a share of each mode's effect",
-        "J = v̄ + Σ_m λ_m d_m, λ_m = Z_m / ΣZ",
+        "additive attention is the mean value and each mode's effect, the joint softmax a share of each",
+        "A = v̄ + Σ_m d_m, J = v̄ + Σ_m λ_m d_m, Σ_m λ_m = 1",
         joint_shares,
         drawn_cases(),
     ),
@@ -187,17 +210,21 @@ STATEMENTS = (
         drawn_cases(),
     ),
     Statement(
-        "the error of additive attention is at most its bound, whatever the data",
-        "|F − A| ≤ D_v tanh(Δ/4) + min(max|R^v|, σ_v √χ)",
-        bounded,
-        drawn_cases(empty=True),
+        "the product of the modes' attention is the projection of full attention on product laws",
+        "|F − G|² = |F − ⊗p_m|² + |⊗p_m − G|² for G = ⊗g_m, centred logs",
+        projection,
+        drawn_cases(),
     ),
     Statement(
-        "the bound is attained by the exclusive or",
-        "bound / |F − A| = 1 + tanh²(Δ/4)",
-        exclusive_or,
-        _orders(2, 4),
-        share=0.2,
-        double=True,
+        "full attention is its marginals on the averages and its mean of the interaction residual",
+        "F = Σ_m P_m V^m − (N−1)v̄ + E_P[R^v]",
+        arithmetic_marginals,
+        drawn_cases(),
+    ),
+    Statement(
+        "averaged queries as published count the mean value once a mode",
+        "s = 0: O = N v̄",
+        counted_mean,
+        drawn_cases(on_grid=True, max_positions=40),
     ),
 )
