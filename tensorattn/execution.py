@@ -12,7 +12,7 @@ from torch import Tensor
 from tensorattn import slabs
 from tensorattn.contraction_tree import Kept, folding, primitive_for
 from tensorattn.planning import Plan, Step, order_of_strides
-from tensorattn.slabs import slabs_of
+from tensorattn.slabs import slabs_of, steps_of
 from tensorattn.weights import Vector, accumulation_dtype
 
 __all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
@@ -237,31 +237,46 @@ def _add_up(terms: Sequence[Term]) -> Tensor:
 
 
 def _write(terms: Sequence[Term], result: Tensor) -> None:
-    """Write a sum of broadcast terms, the full-sized ones first: one pass over memory, the rest within the cache."""
-    first, *others = sorted(terms, key=lambda term: (term[1] is not None, -term[0].numel()))
-    plain = [part for part, weight in others if weight is None]
-    weighted = [(part, weight) for part, weight in others if weight is not None]
-    exact = all(part.dtype == result.dtype for part, _ in terms)
-    if exact and len(terms) == 2 and first[1] is None and not weighted:
-        torch.add(first[0].expand(result.shape), plain[0], out=result)
+    """Write a sum of broadcast terms: one pass over memory, the rest within the cache."""
+    if all(weight is None and part.dtype == result.dtype for part, weight in terms):
+        _write_plainly([part for part, _ in terms], result)
         return
-    whole = exact and len(terms) == 1 and first[1] is None
-    for slab in [()] if whole else slabs_of(result.shape, slabs.ELEMENTS):
-        target = result[slab]
-        total = target if exact else target.new_empty(target.shape, dtype=accumulation_dtype(result.dtype))
-        one = first[0][_within(slab, first[0])].expand(total.shape)
-        if first[1] is not None:
-            torch.mul(one, first[1][_within(slab, first[1])], out=total)
-        elif plain:
-            torch.add(one, plain[0][_within(slab, plain[0])], out=total)
+    steps = steps_of(result.shape, slabs.WRITTEN)
+    dtype = accumulation_dtype(result.dtype)
+    tensors = (result, *(tensor for term in terms for tensor in term if tensor is not None))
+    for target, *pieces in zip(*(_pieces(tensor, result.shape, steps) for tensor in tensors), strict=True):
+        rest, total = iter(pieces), target.new_zeros(target.shape, dtype=dtype)
+        for _, weight in terms:
+            if weight is None:
+                total.add_(next(rest))
+            else:
+                total.addcmul_(next(rest), next(rest))
+        target.copy_(total)
+
+
+def _write_plainly(parts: Sequence[Tensor], result: Tensor) -> None:
+    """Write a sum of broadcast tensors of its type, the full-sized ones first."""
+    first, *others = sorted(parts, key=lambda part: -part.numel())
+    if not others:
+        result.copy_(first)
+        return
+    steps = [] if len(others) == 1 else steps_of(result.shape, slabs.WRITTEN)
+    tensors = (result, first.expand(result.shape), *others)
+    for target, one, two, *rest in zip(*(_pieces(tensor, result.shape, steps) for tensor in tensors), strict=True):
+        torch.add(one, two, out=target)
+        for part in rest:
+            target.add_(part)
+
+
+def _pieces(tensor: Tensor, shape: Sequence[int], steps: Sequence[int]) -> list[Tensor]:
+    """Cut a tensor that broadcasts to a shape into the slabs of that shape; dimensions of size 1 are taken whole."""
+    pieces = [tensor]
+    for dim, (size, step) in enumerate(zip(shape, steps, strict=False)):
+        if tensor.shape[dim] == 1:
+            pieces = [piece for piece in pieces for _ in range(0, size, step)]
         else:
-            total.copy_(one)
-        for part in plain[1:]:
-            total.add_(part[_within(slab, part)])
-        for part, weight in weighted:
-            total.addcmul_(part[_within(slab, part)], weight[_within(slab, weight)])
-        if not exact:
-            target.copy_(total)
+            pieces = [part for piece in pieces for part in piece.split(step, dim)]
+    return pieces
 
 
 def _aligned(vector: Vector, plan: Plan, mode: int) -> Vector:

@@ -6,14 +6,39 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-__all__ = ["ELEMENTS", "POSITIONS", "positions_at_a_time", "slabs_of"]
+__all__ = ["ELEMENTS", "POSITIONS", "WRITTEN", "positions_at_a_time", "slabs_of", "steps_of"]
 
-ELEMENTS = 1 << 19  # of a tensor that is copied or written in more than one pass, so that a slab stays in the cache
+ELEMENTS = 1 << 19  # of a tensor that is copied before it is read, so that the copy stays in the cache
+WRITTEN = 1 << 18  # elements that are written in more than one pass, so that they stay in the nearest large cache
 POSITIONS = 1 << 12  # that are projected, attended from and projected back at a time, of all batch entries together
 
 
+def steps_of(shape: Sequence[int], elements: int) -> list[int]:
+    """Cut a grid into slabs of about the same size, of at most a number of elements, along its outermost dimensions.
+
+    Args:
+        shape: Sizes, the outermost in memory first.
+        elements: Number of elements.
+
+    Returns:
+        For each dimension that is cut, how many of its indices a slab has.
+
+    Examples:
+        >>> steps_of((4, 10, 6), 18), steps_of((4, 10, 6), 240)
+        ([1, 3], [])
+    """
+    inner, steps = math.prod(shape), []
+    for size in shape:
+        if inner <= elements:
+            break
+        inner //= size
+        pieces = math.ceil(size / max(1, elements // inner))
+        steps.append(math.ceil(size / pieces))
+    return steps
+
+
 def slabs_of(shape: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a grid into slabs of at most a number of elements, along its outermost dimensions.
+    """Cut a grid into slabs as `steps_of` does.
 
     Args:
         shape: Sizes, the outermost in memory first.
@@ -22,16 +47,13 @@ def slabs_of(shape: Sequence[int], elements: int) -> Iterator[tuple[slice, ...]]
     Returns:
         The slices of each slab.
     """
-    inner = math.prod(shape)
-    ranges: list[list[slice]] = []
-    for size in shape:
-        if inner <= elements:
-            break
-        inner //= size
-        pieces = math.ceil(size / max(1, elements // inner))
-        step = math.ceil(size / pieces)  # slabs of about the same size
-        ranges.append([slice(start, start + step) for start in range(0, size, step)])
-    yield from itertools.product(*ranges)
+    steps = steps_of(shape, elements)
+    yield from itertools.product(
+        *(
+            [slice(start, start + step) for start in range(0, size, step)]
+            for size, step in zip(shape, steps, strict=False)
+        )
+    )
 
 
 def positions_at_a_time(batch: int, positions: int) -> int:

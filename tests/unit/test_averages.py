@@ -95,6 +95,7 @@ def slab(request, monkeypatch):
     """Read tensors that are copied in one slab, and in slabs of a few elements."""
     if request.param == "slabs":
         monkeypatch.setattr(slabs, "ELEMENTS", 7)
+        monkeypatch.setattr(slabs, "WRITTEN", 7)
 
 
 class TestMeans:
