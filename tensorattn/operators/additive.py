@@ -11,10 +11,10 @@ from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "additive_attention"]
 
@@ -33,7 +33,9 @@ def additive_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     interaction: str | None = None,
@@ -60,8 +62,13 @@ def additive_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            One that is no product over modes makes masked averages, with the logarithm of the positions present behind
+            each in the logits: an approximation, exact where the mask is a product.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
             query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
             Exact where keys and values are additive.
@@ -84,9 +91,12 @@ def additive_attention(
         among the averages, before the own token joins.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -113,6 +123,8 @@ def additive_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,

@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorattn.contraction import contract, expand
+from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, retells
 from tensorattn.modes import GridShape, check_order
 from tensorattn.operators.interaction import check_interaction, missing_covariance
 from tensorattn.operators.kao_kv import joint_set
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.softmax import attend_tokens, join_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
-from tensorattn.weights import Vector, normalized
+from tensorattn.weighing import weighted_means
 
 __all__ = ["OPERATOR", "kao_qkv"]
 
@@ -40,7 +41,7 @@ def attend(
     if isinstance(query, tuple):
         return _attend_from_means(query, summary, centered, scale=scale, **settings)
     order, batch = summary.order, summary.batch
-    means = contract(query, (*main_effects(order), ()), normalized(summary.mode_weights))
+    means = weighted_means(query, (*main_effects(order), ()), summary.position_weights())
     parts = _attend_from_means(means, summary, centered, scale=scale, **settings)
     output = expand(parts.output, main_effects(order), GridShape(batch, summary.sizes, parts.output[0].shape[-1]))
     lse = None
@@ -113,7 +114,9 @@ def kao_qkv(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     centered: bool = False,
@@ -146,9 +149,14 @@ def kao_qkv(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the averages of the queries too.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            One that is no product over modes makes masked averages, with the logarithm of the positions present behind
+            each in the logits: an approximation, exact where the mask is a product.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: Has no meaning here and raises.
         causal: Has no meaning here and raises.
         centered: Whether to take one softmax a mode and count the mean once.
@@ -164,9 +172,12 @@ def kao_qkv(
         that ``attention[m][l]``, ``(*batch, n_m, n_l)``, tells how the averages of mode m attend to those of mode l.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -197,6 +208,8 @@ def kao_qkv(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -213,7 +226,7 @@ def needs(order: int, *, centered: bool, interaction: str | None, saturation: fl
     check_interaction(interaction, saturation)
     if interaction is not None and not centered:
         raise OptionError("interaction needs centered=True: the published form has no first order to correct.")
-    return Needs((*main_effects(order), ()), second_moment=interaction is not None)
+    return Needs((*main_effects(order), ()), second_moment=interaction is not None, position_weights=True)
 
 
 def claims(*, centered: bool, interaction: str | None, saturation: float | None) -> frozenset[Claim]:
@@ -222,6 +235,11 @@ def claims(*, centered: bool, interaction: str | None, saturation: float | None)
         return frozenset({Claim.KEY_SHIFT, Claim.ROTATION})
     first_order = {Claim.FIRST_ORDER} if interaction is not None else set()
     return SYMMETRIES | {Claim.CONSTANT_MODE, Claim.REFINEMENT, Claim.ZERO_SCALE_MEAN} | first_order
+
+
+def counts_indices(*, centered: bool, **_: Any) -> bool:
+    """The published form has one softmax for the indices of all modes."""
+    return not centered
 
 
 def takes_means(*, interaction: str | None, **_: Any) -> bool:
@@ -239,6 +257,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    counts_indices=counts_indices,
     options={"centered": False, "interaction": None, "saturation": 1.0},
     lacks={"bias": AVERAGED, "causal": AVERAGED},
 )

@@ -8,11 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import retells
-from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
+from tensorattn.operators.mode_matrices import (
+    POOLED,
+    along_mode,
+    counts_indices,
+    matrices_needs,
+    mode_matrices,
+    over_present,
+    position_column,
+    takes_means,
+)
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "kronecker_product_attention"]
 
@@ -28,10 +37,21 @@ def attend(
 ) -> AttentionResult:
     """Apply the attention matrix of each mode in turn; the Kronecker product is never formed."""
     matrices, dropped, lse = mode_matrices(query, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
-    output = summary.value(tuple(range(summary.order)))
-    for mode, matrix in enumerate(dropped):
-        output = along_mode(matrix, output, mode, len(summary.batch))
+    value, weight, batch = summary.value(tuple(range(summary.order))), position_column(summary), len(summary.batch)
+    if weight is None:
+        output = _product(dropped, value, batch)
+    else:
+        output = over_present(
+            _product(dropped, value * weight.to(value.dtype), batch), _product(matrices, weight, batch)
+        )
     return AttentionResult(output, lse, matrices if return_attention else None)
+
+
+def _product(matrices: tuple[Tensor, ...], tensor: Tensor, batch: int) -> Tensor:
+    """Multiply a tensor by one matrix along each mode."""
+    for mode, matrix in enumerate(matrices):
+        tensor = along_mode(matrix, tensor, mode, batch)
+    return tensor
 
 
 @retells
@@ -42,7 +62,9 @@ def kronecker_product_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     pool: str = "mean",
@@ -65,9 +87,14 @@ def kronecker_product_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the pooled queries too.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            One that is no product over modes makes masked averages, and the product of the matrices is made to sum to
+            one over the positions present; with ``pool="sum"`` it excludes ``weights``.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: Has no meaning here and raises.
         causal: Has no meaning here and raises.
         pool: Whether queries and keys are pooled over the other modes by their ``"mean"`` or by their ``"sum"``.
@@ -80,9 +107,12 @@ def kronecker_product_attention(
         matrix ``(*batch, n_m, n_m)`` a mode.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -106,6 +136,8 @@ def kronecker_product_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -134,6 +166,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    counts_indices=counts_indices,
     pools=True,
     options={"pool": "mean"},
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "its logits are sums over pooled queries"},

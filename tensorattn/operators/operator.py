@@ -9,19 +9,30 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tensorattn.errors import OptionError, ShapeError
 from tensorattn.modes import attention_shapes
 from tensorattn.operators.position import causal_bias, check_bias, check_causal, frames_first, frames_last
 from tensorattn.options import check_probability, check_scale, check_switch
+from tensorattn.presence import GivenWeights, Lengths, Mask, Presence, check_presence
 from tensorattn.running import running_summary
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs, attention_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, check_floating, check_weights
+from tensorattn.weights import GridWeights, accumulation_dtype, check_floating, without_absent
 
-__all__ = ["AttentionResult", "Claim", "Needs", "Operator", "attend_positions", "default_scale", "run"]
+__all__ = [
+    "AttentionResult",
+    "Claim",
+    "Needs",
+    "Operator",
+    "attend_positions",
+    "check_grid_weights",
+    "default_scale",
+    "run",
+]
 
 
 class Claim(StrEnum):
@@ -42,7 +53,7 @@ class Claim(StrEnum):
 
 
 def _never(**_: Any) -> bool:
-    """Tell that an operator needs all queries, whatever its options."""
+    """Tell that something does not hold for an operator, whatever its options."""
     return False
 
 
@@ -78,6 +89,8 @@ class Operator:
             the grand mean, in place of all queries.
         pools: Whether it pools queries and keys over positions before they meet, so that each mode can have linear
             maps of its own, and a norm.
+        counts_indices: From the options to whether it counts how often each index of a mode is there, in a softmax over
+            modes or a sum over positions, which weights of whole positions do not tell.
         options: Names of its options with their defaults.
         lacks: Arguments without a meaning for it, each with the reason.
     """
@@ -90,6 +103,7 @@ class Operator:
     query: Literal["positions", "grid"] = "positions"
     takes_means: Callable[..., bool] = _never
     pools: bool = False
+    counts_indices: Callable[..., bool] = _never
     options: Mapping[str, Any] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,6 +125,32 @@ class Operator:
         return {**self.options, **options}
 
 
+def check_grid_weights(operator: Operator, options: Mapping[str, Any], given: Presence, causal: int | None) -> None:
+    """Check that weights which are no product over modes have a meaning.
+
+    Args:
+        operator: The operator.
+        options: All its options.
+        given: What was said of the positions.
+        causal: The causal mode, or None.
+
+    Raises:
+        OptionError: If they have none.
+    """
+    if not isinstance(given.weights, GridWeights):
+        return
+    if not given.indices and operator.counts_indices(**options):
+        raise OptionError(
+            "weights of whole positions have no meaning for this operator: it counts the indices of each mode.",
+            hint="Give one vector a mode, or a mask alone.",
+        )
+    if causal is not None and operator.query == "positions":
+        raise OptionError(
+            "causal needs weights that are a product over modes, but the mask or weights are none.",
+            hint="Give lengths, a mask that is a product over modes, or one vector of weights a mode.",
+        )
+
+
 def run(
     operator: Operator,
     query: Tensor,
@@ -119,7 +159,9 @@ def run(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     dropout_p: float = 0.0,
@@ -136,7 +178,9 @@ def run(
         value: Values ``(*batch, n_1, …, n_N, D_v)``.
         order: Number of modes N.
         scale: Factor of the logits, 1/√D if None.
-        weights: One vector a mode, or None.
+        weights: One vector a mode, or a tensor over the grid of the keys, or None.
+        mask: True where a key and its value take part, or None.
+        lengths: How many leading indices of each mode take part, or None.
         bias: One tensor a mode, or None.
         causal: The causal mode, or None.
         dropout_p: Probability of dropping an attention weight.
@@ -171,7 +215,9 @@ def run(
             f"{grid.sizes}."
         )
     needs = operator.needs(order, **options)
-    checked = check_weights(weights, grid, key)
+    given_weights = check_presence(weights, mask, lengths, grid, key)
+    check_grid_weights(operator, options, given_weights, causal)
+    checked, present = given_weights.weights, given_weights.present
     checked_bias = check_bias(bias, positions, grid, key)
     mode = check_causal(causal, positions, grid)
     settings: dict[str, Any] = {
@@ -182,7 +228,9 @@ def run(
         **options,
     }
     if options.get("include_self"):
-        settings["own"] = (key, value)
+        settings["own"] = _own_tokens(key, value, present)
+    if present is not None and tuple(range(order)) in needs.kept:  # absent keys could give infinite logits
+        key, value = without_absent(key, present), without_absent(value, present)
     if mode is None or operator.query == "grid":
         if checked_bias is not None:
             settings["bias"] = checked_bias
@@ -190,10 +238,11 @@ def run(
             settings["causal"] = mode
         result = operator.attend(query, attention_summary(key, value, needs, checked), **settings)
     else:
+        assert not isinstance(checked, GridWeights)
         if checked_bias is not None:
             settings["bias"] = causal_bias(checked_bias, mode)
         if "own" in settings:
-            settings["own"] = tuple(frames_first(part, mode, batch) for part in (key, value))
+            settings["own"] = tuple(frames_first(part, mode, batch) for part in settings["own"])
         summary = running_summary(key, value, needs, checked, mode)
         result = operator.attend(frames_first(query, mode, batch), summary, **settings)
         last = functools.partial(frames_last, mode=mode, batch=batch)
@@ -203,6 +252,15 @@ def run(
             None if result.attention is None else tuple(map(last, result.attention)),
         )
     return result if return_lse or return_attention else result.output
+
+
+def _own_tokens(key: Tensor, value: Tensor, present: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the own key and value of each position, and where positions take part the logit that is added: 0 or −∞."""
+    if present is None:
+        return key, value
+    hidden = torch.zeros(key.shape[:-1], dtype=accumulation_dtype(key.dtype), device=key.device)
+    hidden = hidden.masked_fill(~present, -math.inf).unsqueeze(-1)
+    return without_absent(key, present), without_absent(value, present), hidden
 
 
 def attend_positions(

@@ -31,6 +31,8 @@ FLOORS = {
     "cost": 2,
     "options": 3,
     "weights": 3,
+    "weighing": 3,
+    "presence": 3,
     "execution": 3,
     "contraction": 3,
     "averages": 3,

@@ -223,7 +223,7 @@ def test_what_is_no_tensor(variant):
 WEIGHTS = {
     "too few": ([None], "weights has 1 entries, but order 2 needs 2 vectors, one a mode."),
     "too many": ([None] * 3, "weights has 3 entries, but order 2 needs 2 vectors, one a mode."),
-    "one tensor": (ones(2, 3), "weights has a single tensor, but order 2 needs 2 vectors, one a mode."),
+    "one tensor": (ones(2, 3), "mode 0 has size 2 in weights but 3 in key."),
     "no sequence": (5, "weights is 5, but order 2 needs 2 vectors, one a mode."),
     "a word": ("no", "weights is 'no', but order 2 needs 2 vectors, one a mode."),
     "words": ([["a", "b", "c"], None], "weights of mode 0 must be a tensor or numbers, got ['a', 'b', 'c']."),
