@@ -3,7 +3,6 @@ r"""From keys and values to their summary: marginal means on one plan, weights b
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -253,8 +252,9 @@ def _covariance(
         starts = range(0, grid.sizes[longest], step)
         pieces = [(start, min(step, grid.sizes[longest] - start)) for start in starts]
     along = longest - order - 1
-    weighed = {mode for mode in range(order) for share in shares if share.shape[mode - order - 1] != 1}
-    count = math.prod(size for mode, size in enumerate(grid.sizes) if mode not in weighed)
+    count = 1
+    for mode, size in enumerate(grid.sizes):
+        count *= size if all(share.shape[mode - order - 1] == 1 for share in shares) else 1
     total: Tensor | None = None
     for start, length in pieces:
         blocks = []

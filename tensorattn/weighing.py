@@ -91,7 +91,7 @@ def _means_over_positions(tensor: Tensor, family: Family, weights: GridWeights) 
     sizes = weight.shape[weight.dim() - order :]
     found = {everything: tensor}
     for kept, mean, count in zip(smaller, plain, position_counts(weights, smaller), strict=True):
-        outside = math.prod(size for mode, size in enumerate(sizes) if mode not in kept)
+        outside = math.prod([size for mode, size in enumerate(sizes) if mode not in kept])
         factor = torch.where(count > 0, outside / torch.where(count > 0, count, 1), 0.0)
         found[kept] = mean * factor.to(mean.dtype).unsqueeze(-1)
     return tuple(found[kept] for kept in family)
