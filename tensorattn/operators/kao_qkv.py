@@ -11,7 +11,7 @@ from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, retells
 from tensorattn.modes import GridShape, check_order
-from tensorattn.operators.interaction import check_interaction, missing_covariance
+from tensorattn.operators.interaction import check_interaction, missing_covariance, saturated
 from tensorattn.operators.kao_kv import joint_set
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
 from tensorattn.presence import GivenWeights, Lengths, Mask
@@ -102,7 +102,7 @@ def _correction(
     if saturation is not None:
         rest = missing_covariance(summary, counts, of_keys=True)
         square = (applied(own, summary.key_covariance) * own).sum(-1) + (applied(additive, rest) * additive).sum(-1)
-        term = term / (1 + (scale * scale * square).clamp_min(0) / saturation**2).sqrt().unsqueeze(-1)
+        term = term / saturated(scale * scale * square, saturation)
     return term if gain is None else term * gain.reshape(*gain.shape, *(1 for _ in summary.sizes), 1)
 
 

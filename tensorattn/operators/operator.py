@@ -231,6 +231,9 @@ def run(
         settings["own"] = _own_tokens(key, value, present)
     if present is not None and tuple(range(order)) in needs.kept:  # absent keys could give infinite logits
         key, value = without_absent(key, present), without_absent(value, present)
+    hides_queries = present is not None and operator.query == "grid"
+    if present is not None and hides_queries:
+        query = without_absent(query, present)
     if mode is None or operator.query == "grid":
         if checked_bias is not None:
             settings["bias"] = checked_bias
@@ -251,6 +254,9 @@ def run(
             None if result.lse is None else last(result.lse),
             None if result.attention is None else tuple(map(last, result.attention)),
         )
+    if present is not None and hides_queries:
+        lse = None if result.lse is None else result.lse.masked_fill(~present, -math.inf)
+        result = AttentionResult(without_absent(result.output, present), lse, result.attention)
     return result if return_lse or return_attention else result.output
 
 
