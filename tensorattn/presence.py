@@ -61,6 +61,7 @@ def check_presence(
     modes: ModeSpec | None = None,
     *,
     of: str = "key",
+    part_of: int | None = None,
 ) -> Presence:
     """Check weights, a mask and lengths, and bring them together.
 
@@ -73,6 +74,7 @@ def check_presence(
         like: A tensor of the type and device wanted.
         modes: What the modes are called.
         of: Name of that tensor, for messages.
+        part_of: A mode of which the tensor is a part, whose weights may all be zero here.
 
     Returns:
         What they say together.
@@ -91,7 +93,7 @@ def check_presence(
     if isinstance(weights, Tensor) or hasattr(weights, "ndim"):
         whole = _check_whole_weights(weights, grid, like, spec, of)
     else:
-        vectors = check_weights(weights, grid, like, spec)
+        vectors = check_weights(weights, grid, like, spec, part_of=part_of)
     indices = whole is None
     if shown is not None:
         product = _separated(shown, order)

@@ -252,7 +252,8 @@ class TensorAttention(nn.Module):
             >>> layer(image, summary).shape
             torch.Size([2, 5, 6, 8])
         """
-        operator, spoken = get_operator(self.operator), {"weights": weights, "mask": mask, "lengths": lengths}
+        operator = get_operator(self.operator)
+        spoken: dict[str, Any] = {"weights": weights, "mask": mask, "lengths": lengths}
         try:
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
             check_parameters(x, self.q_proj.weight)
@@ -265,7 +266,7 @@ class TensorAttention(nn.Module):
                         f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x "
                         f"has {self.embed_dim}."
                     )
-                given = check_layer_presence(grid, last, self.modes, of="x", **spoken)
+                given = check_layer_presence(grid, last, self.modes, **spoken)
                 check_grid_weights(operator, self.options, given, self.causal)
             else:
                 summary = self._context_reader().read(context, x, self.k_proj.weight, **spoken)

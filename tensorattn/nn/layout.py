@@ -91,7 +91,15 @@ def check_grid(tensor: Tensor, modes: ModeSpec, argument: str) -> GridShape:
 
 
 def check_layer_presence(
-    grid: GridShape, like: Tensor, modes: ModeSpec, *, of: str, weights: Any, mask: Any, lengths: Any
+    grid: GridShape,
+    like: Tensor,
+    modes: ModeSpec,
+    *,
+    of: str = "x",
+    weights: Any = None,
+    mask: Any = None,
+    lengths: Any = None,
+    part_of: int | None = None,
 ) -> Presence:
     """Check what is said of the positions of the input of a module, or of its context.
 
@@ -103,6 +111,7 @@ def check_layer_presence(
         weights: As in `check_presence`.
         mask: As in `check_presence`.
         lengths: As in `check_presence`, or a mapping from modes.
+        part_of: A mode of which the tensor is a part.
 
     Returns:
         What is said of them.
@@ -112,7 +121,7 @@ def check_layer_presence(
     """
     if isinstance(lengths, Mapping):
         lengths = one_a_mode(modes, lengths, "lengths")
-    return check_presence(weights, mask, lengths, grid, like, modes, of=of)
+    return check_presence(weights, mask, lengths, grid, like, modes, of=of, part_of=part_of)
 
 
 def channels_last(tensor: Tensor, channels_first: bool) -> Tensor:
