@@ -65,6 +65,9 @@ def mode_averages(
         >>> rows, columns = mode_averages(torch.arange(6.0).view(2, 3, 1), order=2)
         >>> rows[:, 0], columns[:, 0]
         (tensor([1., 4.]), tensor([1.5000, 2.5000, 3.5000]))
+        >>> rows, columns = mode_averages(torch.arange(6.0).view(2, 3, 1), order=2, lengths=[2, 2])
+        >>> rows[:, 0]
+        tensor([0.5000, 3.5000])
     """
     check_floating(tensor=tensor)
     if dtype is not None and not isinstance(dtype, torch.dtype):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.averages import check_whole
+from tensorattn.causal import causal_summary
 from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, TensorAttentionError
@@ -33,10 +34,10 @@ from tensorattn.operators.position import frames_first, frames_last
 from tensorattn.options import check_count, check_probability, check_switch
 from tensorattn.positionwise import map_positions
 from tensorattn.presence import GivenWeights, Lengths, Mask
-from tensorattn.running import Past, continued_frames, continued_summary, running_summary
+from tensorattn.running import Past, continued_frames, continued_summary
 from tensorattn.summarizing import self_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, without_absent
+from tensorattn.weights import Vectors, Weights, accumulation_dtype, without_absent
 
 __all__ = ["TensorAttention"]
 
@@ -267,7 +268,7 @@ class TensorAttention(nn.Module):
                         f"has {self.embed_dim}."
                     )
                 given = check_layer_presence(grid, last, self.modes, **spoken)
-                check_grid_weights(operator, self.options, given, self.causal)
+                check_grid_weights(operator, self.options, given)
             else:
                 summary = self._context_reader().read(context, x, self.k_proj.weight, **spoken)
         except TensorAttentionError as cause:
@@ -337,8 +338,8 @@ class TensorAttention(nn.Module):
         """Summarise the input once, project the summary, attend, project back."""
         operator, settings = get_operator(self.operator), self._settings()
         needs = operator.needs(self.modes.order, **self.options)
-        if self.causal is not None and operator.query == "positions" and not isinstance(weights, GridWeights):
-            summary = running_summary(x, x, needs, weights, self.causal)
+        if self.causal is not None and operator.query == "positions":
+            summary = causal_summary(x, x, needs, weights, self.causal)
             return self._attend_frames(x, summary, self.causal, skip, out)
         summary, passed = self_summary(x, needs, weights)
         skip = passed if skip is x else skip

@@ -82,7 +82,7 @@ class ContextReader:
         key, value, grid, modes = self._check_tensors(context, parameter)
         needs = self._needs(modes.order)
         given = check_layer_presence(grid, key, modes, of="context", **spoken)
-        check_grid_weights(self.operator, self.options, given, None)
+        check_grid_weights(self.operator, self.options, given)
         if given.present is not None and tuple(range(modes.order)) in needs.kept:  # absent keys may be infinite
             same = value is key
             key = without_absent(key, given.present)

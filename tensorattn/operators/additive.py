@@ -80,7 +80,8 @@ def additive_attention(
         saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
             None leaves it unbounded, as is right for Gaussian residuals only.
         include_self: Whether to merge the key and value at each query's own position as one more token; the query is
-            then on the grid of the keys. It counts once, whatever ``weights`` say of the position.
+            then on the grid of the keys. It counts once, whatever ``weights`` say of the position, but not where a mask
+            or lengths leave it out.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too: that of all logits, where keys are additive.
         return_attention: Whether to return the attention weights too.
@@ -109,6 +110,12 @@ def additive_attention(
         >>> rows, columns = torch.randn(4, 1, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
         >>> x, q = rows + columns, torch.randn(7, 8, dtype=torch.float64)
         >>> torch.allclose(ta.additive_attention(q, x, x, order=2), ta.flattened_attention(q, x, x, order=2))
+        True
+        >>> padded, mask = torch.randn(1, 4, 5, 8), torch.ones(1, 4, 5, dtype=torch.bool)
+        >>> mask[:, 3:], mask[:, :, 2:], padded[:, 3:] = False, False, float("nan")
+        >>> cropped = ta.additive_attention(padded[:, :3, :2], padded[:, :3, :2], padded[:, :3, :2], order=2)
+        >>> masked = ta.additive_attention(padded[:, :3, :2], padded, padded, order=2, mask=mask)
+        >>> torch.allclose(masked, cropped, atol=1e-6)
         True
 
     References:

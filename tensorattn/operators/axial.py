@@ -122,6 +122,7 @@ def axial_attention(
         weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
             so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
         mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
             Any mask is exact.
         lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
             ``(*batch, N)``, or one entry a mode, None for all.

@@ -153,6 +153,7 @@ def kao_qkv(
             so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the averages of the queries too.
         mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
             One that is no product over modes makes masked averages, with the logarithm of the positions present behind
             each in the logits: an approximation, exact where the mask is a product.
         lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers

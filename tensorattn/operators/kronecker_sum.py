@@ -88,6 +88,7 @@ def kronecker_sum_attention(
             so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the pooled queries too.
         mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
             One that is no product over modes makes masked averages, and the attention along each fibre is made to sum
             to one over the positions present; with ``pool="sum"`` it excludes ``weights``.
         lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers

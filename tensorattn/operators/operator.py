@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tensorattn.causal import causal_summary
 from tensorattn.errors import OptionError, ShapeError
 from tensorattn.modes import attention_shapes
 from tensorattn.operators.position import causal_bias, check_bias, check_causal, frames_first, frames_last
 from tensorattn.options import check_probability, check_scale, check_switch
 from tensorattn.presence import GivenWeights, Lengths, Mask, Presence, check_presence
-from tensorattn.running import running_summary
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs, attention_summary
 from tensorattn.summary import Summary
@@ -125,29 +125,21 @@ class Operator:
         return {**self.options, **options}
 
 
-def check_grid_weights(operator: Operator, options: Mapping[str, Any], given: Presence, causal: int | None) -> None:
+def check_grid_weights(operator: Operator, options: Mapping[str, Any], given: Presence) -> None:
     """Check that weights which are no product over modes have a meaning.
 
     Args:
         operator: The operator.
         options: All its options.
         given: What was said of the positions.
-        causal: The causal mode, or None.
 
     Raises:
         OptionError: If they have none.
     """
-    if not isinstance(given.weights, GridWeights):
-        return
-    if not given.indices and operator.counts_indices(**options):
+    if isinstance(given.weights, GridWeights) and not given.indices and operator.counts_indices(**options):
         raise OptionError(
             "weights of whole positions have no meaning for this operator: it counts the indices of each mode.",
             hint="Give one vector a mode, or a mask alone.",
-        )
-    if causal is not None and operator.query == "positions":
-        raise OptionError(
-            "causal needs weights that are a product over modes, but the mask or weights are none.",
-            hint="Give lengths, a mask that is a product over modes, or one vector of weights a mode.",
         )
 
 
@@ -216,7 +208,7 @@ def run(
         )
     needs = operator.needs(order, **options)
     given_weights = check_presence(weights, mask, lengths, grid, key)
-    check_grid_weights(operator, options, given_weights, causal)
+    check_grid_weights(operator, options, given_weights)
     checked, present = given_weights.weights, given_weights.present
     checked_bias = check_bias(bias, positions, grid, key)
     mode = check_causal(causal, positions, grid)
@@ -241,12 +233,11 @@ def run(
             settings["causal"] = mode
         result = operator.attend(query, attention_summary(key, value, needs, checked), **settings)
     else:
-        assert not isinstance(checked, GridWeights)
         if checked_bias is not None:
             settings["bias"] = causal_bias(checked_bias, mode)
         if "own" in settings:
             settings["own"] = tuple(frames_first(part, mode, batch) for part in settings["own"])
-        summary = running_summary(key, value, needs, checked, mode)
+        summary = causal_summary(key, value, needs, checked, mode)
         result = operator.attend(frames_first(query, mode, batch), summary, **settings)
         last = functools.partial(frames_last, mode=mode, batch=batch)
         result = AttentionResult(

@@ -88,7 +88,8 @@ def truncated_attention(
         saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
             None leaves it unbounded, as is right for Gaussian residuals only.
         include_self: Whether to merge the key and value at each query's own position as one more token; the query is
-            then on the grid of the keys. It counts once, whatever ``weights`` say of the position.
+            then on the grid of the keys. It counts once, whatever ``weights`` say of the position, but not where a mask
+            or lengths leave it out.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too, :math:`\sum_U c_U \mathrm{LSE}_U`.
         return_attention: Whether to return the attention weights too.

@@ -42,6 +42,7 @@ FLOORS = {
     "summary": 4,
     "summarizing": 4,
     "running": 4,
+    "causal": 4,
     "operators": 5,
     "nn": 6,
     "stats": 6,

@@ -302,7 +302,7 @@ class TestPaths:
         torch._dynamo.reset()
         query, key, value = tensors((3, 4))
         function = lambda *t, mask: variant.function(*t, order=2, mask=mask)  # noqa: E731
-        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
         product = torch.zeros(2, 3, 4, dtype=torch.bool)
         product[:, :2, 1:] = True
         for mask in (holes(2, 3, 4), product):
@@ -414,3 +414,40 @@ class TestSummaries:
         rows, columns = ta.mode_averages(x, order=2, lengths=[2, 3])
         theirs = ta.mode_averages(x[:, :2, :3], order=2)
         torch.testing.assert_close((rows[:, :2], columns[:, :3]), theirs, **CLOSE)
+
+
+class TestCausal:
+    """A mask that is no product over modes, along a causal mode: each frame sees the masked frames up to its own."""
+
+    @pytest.mark.parametrize("sizes", [(3, 4), (2, 3, 4)], ids=str)
+    @pytest.mark.parametrize("causal", [0, 1])
+    @pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)
+    def test_a_frame_is_the_tensor_up_to_it(self, variant, causal, sizes):
+        query, key, value = tensors(sizes)
+        mask = holes(2, *sizes)
+        poisoned = [tensor.masked_fill(~mask.unsqueeze(-1), float("nan")) for tensor in (key, value)]
+        ours = variant.function(query, *poisoned, order=len(sizes), mask=mask, causal=causal)
+        for frame in range(sizes[causal]):
+            crop = [tensor.narrow(1 + causal, 0, frame + 1) for tensor in (query, *poisoned, mask)]
+            if variant.name == "axial":
+                alone = variant.function(*crop[:3], order=len(sizes), mask=crop[3], causal=causal)
+            else:
+                alone = variant.function(*crop[:3], order=len(sizes), mask=crop[3])
+            torch.testing.assert_close(*(t.select(1 + causal, frame) for t in (ours, alone)), **CLOSE)
+
+    @pytest.mark.parametrize("variant", [v for v in VARIANTS if "causal" not in v.operator.lacks], ids=str)
+    def test_in_the_layer(self, variant):
+        layer = ta.TensorAttention(
+            8, 2, modes="t h w", operator=variant.name, causal="t", dtype=torch.float64, **variant.options
+        )
+        x, mask = draw(2, 3, 2, 4, 8), holes(2, 3, 2, 4)
+        x = x.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
+        y = layer(x, mask=mask)
+        assert (y[~mask] == 0).all()
+        for frame in range(3):
+            alone = layer(x[:, : frame + 1], mask=mask[:, : frame + 1])
+            torch.testing.assert_close(alone[:, frame], y[:, frame], **CLOSE)
+        for grad in torch.autograd.grad(y.sum(), [x, *layer.parameters()]):
+            assert grad.isfinite().all()
+        (early,) = torch.autograd.grad(layer(x, mask=mask)[:, 0].sum(), x)
+        assert (early[:, 1:] == 0).all()
