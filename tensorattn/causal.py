@@ -40,7 +40,7 @@ def causal_summary(key: Tensor, value: Tensor, needs: Needs, weights: Weights, m
     of_frames = Needs(within_frames(family, others), needs.second_moment, of_keys, of_values)
     frames = key.movedim(batch + mode, batch)
     values = frames if value is key else value.movedim(batch + mode, batch)
-    own = GridWeights(weights.tensor.movedim(batch + mode, batch), order - 1)
+    own = GridWeights(weights.tensor.movedim(batch + mode, batch), order - 1, weights.binary)
     per_frame = attention_summary(frames, values, of_frames, own)
     time = Time.of(key, None, mode, batch, None, None)
     keys, means, counts = [], [], []

@@ -107,13 +107,15 @@ def check_presence(
     present = [beside(part, mode, order) for mode, part in enumerate(seen) if part is not None]
     present = present if shown is None else [shown, *present]
     return Presence(
-        _together(vectors, whole, grid, dtype),
+        _together(vectors, whole, grid, dtype, binary=weights is None),
         functools.reduce(torch.logical_and, present) if present else None,
         indices,
     )
 
 
-def _together(vectors: Sequence[Vector], whole: Tensor | None, grid: GridShape, dtype: torch.dtype) -> Weights:
+def _together(
+    vectors: Sequence[Vector], whole: Tensor | None, grid: GridShape, dtype: torch.dtype, *, binary: bool
+) -> Weights:
     """Multiply weights of modes and of positions; at order 1 they are the same."""
     order = len(vectors)
     held: Vectors = tuple(None if vector is None else vector.to(dtype) for vector in vectors)
@@ -125,7 +127,7 @@ def _together(vectors: Sequence[Vector], whole: Tensor | None, grid: GridShape, 
     if order == 1:
         return (whole,)
     missing = len(grid.batch) + order - whole.dim()
-    return GridWeights(whole.reshape(*(1,) * missing, *whole.shape), order)
+    return GridWeights(whole.reshape(*(1,) * missing, *whole.shape), order, binary)
 
 
 def _times(vector: Vector, part: Vector) -> Vector:

@@ -97,7 +97,8 @@ def summarize(
         >>> summary = summarize(torch.ones(2, 4, 5, 8), torch.ones(2, 4, 5, 3), order=2)
         >>> summary.kept, [tuple(mean.shape) for mean in summary.values]
         (((0,), (1,), ()), [(2, 4, 3), (2, 5, 3), (2, 3)])
-        >>> x, mask = torch.tensor([[1.0, 2.0], [3.0, torch.nan]])[..., None], torch.tensor([[True, True], [True, False]])
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, torch.nan]])[..., None]
+        >>> mask = torch.tensor([[True, True], [True, False]])
         >>> summary = summarize(x, x, order=2, mask=mask)
         >>> summary.key((0,))[:, 0], summary.weights[0]
         (tensor([1.5000, 3.0000]), tensor([2., 1.], dtype=torch.float64))

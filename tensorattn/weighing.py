@@ -86,8 +86,10 @@ def _means_over_positions(tensor: Tensor, family: Family, weights: GridWeights) 
     smaller = tuple(kept for kept in family if kept != everything)
     if not smaller:
         return tuple(tensor for _ in family)
-    present = without_absent(tensor, weight > 0).to(accumulation_dtype(tensor.dtype))
-    plain = contract(present * weight.unsqueeze(-1), smaller, (None,) * order)
+    present = without_absent(tensor, weight > 0)
+    if not weights.binary:
+        present = present.to(accumulation_dtype(tensor.dtype)) * weight.unsqueeze(-1)
+    plain = contract(present, smaller, (None,) * order)
     sizes = weight.shape[weight.dim() - order :]
     found = {everything: tensor}
     for kept, mean, count in zip(smaller, plain, position_counts(weights, smaller), strict=True):

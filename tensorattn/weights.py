@@ -42,10 +42,12 @@ class GridWeights:
     Attributes:
         tensor: One non-negative weight a position, ``(*batch, n_1, …, n_N)`` with batch dimensions that may be 1.
         order: Number of modes N.
+        binary: Whether each is known to be 0 or 1, so that nothing need be multiplied by it.
     """
 
     tensor: Tensor
     order: int
+    binary: bool = False
 
 
 Weights = Vectors | GridWeights  # what every position counts: one vector a mode, or a tensor over the grid
