@@ -12,6 +12,8 @@ from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.fused import is_differentiated
 from tensorattn.modes import GridShape, grid_shape
+from tensorattn.presence import GivenWeights, Lengths, Mask, check_presence
+from tensorattn.weighing import weighted_means
 from tensorattn.weights import Vector, check_floating, check_weights, normalized
 
 __all__ = ["additive_part", "check_whole", "interaction_residual", "mode_averages", "outer_sum"]
@@ -19,7 +21,13 @@ __all__ = ["additive_part", "check_whole", "interaction_residual", "mode_average
 
 @retells
 def mode_averages(
-    tensor: Tensor, *, order: int, weights: Sequence[Vector] | None = None, dtype: torch.dtype | None = None
+    tensor: Tensor,
+    *,
+    order: int,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Average a tensor over all modes but one, for every mode.
 
@@ -31,27 +39,35 @@ def mode_averages(
     Args:
         tensor: Values to average. Floating point.
         order: Number of modes N.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index
-            twice and 0 leaves it out.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index or a position twice and 0 leaves it out.
+        mask: True where a position takes part. One that is no product over modes takes a copy of the tensor; the
+            average over no position is then zero.
+        lengths: How many leading indices of each mode take part: ``(*batch, N)``, or one entry a mode.
         dtype: Type of the results; that of ``tensor`` by default.
 
     Returns:
         One tensor a mode, in mode order.
 
     Raises:
-        ShapeError: If ``tensor`` has fewer than ``order + 1`` dimensions or an empty mode.
-        DtypeError: If ``tensor`` is not of a floating-point type.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If ``tensor`` has fewer than ``order + 1`` dimensions or an empty mode, or the mask or lengths do
+            not fit it.
+        DtypeError: If ``tensor`` is not of a floating-point type, the mask is not bool, or lengths are not integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
 
     Shape:
         - tensor: :math:`(*, n_1, \dots, n_N, D)`
-        - weights: :math:`(n_m)` or :math:`(*, n_m)`
+        - weights: :math:`(n_m)` or :math:`(*, n_m)` a mode, or :math:`(*, n_1, \dots, n_N)` as the mask
         - result m: :math:`(*, n_m, D)`
 
     Examples:
         >>> rows, columns = mode_averages(torch.arange(6.0).view(2, 3, 1), order=2)
         >>> rows[:, 0], columns[:, 0]
         (tensor([1., 4.]), tensor([1.5000, 2.5000, 3.5000]))
+        >>> rows, columns = mode_averages(torch.arange(6.0).view(2, 3, 1), order=2, lengths=[2, 2])
+        >>> rows[:, 0]
+        tensor([0.5000, 3.5000])
     """
     check_floating(tensor=tensor)
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -59,8 +75,8 @@ def mode_averages(
     if dtype is not None and not dtype.is_floating_point:
         raise DtypeError(f"dtype must be floating point, got {dtype}.")
     grid = grid_shape(tensor.shape, order, "tensor")
-    vectors = normalized(check_weights(weights, grid, tensor))
-    means = contract(tensor, main_effects(order), vectors)
+    given = check_presence(weights, mask, lengths, grid, tensor, of="tensor")
+    means = weighted_means(tensor, main_effects(order), given.weights)
     wanted = tensor.dtype if dtype is None else dtype
     return tuple(mean.to(wanted, copy=mean is tensor) for mean in means)
 

@@ -9,7 +9,9 @@ Conventions, the same as in the fast functions:
   :math:`(*, \text{positions}, D)` with the same batch :math:`*` and any number of position dimensions.
 - ``weights`` holds, for each mode, multiplicities :math:`w_m \ge 0` of shape :math:`(n_m)`, or broadcastable
   to :math:`(*, n_m)`, or None for ones: 2 is as if the index were repeated twice, 0 as if it were absent.
-  A position counts :math:`\prod_m w_m[j_m]` times. Averages are normalised, log-sum-exps count.
+  A position counts :math:`\prod_m w_m[j_m]` times. Averages are normalised, log-sum-exps count. One array of
+  shape :math:`(n_1, \dots, n_N)`, or broadcastable to :math:`(*, n_1, \dots, n_N)`, says of each position how
+  often it counts; a mean over no position is zero.
 - ``scale=None`` is :math:`1/\sqrt D`. Below :math:`s` is the scale and :math:`K^U, V^U` are the means of key
   and value over the modes outside :math:`U`.
 - An attention function returns ``(output, lse)``: the output :math:`(*, \text{positions}, D_v)` and the
@@ -47,7 +49,7 @@ __all__ = [
 
 ArrayLike = npt.ArrayLike
 Array = npt.NDArray[np.float64]
-PerMode = Sequence[ArrayLike | None] | None
+PerMode = Sequence[ArrayLike | None] | Array | None  # one a mode, or an array over the grid
 Scale = float | None
 Subset = tuple[int, ...]
 Pool = Literal["mean", "sum"]
@@ -98,7 +100,10 @@ def marginal_mean(tensor: ArrayLike, kept: Subset, *, order: int, weights: PerMo
     per_mode = _read_weights(values, order, weights)
     result = np.zeros((*batch, *(sizes[mode] for mode in sorted(kept)), values.shape[-1]))
     for b in np.ndindex(batch):
-        result[b] = _mean(values[b], kept, [w[b] for w in per_mode])
+        if isinstance(weights, np.ndarray):
+            result[b] = _mean_of_positions(values[b], kept, _read_positions(values, order, weights)[b])
+        else:
+            result[b] = _mean(values[b], kept, [w[b] for w in per_mode])
     return result
 
 
@@ -190,7 +195,7 @@ def flattened_attention(
 
     def attend(q: Array, seen: _Seen) -> tuple[Array, float]:
         logits = seen.key @ q + reduce(np.add.outer, seen.bias)
-        return _softmax(logits, seen.value, reduce(np.multiply.outer, seen.weights))
+        return _softmax(logits, seen.value, seen.weight)
 
     return _each_query(attend, query, key, value, order, weights, scale, causal, bias)
 
@@ -234,12 +239,13 @@ def axial_attention(
     queries, keys, values = _scaled(query, scale), _floats(key), _floats(value)
     if queries.shape != keys.shape:
         raise ValueError(f"query must be on the grid of key, got {queries.shape} and {keys.shape}.")
-    per_mode, tables = _read_weights(keys, order, weights), _read_bias(keys, order, bias)
+    positions, tables = _read_positions(keys, order, weights), _read_bias(keys, order, bias)
     output = np.zeros((*keys.shape[:-1], values.shape[-1]))
     lse = np.full(keys.shape[:-1], -np.inf)
     for index in np.ndindex(keys.shape[:-1]):
         b, i = index[:-order], index[-order:]
-        for mode, fibre, weight in _fibres(index, per_mode):
+        for mode, fibre in _fibres(index, order):
+            weight = positions[fibre]
             table = tables[mode]
             terms = np.zeros(len(weight)) if table is None else table[b][i[mode]]
             seen = np.arange(len(weight)) <= i[mode] if mode == causal else True
@@ -267,6 +273,9 @@ def kao_kv(
     .. math:: \frac{\sum_m \sum_a w_m[a]\, e^{s\, q \cdot K^m[a]}\, V^m[a]}
                    {\sum_m \sum_a w_m[a]\, e^{s\, q \cdot K^m[a]}}
 
+    An array of weights over the grid must be a mask of 0 and 1. An index then counts in proportion to the positions
+    present in its slice, :math:`w_m[a] = c_m[a] / \bar c_m` with the mean over the slices that are not empty.
+
     Args:
         query: Queries.
         key: Keys.
@@ -290,8 +299,8 @@ def kao_kv(
     """
 
     def attend(q: Array, seen: _Seen) -> tuple[Array, float]:
-        keys = np.concatenate([_mean(seen.key, (mode,), seen.weights) for mode in range(order)])
-        values = np.concatenate([_mean(seen.value, (mode,), seen.weights) for mode in range(order)])
+        keys = np.concatenate([_mean_of_positions(seen.key, (mode,), seen.weight) for mode in range(order)])
+        values = np.concatenate([_mean_of_positions(seen.value, (mode,), seen.weight) for mode in range(order)])
         return _softmax(keys @ q + np.concatenate(seen.bias), values, np.concatenate(seen.weights))
 
     return _each_query(attend, query, key, value, order, weights, scale, causal, bias, any)
@@ -362,7 +371,7 @@ def kao_qkv(
 
     (rest, rest_shift), (part, part_shift) = second(own, {}), second(straight, modes)
     tau_squared = np.nan_to_num(2 * (rest_shift + part_shift), neginf=0.0)
-    damping = np.ones_like(tau_squared) if saturation is None else np.sqrt(1.0 + tau_squared / saturation**2)
+    damping = np.ones_like(tau_squared) if saturation is None else np.sqrt(1.0 + np.abs(tau_squared) / saturation**2)
     return output + (rest + part) / damping[..., None], None
 
 
@@ -385,7 +394,7 @@ def additive_attention(
               p_m[a] \propto w_m[a] e^{s\, q \cdot K^m[a] + b_m[i_m, a]}
 
     Equal to full attention, log-sum-exp included, when keys and values are additive over the modes. The
-    linear interaction adds :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}` to the output and
+    linear interaction adds :math:`s\, C_{vk}\, q / \sqrt{1 + |\tau^2| / \ell^2}` to the output and
     :math:`\tau^2 / 2` to the log-sum-exp, with :math:`\tau^2 = s^2 q^T C_{kk} q` and :math:`C` the weighted
     covariance of the positions minus those of the mode averages. The output then agrees with full attention
     to first order in s for every tensor, and the log-sum-exp to second. When causal, mode t has one average a
@@ -418,8 +427,9 @@ def additive_attention(
 
     def attend(q: Array, seen: _Seen) -> tuple[Array, float]:
         outputs, lses = zip(*(_attend_means(q, seen, mode) for mode in modes), strict=True)
-        output = sum(outputs) - (order - 1) * _mean(seen.value, (), seen.weights)
-        lse = sum(lses) - (order - 1) * q @ _mean(seen.key, (), seen.weights)
+        mean, mean_lse = _attend_means(q, seen, ())
+        output = sum(outputs) - (order - 1) * mean
+        lse = sum(lses) - (order - 1) * mean_lse
         correction, shift = _correct(q, seen, modes, interaction, saturation)
         return output + correction, lse + shift
 
@@ -486,7 +496,8 @@ def truncated_attention(
 
     def attend(q: Array, seen: _Seen) -> tuple[Array, float]:
         output = np.zeros(seen.value.shape[-1])
-        lse = sum(float(np.logaddexp.reduce(np.log(seen.weights[m]) + seen.bias[m])) for m in averaged_out)
+        shares = {m: seen.weights[m] / seen.weights[m].sum() for m in averaged_out}
+        lse = sum(float(np.logaddexp.reduce(np.log(shares[m]) + seen.bias[m])) for m in averaged_out)
         for subset, count in counts.items():
             part, part_lse = _attend_means(q, seen, subset)
             output, lse = output + count * part, lse + count * part_lse
@@ -568,10 +579,14 @@ def kronecker_product_attention(
     queries, values = _floats(query), _floats(value)
     batch, _ = _grid(values, order)
     matrices = _mode_attention(query, key, order, weights, scale, pool)
+    positions = _read_positions(values, order, weights)
     output = np.zeros((*queries.shape[:-1], values.shape[-1]))
     for index in np.ndindex(queries.shape[:-1]):
         b, i = index[: len(batch)], index[len(batch) :]
         share = reduce(np.multiply.outer, [matrix[b][row] for matrix, row in zip(matrices, i, strict=True)])
+        if isinstance(weights, np.ndarray) and order > 1:
+            share = share * positions[b]
+            share = share / share.sum() if share.sum() > 0 else share
         output[index] = share[share > 0] @ values[b][share > 0]
     return output, None
 
@@ -591,7 +606,8 @@ def kronecker_sum_attention(
     .. math:: \sum_m \sum_a A^m[i_m, a]\, v_{i_1 \dots a \dots i_N}
 
     with the matrices of :func:`kronecker_product_attention`: the Kronecker sum of the matrices, a sum as in
-    the paper and not a mean. A fibre through an absent index of another mode adds nothing.
+    the paper and not a mean. A fibre through an absent index of another mode adds nothing. With an array of weights
+    over the grid, each row is multiplied by the weights along its fibre and divided by its sum.
 
     Args:
         query: Queries on the grid of ``key``, averaged with the same ``weights`` as the keys.
@@ -620,12 +636,15 @@ def kronecker_sum_attention(
     queries, keys, values = _floats(query), _floats(key), _floats(value)
     if queries.shape != keys.shape:
         raise ValueError(f"query must be on the grid of key, got {queries.shape} and {keys.shape}.")
-    per_mode = _read_weights(keys, order, weights)
+    positions = _read_positions(keys, order, weights)
     matrices = _mode_attention(query, key, order, weights, scale, pool)
     output = np.zeros((*keys.shape[:-1], values.shape[-1]))
     for index in np.ndindex(keys.shape[:-1]):
-        for mode, fibre, weight in _fibres(index, per_mode):
-            row = matrices[mode][(*index[:-order], index[mode - order])]
+        for mode, fibre in _fibres(index, order):
+            row, weight = matrices[mode][(*index[:-order], index[mode - order])], positions[fibre]
+            if isinstance(weights, np.ndarray) and order > 1:
+                row = row * weight
+                row = row / row.sum() if row.sum() > 0 else row
             output[index] += row[weight > 0] @ values[fibre][weight > 0]
     return output, None
 
@@ -658,12 +677,13 @@ def merge_attention(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[Array
 
 
 class _Seen(NamedTuple):
-    """What one query sees: the present part of one tensor, and the weights and logit terms of its modes."""
+    """What one query sees: the present part of one tensor, its weights, and the logit terms of its modes."""
 
     key: Array  # (n_1, …, n_N, D)
     value: Array  # (n_1, …, n_N, Dv)
     weights: list[Array]  # N of (n_m), all positive
     bias: list[Array]  # N of (n_m)
+    weight: Array  # (n_1, …, n_N)
 
 
 def _each_query(
@@ -687,7 +707,7 @@ def _each_query(
         raise ValueError(f"causal and bias need a query on {order} modes, got the shape {queries.shape}.")
     if causal is not None and causal not in range(order):
         raise ValueError(f"causal must be one of the modes 0 to {order - 1}, got {causal}.")
-    per_mode = _read_weights(keys, order, weights)
+    per_mode, positions = _read_weights(keys, order, weights), _read_positions(keys, order, weights)
     tables = _read_bias(keys, order, bias)
     output = np.zeros((*queries.shape[:-1], values.shape[-1]))
     lse = np.full(queries.shape[:-1], -np.inf)
@@ -703,7 +723,10 @@ def _each_query(
             seen_bias.append(terms[indices])
         grid = np.ix_(*present)
         if all(present) and required(bool(np.isfinite(terms).any()) for terms in seen_bias):
-            seen = _Seen(keys[b][grid], values[b][grid], seen_weights, seen_bias)
+            weight = positions[b][grid]
+            there = weight[..., None] > 0
+            shown_key, shown_value = (np.where(there, tensor[b][grid], 0.0) for tensor in (keys, values))
+            seen = _Seen(shown_key, shown_value, seen_weights, seen_bias, weight)
             output[index], lse[index] = attend(queries[index], seen)
     return output, lse
 
@@ -716,13 +739,11 @@ def _softmax(logits: Array, value: Array, weight: Array) -> tuple[Array, float]:
     return output, peak + np.log(mass.sum())
 
 
-def _fibres(index: tuple[int, ...], weights: Sequence[Array]) -> Iterator[tuple[int, tuple[int | slice, ...], Array]]:
-    """Yield each mode, the index of its fibre through a position, and the weights of the positions on it."""
-    order = len(weights)
+def _fibres(index: tuple[int, ...], order: int) -> Iterator[tuple[int, tuple[int | slice, ...]]]:
+    """Yield each mode and the index of its fibre through a position."""
     b, i = index[:-order], index[-order:]
     for mode in range(order):
-        others = math.prod(weights[m][b][i[m]] for m in range(order) if m != mode)
-        yield mode, (*b, *i[:mode], slice(None), *i[mode + 1 :]), others * weights[mode][b]
+        yield mode, (*b, *i[:mode], slice(None), *i[mode + 1 :])
 
 
 def _mean(tensor: Array, kept: Subset, weights: Sequence[Array]) -> Array:
@@ -736,18 +757,26 @@ def _mean(tensor: Array, kept: Subset, weights: Sequence[Array]) -> Array:
     return summed / total if total > 0 else summed
 
 
+def _mean_of_positions(tensor: Array, kept: Subset, weight: Array) -> Array:
+    """Average one tensor over the modes that are not kept, by the weight of each position; zero over no position."""
+    dropped = tuple(mode for mode in range(weight.ndim) if mode not in kept)
+    present = np.where(weight[..., None] > 0, tensor, 0.0)
+    summed, total = (weight[..., None] * present).sum(dropped), weight.sum(dropped)[..., None]
+    return np.divide(summed, total, out=np.zeros_like(summed), where=total > 0)
+
+
 def _attend_means(q: Array, seen: _Seen, kept: Subset) -> tuple[Array, float]:
-    """Attend to the marginal means over the kept modes."""
-    weight = reduce(np.multiply.outer, [seen.weights[mode] for mode in kept], np.ones(()))
+    """Attend to the marginal means over the kept modes, each counted as often as the positions behind it."""
+    count = np.asarray(seen.weight.sum(tuple(mode for mode in range(seen.weight.ndim) if mode not in kept)))
     bias = reduce(np.add.outer, [seen.bias[mode] for mode in kept], np.zeros(()))
-    key, value = (_mean(tensor, kept, seen.weights) for tensor in (seen.key, seen.value))
-    return _softmax(key @ q + bias, value, weight)
+    key, value = (_mean_of_positions(tensor, kept, seen.weight) for tensor in (seen.key, seen.value))
+    return _softmax(key @ q + bias, value, count)
 
 
-def _covariance(left: Array, right: Array, kept: Subset, weights: Sequence[Array]) -> Array:
+def _covariance(left: Array, right: Array, kept: Subset, weight: Array) -> Array:
     """Return the weighted covariance, left by right, of the marginal means over the kept modes."""
-    share = reduce(np.multiply.outer, [weights[m] / weights[m].sum() for m in kept], np.ones(()))
-    a, b = (_mean(tensor, kept, weights) - _mean(tensor, (), weights) for tensor in (left, right))
+    share = weight.sum(tuple(mode for mode in range(weight.ndim) if mode not in kept)) / weight.sum()
+    a, b = (_mean_of_positions(t, kept, weight) - _mean_of_positions(t, (), weight) for t in (left, right))
     return (share.reshape(-1, 1) * a.reshape(-1, a.shape[-1])).T @ b.reshape(-1, b.shape[-1])
 
 
@@ -761,12 +790,12 @@ def _correct(
         raise ValueError(f"interaction must be None or 'linear', got {interaction!r}.")
     every = tuple(range(len(seen.weights)))
     c_vk, c_kk = (
-        _covariance(left, seen.key, every, seen.weights)
-        - sum(count * _covariance(left, seen.key, u, seen.weights) for u, count in counts.items())
+        _covariance(left, seen.key, every, seen.weight)
+        - sum(count * _covariance(left, seen.key, u, seen.weight) for u, count in counts.items())
         for left in (seen.value, seen.key)
     )
     tau_squared = float(q @ c_kk @ q)
-    damping = 1.0 if saturation is None else math.sqrt(1.0 + tau_squared / saturation**2)
+    damping = 1.0 if saturation is None else math.sqrt(1.0 + abs(tau_squared) / saturation**2)
     return c_vk @ q / damping, tau_squared / 2
 
 
@@ -779,13 +808,17 @@ def _mode_attention(
     pooled: list[list[Array]] = []
     for tensor in (_floats(query), _floats(key)):
         means = mode_averages(tensor, order=order, weights=weights)
+        if isinstance(weights, np.ndarray) and order > 1:
+            slices = _slice_counts(tensor, order, weights)
+            pooled.append(means if pool == "mean" else [m * n[..., None] for m, n in zip(means, slices, strict=True)])
+            continue
         totals = [w.sum(-1)[..., None, None] for w in _read_weights(tensor, order, weights)]
         sizes = [math.prod(totals[:mode] + totals[mode + 1 :]) for mode in range(order)]
         pooled.append(means if pool == "mean" else [m * n for m, n in zip(means, sizes, strict=True)])
     matrices = []
     for mode, (q, k) in enumerate(zip(*pooled, strict=True)):
         units = np.broadcast_to(np.eye(k.shape[-2]), (*k.shape[:-1], k.shape[-2]))
-        mode_weights = None if weights is None else [weights[mode]]
+        mode_weights = [_mode_columns(key, order, weights)[mode]]
         matrices.append(flattened_attention(q, k, units, order=1, weights=mode_weights, scale=scale)[0])
     return matrices
 
@@ -809,13 +842,53 @@ def _grid(tensor: Array, order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _read_weights(tensor: Array, order: int, weights: PerMode) -> list[Array]:
-    """Return the weights of every mode, (*batch, n_m)."""
+    """Return the weights of every mode, (*batch, n_m); given over the grid, how often each index counts for them."""
     batch, sizes = _grid(tensor, order)
-    given = [1.0 if w is None else w for w in ([None] * order if weights is None else weights)]
+    if isinstance(weights, np.ndarray) and order > 1:
+        counts = _slice_counts(tensor, order, weights)
+        present = [(count > 0).sum(-1, keepdims=True) for count in counts]
+        totals = [np.maximum(count.sum(-1, keepdims=True), 1e-300) for count in counts]
+        return [c * p / t for c, p, t in zip(counts, present, totals, strict=True)]
+    given = [1.0 if w is None else w for w in _one_a_mode(order, weights)]
     result = [np.broadcast_to(_floats(w), (*batch, n)) for w, n in zip(given, sizes, strict=True)]
     if any((w < 0).any() for w in result):
         raise ValueError("weights must not be negative.")
     return result
+
+
+def _one_a_mode(order: int, weights: PerMode) -> Sequence[ArrayLike | None]:
+    """Return what was given for each mode; at order 1 an array over the grid is one."""
+    if weights is None:
+        return [None] * order
+    return [weights] if isinstance(weights, np.ndarray) and order == 1 else list(weights)
+
+
+def _read_positions(tensor: Array, order: int, weights: PerMode) -> Array:
+    """Return the weight of every position, (*batch, n_1, …, n_N)."""
+    batch, sizes = _grid(tensor, order)
+    if isinstance(weights, np.ndarray) and order > 1:
+        if (weights < 0).any():
+            raise ValueError("weights must not be negative.")
+        return np.broadcast_to(_floats(weights), (*batch, *sizes))
+    per_mode = _read_weights(tensor, order, weights)
+    result = np.ones((*batch, *sizes))
+    for b in np.ndindex(batch):
+        result[b] = reduce(np.multiply.outer, [w[b] for w in per_mode])
+    return result
+
+
+def _slice_counts(tensor: Array, order: int, weights: Array) -> list[Array]:
+    """Return the weight of the positions in each slice of every mode, (*batch, n_m)."""
+    positions = _read_positions(tensor, order, weights)
+    dims = range(-order, 0)
+    return [positions.sum(tuple(dim for dim in dims if dim != mode)) for mode in dims]
+
+
+def _mode_columns(tensor: ArrayLike, order: int, weights: PerMode) -> Sequence[ArrayLike | None]:
+    """Return how often each column of an attention matrix counts; given over the grid, whether its slice is empty."""
+    if isinstance(weights, np.ndarray) and order > 1:
+        return [(count > 0).astype(np.float64) for count in _slice_counts(_floats(tensor), order, weights)]
+    return _one_a_mode(order, weights)
 
 
 def _read_bias(tensor: Array, order: int, bias: PerMode) -> list[Array | None]:

@@ -27,7 +27,15 @@ from tensorattn.summarizing import Needs, attention_summary
 from tensorattn.summary import Summary
 from tensorattn.weights import Vector, Vectors, accumulation_dtype
 
-__all__ = ["Past", "continued_frames", "continued_summary", "running_summary"]
+__all__ = [
+    "Past",
+    "Time",
+    "continued_frames",
+    "continued_summary",
+    "running_family",
+    "running_summary",
+    "within_frames",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +125,7 @@ def continued_summary(
         the past of the frames to come.
     """
     summary, time, per_frame, within = _summarized(x, x, needs, weights, mode, past, window)
-    family = _family(needs)
+    family = running_family(needs)
     sums: list[Tensor | None] = []
     means: list[Tensor | None] = []
     for place, kept in enumerate(per_frame.kept):
@@ -152,7 +160,7 @@ def continued_frames(
         The frames seen, the weights of each mode over them, and the past of the frames to come.
     """
     batch = x.dim() - len(weights) - 1
-    time = _Time.of(x, weights[mode], mode, batch, past, window)
+    time = Time.of(x, weights[mode], mode, batch, past, window)
     moved, held = x.movedim(batch + mode, batch), _held(past, 0)
     seen = moved if held is None else torch.cat([held.to(x.dtype), moved], batch)
     vectors = tuple(time.all_weights if k == mode else weight for k, weight in enumerate(weights))
@@ -169,29 +177,29 @@ def _summarized(
     mode: int,
     past: Past | None = None,
     window: int | None = None,
-) -> tuple[Summary, _Time, Summary, Tensor | None]:
+) -> tuple[Summary, Time, Summary, Tensor | None]:
     """Return the running summary, the time it ran over, and what it was made of: summaries of the frames."""
     order = len(weights)
     batch = key.dim() - order - 1
     others = [k for k in range(order) if k != mode]
-    family = _family(needs)
+    family = running_family(needs)
     of_frames = Needs(
-        _within_frames(family, others),
+        within_frames(family, others),
         needs.second_moment,
-        None if needs.keys is None else _within_frames(needs.keys, others),
-        None if needs.values is None else _within_frames(needs.values, others),
+        None if needs.keys is None else within_frames(needs.keys, others),
+        None if needs.values is None else within_frames(needs.values, others),
     )
     moved = key.movedim(batch + mode, batch)
     moved_value = moved if value is key else value.movedim(batch + mode, batch)
     per_frame = attention_summary(moved, moved_value, of_frames, tuple(_for_frames(weights[k]) for k in others))
-    time = _Time.of(key, weights[mode], mode, batch, past, window)
+    time = Time.of(key, weights[mode], mode, batch, past, window)
     per_frame = time.present(per_frame)
 
     keys: list[Tensor | None] = []
     values: list[Tensor | None] = []
     counts = []
     for kept in family:
-        place = per_frame.place(_within_frames((kept,), others)[0])
+        place = per_frame.place(within_frames((kept,), others)[0])
         mean, second = per_frame.keys[place], per_frame.values[place]
         keys.append(time.means(mean, kept, past, place))
         values.append(keys[-1] if second is mean else time.means(second, kept, past, place))
@@ -219,13 +227,22 @@ def _summarized(
     return Summary(tuple(sizes), family, *parts), time, per_frame, per_frame.key_covariance
 
 
-def _family(needs: Needs) -> Family:
-    """Kept subsets that a running summary holds: with second moments, the grand mean too."""
+def running_family(needs: Needs) -> Family:
+    """Return the kept subsets that a running summary holds: with second moments, the grand mean too.
+
+    Args:
+        needs: What is wanted.
+    """
     return needs.kept if () in needs.kept or not needs.second_moment else (*needs.kept, ())
 
 
-def _within_frames(family: Family, others: list[int]) -> Family:
-    """Kept subsets of a frame: the causal mode left out, the others renumbered, each once."""
+def within_frames(family: Family, others: list[int]) -> Family:
+    """Return the kept subsets of a frame: the causal mode left out, the others renumbered, each once.
+
+    Args:
+        family: Kept subsets.
+        others: The modes but the causal one.
+    """
     renumbered = (tuple(others.index(k) for k in kept if k in others) for kept in family)
     return tuple(dict.fromkeys(renumbered))
 
@@ -246,7 +263,7 @@ def _numbered(tensors: Mapping[str, Tensor], name: str, count: int) -> tuple[Ten
 
 
 @dataclass(frozen=True, eq=False)
-class _Time:
+class Time:
     """Sums over the frames so far.
 
     Attributes:
@@ -266,9 +283,7 @@ class _Time:
     window: int | None
 
     @classmethod
-    def of(
-        cls, tensor: Tensor, weight: Vector, mode: int, batch: int, before: Past | None, window: int | None
-    ) -> _Time:
+    def of(cls, tensor: Tensor, weight: Vector, mode: int, batch: int, before: Past | None, window: int | None) -> Time:
         """Return the time that the frames of a tensor run over."""
         weighted = weight is not None
         if weight is None:

@@ -9,14 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.contraction import contract, contract_through
 from tensorattn.contraction_tree import Family, Kept, main_effects
 from tensorattn.errors import ModesError, ShapeError, retells
 from tensorattn.execution import absent_as_zero
 from tensorattn.modes import GridShape, ModeSpec, grid_shape, mode_subsets
 from tensorattn.options import check_switch
+from tensorattn.presence import GivenWeights, Lengths, Mask, check_presence
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, Vectors, check_floating, check_weights, counting_dtype, normalized
+from tensorattn.weighing import order_of, position_counts, weighted_means, weighted_means_through
+from tensorattn.weights import (
+    GridWeights,
+    Vector,
+    Vectors,
+    Weights,
+    beside,
+    check_floating,
+    counting_dtype,
+    normalized,
+)
 
 __all__ = ["Needs", "attention_summary", "self_summary", "summarize"]
 
@@ -31,12 +41,15 @@ class Needs(NamedTuple):
         second_moment: Whether second moments are wanted.
         keys: Those of the kept subsets that are wanted of the keys; all if None.
         values: Those of the kept subsets that are wanted of the values; all if None.
+        position_weights: Whether the weight of each position is wanted too where it is no product over modes, to
+            average queries by it.
     """
 
     kept: Family
     second_moment: bool = False
     keys: Family | None = None
     values: Family | None = None
+    position_weights: bool = False
 
 
 @retells
@@ -47,7 +60,9 @@ def summarize(
     order: int,
     kept: Iterable[Iterable[int]] | None = None,
     second_moment: bool = False,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
 ) -> Summary:
     r"""Summarise keys and values by their marginal means.
 
@@ -58,15 +73,20 @@ def summarize(
         kept: Mode subsets whose marginal means are wanted; by default the N mode averages and the grand mean.
         second_moment: Whether to hold the central second moments :math:`\mathrm{E}[(v - \bar v)(k - \bar k)^\top]` of
             values and keys, and of the keys alone.
-        weights: One non-negative vector a mode, or None for equal weights; multiplicities.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities.
+        mask: True where a position takes part. A mask that is no product over modes takes a copy of the tensors.
+        lengths: How many leading indices of each mode take part: ``(*batch, N)``, or one entry a mode.
 
     Returns:
-        The summary, in float32 for half precision.
+        The summary, in float32 for half precision. Means that nothing stands behind are zero.
 
     Raises:
-        ShapeError: If key and value do not have the same batch dimensions and mode sizes, or a mode is empty.
-        DtypeError: If they are not floating point, or of different types.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If key and value do not have the same batch dimensions and mode sizes, a mode is empty, or the mask
+            or lengths do not fit them.
+        DtypeError: If they are not floating point, or of different types, the mask is not bool, or lengths are no
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         ModesError: If ``kept`` holds no subsets, or names a mode that does not exist.
         OptionError: If ``second_moment`` is neither True nor False.
 
@@ -77,6 +97,11 @@ def summarize(
         >>> summary = summarize(torch.ones(2, 4, 5, 8), torch.ones(2, 4, 5, 3), order=2)
         >>> summary.kept, [tuple(mean.shape) for mean in summary.values]
         (((0,), (1,), ()), [(2, 4, 3), (2, 5, 3), (2, 3)])
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, torch.nan]])[..., None]
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> summary = summarize(x, x, order=2, mask=mask)
+        >>> summary.key((0,))[:, 0], summary.weights[0]
+        (tensor([1.5000, 3.0000]), tensor([2., 1.], dtype=torch.float64))
     """
     check_floating(key=key, value=value)
     grid = grid_shape(key.shape, order, "key")
@@ -95,41 +120,41 @@ def summarize(
     check_switch(second_moment, "second_moment")
     if not family:
         raise ModesError("kept is empty, but a summary needs at least one subset of modes.")
-    return attention_summary(key, value, Needs(family, second_moment), check_weights(weights, grid, key))
+    present = check_presence(weights, mask, lengths, grid, key)
+    return attention_summary(key, value, Needs(family, second_moment), present.weights)
 
 
-def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Vectors) -> Summary:
+def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Weights) -> Summary:
     """Summarise, unchecked.
 
     Args:
         key: Keys over the grid.
         value: Values over the grid.
         needs: What is wanted.
-        weights: Checked weights of each mode, or None.
+        weights: Checked weights.
     """
     if value is key:
         return self_summary(key, needs, weights)[0]
     family, of_keys, of_values = _wanted(needs)
-    vectors = normalized(weights)
-    keys = dict(zip(of_keys, contract(key, of_keys, vectors), strict=True))
-    values = dict(zip(of_values, contract(value, of_values, vectors), strict=True))
+    keys = dict(zip(of_keys, weighted_means(key, of_keys, weights), strict=True))
+    values = dict(zip(of_values, weighted_means(value, of_values, weights), strict=True))
     return _assemble(key, value, keys, values, family, needs, weights)
 
 
-def self_summary(x: Tensor, needs: Needs, weights: Vectors) -> tuple[Summary, Tensor]:
+def self_summary(x: Tensor, needs: Needs, weights: Weights) -> tuple[Summary, Tensor]:
     """Summarise a tensor that is both keys and values, unchecked, and pass it through for further use.
 
     Args:
         x: Keys and values over the grid.
         needs: What is wanted.
-        weights: Checked weights of each mode, or None.
+        weights: Checked weights.
 
     Returns:
         The summary, and the tensor; its further derivative joins that of the summary in one pass.
     """
     family, of_keys, of_values = _wanted(needs)
     both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
-    found, x = contract_through(x, both, normalized(weights))
+    found, x = weighted_means_through(x, both, weights)
     means = dict(zip(both, found, strict=True))
     keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
     return _assemble(x, x, keys, values, family, needs, weights), x
@@ -148,20 +173,25 @@ def _assemble(
     values: dict[Kept, Tensor],
     family: Family,
     needs: Needs,
-    weights: Vectors,
+    weights: Weights,
 ) -> Summary:
     """Put means, second moments and the weights behind them together."""
-    order = len(weights)
+    order = order_of(weights)
     grid = GridShape(tuple(key.shape[: -order - 1]), tuple(key.shape[-order - 1 : -1]), key.shape[-1])
-    vectors = normalized(weights)
+    everything = tuple(range(order))
     covariance = key_covariance = None
     if needs.second_moment:
-        covariance = _covariance(value, key, values[()], keys[()], vectors, grid)
-        key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], vectors, grid)
-    full = tuple(_with_batch(vector, grid) for vector in weights)
-    weight_of = {kept: _marginal_weight(kept, full, grid) for kept in family}
-    everything = tuple(range(order))
-    weight = weight_of.get(everything)
+        shares = _shares(weights)
+        covariance = _covariance(value, key, values[()], keys[()], shares, grid)
+        key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], shares, grid)
+    mode_weights: Vectors | None = None
+    if isinstance(weights, GridWeights):
+        family = family if everything in family or not needs.position_weights else (*family, everything)
+        counts: tuple[Tensor | None, ...] = position_counts(weights, family)
+    else:
+        mode_weights = tuple(_with_batch(vector, grid) for vector in weights)
+        counts = tuple(_marginal_weight(kept, mode_weights, grid) for kept in family)
+    weight = dict(zip(family, counts, strict=True)).get(everything)
     if weight is not None:  # what an absent position holds must not even meet a zero: it may be NaN
         for means in (keys, values):
             if everything in means:
@@ -171,8 +201,8 @@ def _assemble(
         family,
         tuple(keys.get(kept) for kept in family),
         tuple(values.get(kept) for kept in family),
-        tuple(weight_of.values()),
-        full,
+        counts,
+        mode_weights,
         covariance,
         key_covariance,
     )
@@ -202,8 +232,18 @@ def _marginal_weight(kept: Kept, weights: Vectors, grid: GridShape) -> Tensor | 
     return product.expand([*product.shape[: len(grid.batch)], *(grid.sizes[mode] for mode in kept)])
 
 
+def _shares(weights: Weights) -> list[Tensor]:
+    """Weights that multiply to the share of each position, ``(*batch, n_1 or 1, …, n_N or 1, 1)``."""
+    if isinstance(weights, GridWeights):
+        total = weights.tensor.sum([mode - weights.order for mode in range(weights.order)], keepdim=True)
+        return [(weights.tensor / torch.where(total > 0, total, 1)).unsqueeze(-1)]
+    order = len(weights)
+    vectors = enumerate(normalized(weights))
+    return [beside(vector, mode, order).unsqueeze(-1) for mode, vector in vectors if vector is not None]
+
+
 def _covariance(
-    left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, vectors: Vectors, grid: GridShape
+    left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, shares: Sequence[Tensor], grid: GridShape
 ) -> Tensor:
     """Second central moment of two tensors over the grid, block by block along the longest mode."""
     batch, order = len(grid.batch), len(grid.sizes)
@@ -216,24 +256,21 @@ def _covariance(
         step = max(1, BLOCK // rest)
         starts = range(0, grid.sizes[longest], step)
         pieces = [(start, min(step, grid.sizes[longest] - start)) for start in starts]
+    along = longest - order - 1
+    count = 1
+    for mode, size in enumerate(grid.sizes):
+        count *= size if all(share.shape[mode - order - 1] == 1 for share in shares) else 1
     total: Tensor | None = None
     for start, length in pieces:
         blocks = []
         for tensor, mean in ((left, left_mean), (right, right_mean)):
             block = tensor.narrow(batch + longest, start, length).to(mean.dtype)
             blocks.append(block - mean.reshape(*mean.shape[:-1], *(1,) * order, mean.shape[-1]))
-        count, shares = 1, []
-        for mode, vector in enumerate(vectors):
-            if vector is None:
-                count *= grid.sizes[mode]
-            else:
-                part = vector.narrow(-1, start, length) if mode == longest else vector
-                shape = [part.shape[-1] if k == mode else 1 for k in range(order)]
-                shares.append(part.reshape(*part.shape[:-1], *shape, 1))
-        if shares:
-            blocks = [absent_as_zero(block, shares) for block in blocks]
-        weighed = functools.reduce(torch.mul, shares, blocks[0]) / count
-        term = weighed.flatten(batch, -2).mT @ blocks[1].flatten(batch, -2)
+        parts = [share if share.shape[along] == 1 else share.narrow(along, start, length) for share in shares]
+        if parts:
+            blocks = [absent_as_zero(block, parts) for block in blocks]
+        shared = functools.reduce(torch.mul, parts, blocks[0]) / count
+        term = shared.flatten(batch, -2).mT @ blocks[1].flatten(batch, -2)
         total = term if total is None else total + term
     assert total is not None
     return total

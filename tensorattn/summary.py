@@ -23,7 +23,7 @@ from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec
 from tensorattn.options import check_count
 from tensorattn.softmax import TokenSet
-from tensorattn.weights import Vector, Vectors, counting_dtype, log_weights
+from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, log_weights
 
 __all__ = ["Summary"]
 
@@ -39,8 +39,9 @@ class Summary:
         values: For each kept subset U, the mean values ``(*batch, *n_U, D_v)``, or None likewise.
         weights: For each kept subset U, how many positions stand behind each mean, ``(*batch, *n_U)`` with batch
             dimensions that may be 1; None if all positions count once.
-        mode_weights: Weights of the indices of each mode, ``(*batch, n_m)`` with batch dimensions that may be 1;
-            None if all count once.
+        mode_weights: Weights of the indices of each mode, ``(*batch, n_m)`` with batch dimensions that may be 1, or
+            None for a mode whose indices all count once. None altogether where the weights of positions are no
+            product over modes.
         covariance: Second central moment of values and keys, ``(*batch, D_v, D)``, if asked for.
         key_covariance: Second central moment of the keys, ``(*batch, D, D)``, if asked for.
     """
@@ -50,7 +51,7 @@ class Summary:
     keys: tuple[Tensor | None, ...]
     values: tuple[Tensor | None, ...]
     weights: tuple[Tensor | None, ...]
-    mode_weights: Vectors
+    mode_weights: Vectors | None
     covariance: Tensor | None = None
     key_covariance: Tensor | None = None
 
@@ -68,7 +69,8 @@ class Summary:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that it holds."""
-        parts = (*self.keys, *self.values, *self.weights, *self.mode_weights, self.covariance, self.key_covariance)
+        of_modes = () if self.mode_weights is None else self.mode_weights
+        parts = (*self.keys, *self.values, *self.weights, *of_modes, self.covariance, self.key_covariance)
         return tuple(part for part in parts if part is not None)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Summary:
@@ -83,7 +85,8 @@ class Summary:
             return tuple(None if part is None else next(given) for part in parts)
 
         keys, values = replaced(self.keys), replaced(self.values)
-        weights, mode_weights = replaced(self.weights), replaced(self.mode_weights)
+        weights = replaced(self.weights)
+        mode_weights = None if self.mode_weights is None else replaced(self.mode_weights)
         moments = replaced((self.covariance, self.key_covariance))
         return Summary(self.sizes, self.kept, keys, values, weights, mode_weights, *moments)
 
@@ -163,7 +166,9 @@ class Summary:
     def mode_log_weight(self, mode: int) -> Tensor | None:
         """Return the logarithm of the weights of the indices of a mode; of zeros where no position is present.
 
-        None if all positions count once.
+        Where the weights of positions are no product over modes, an index counts in proportion to the positions present
+        in its slice, and all indices with a position present count together as often as there are of them: once each
+        where the positions present are a product over modes after all. None if all positions count once.
 
         Args:
             mode: Index of the mode.
@@ -171,10 +176,32 @@ class Summary:
         total = self._total()
         if total is None:
             return None
+        if self.mode_weights is None:
+            count = self.slice_count(mode)
+            present = (count > 0).sum(-1, keepdim=True)
+            return log_weights(count * present / torch.where(present > 0, count.sum(-1, keepdim=True), 1))
         weight = self.mode_weights[mode]
         if weight is None:
             weight = total.new_ones([1] * len(self.batch) + [self.sizes[mode]])
         return log_weights(torch.where(total.unsqueeze(-1) > 0, weight, 0.0))
+
+    def position_weights(self) -> Weights:
+        """Return the weights that the means were made with, to average queries by them; held if they were asked for."""
+        if self.mode_weights is not None:
+            return self.mode_weights
+        weight = self.weights[self.place(tuple(range(self.order)))]
+        assert weight is not None
+        return GridWeights(weight.to(self._any_mean()[1].dtype), self.order)
+
+    def slice_count(self, mode: int) -> Tensor:
+        """Return the weight of the positions in each slice of a mode, ``(*batch, n_mode)``, where weights are held.
+
+        Args:
+            mode: Index of the mode.
+        """
+        count = self.weights[self.place((mode,))]
+        assert count is not None
+        return count
 
     @retells
     def project(
@@ -244,7 +271,8 @@ class Summary:
         weights, mode_weights = self.weights, self.mode_weights
         if num_heads is not None:
             weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
-            mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
+            if mode_weights is not None:
+                mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
         return dataclasses.replace(
             self,
             keys=keys,
@@ -333,17 +361,19 @@ class Summary:
             values.append(join(first.values[place], second.values[place]))
         share = _share(first, second)
         of_mode = share.unsqueeze(-1) if isinstance(share, Tensor) else share
-        mode_weights = [
-            _cat(one, two, batch) if k == mode else _mix(one, two, of_mode)
-            for k, (one, two) in enumerate(zip(first.mode_weights, second.mode_weights, strict=True))
-        ]
+        mode_weights: Vectors | None = None
+        if first.mode_weights is not None and second.mode_weights is not None:
+            mode_weights = tuple(
+                _cat(one, two, batch) if k == mode else _mix(one, two, of_mode)
+                for k, (one, two) in enumerate(zip(first.mode_weights, second.mode_weights, strict=True))
+            )
         merged = Summary(
             tuple(size + (k == mode) * other.sizes[k] for k, size in enumerate(self.sizes)),
             self.kept,
             tuple(keys),
             tuple(values),
             tuple(weights),
-            tuple(mode_weights),
+            mode_weights,
         )
         if self.covariance is None or self.key_covariance is None:
             return merged
@@ -403,6 +433,8 @@ class Summary:
         if self.weights[0] is not None:
             ones = [1] * len(self.batch)
             like = self.weights[0]
+            if self.mode_weights is None:
+                return self
             written = [
                 like.new_ones([*ones, n]) if w is None else w
                 for w, n in zip(self.mode_weights, self.sizes, strict=True)

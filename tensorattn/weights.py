@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +14,43 @@ from tensorattn.errors import DtypeError, TensorAttentionError, WeightsError
 from tensorattn.modes import GridShape, ModeSpec, mode_parts
 
 __all__ = [
+    "GridWeights",
     "Vector",
     "Vectors",
+    "Weights",
     "accumulation_dtype",
+    "beside",
+    "broadcasts_to",
     "check_floating",
+    "check_weight_values",
     "check_weights",
     "counting_dtype",
     "log_weights",
     "normalized",
     "real_tensor",
+    "without_absent",
 ]
 
 Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for equal weights
 Vectors = tuple[Vector, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class GridWeights:
+    """Weights of positions that are no product of weights of modes.
+
+    Attributes:
+        tensor: One non-negative weight a position, ``(*batch, n_1, …, n_N)`` with batch dimensions that may be 1.
+        order: Number of modes N.
+        binary: Whether each is known to be 0 or 1, so that nothing need be multiplied by it.
+    """
+
+    tensor: Tensor
+    order: int
+    binary: bool = False
+
+
+Weights = Vectors | GridWeights  # what every position counts: one vector a mode, or a tensor over the grid
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -88,19 +113,24 @@ def check_weights(
             if vector.dim() == 0 or vector.shape[-1] != size:
                 got = vector.shape[-1] if vector.dim() else "no dimension"
                 raise WeightsError(f"weights of mode {mode} have length {got}, but the mode has size {size}.")
-            if not _broadcasts_to(vector.shape[:-1], grid.batch):
+            if not broadcasts_to(vector.shape[:-1], grid.batch):
                 raise WeightsError(
                     f"weights of mode {mode} have batch dimensions {tuple(vector.shape[:-1])}, "
                     f"which do not broadcast to {grid.batch}."
                 )
             vector = vector.to(accumulation_dtype(like.dtype))
-            _check_values(vector, mode, may_vanish=index == part_of)
+            check_weight_values(vector, f"weights of mode {mode}", "index", may_vanish=index == part_of)
         checked.append(vector)
     return tuple(checked)
 
 
-def _broadcasts_to(shape: Sequence[int], batch: Sequence[int]) -> bool:
-    """Tell whether a shape broadcasts to the batch dimensions without adding to them."""
+def broadcasts_to(shape: Sequence[int], batch: Sequence[int]) -> bool:
+    """Tell whether a shape broadcasts to the batch dimensions without adding to them.
+
+    Args:
+        shape: The shape.
+        batch: The batch dimensions.
+    """
     pairs = zip(reversed(shape), reversed(batch), strict=False)
     return len(shape) <= len(batch) and all(size in (1, other) for size, other in pairs)
 
@@ -130,20 +160,30 @@ def real_tensor(given: Any, what: str, like: Tensor, kind: type[TensorAttentionE
     return given.to(like.device)
 
 
-def _check_values(vector: Tensor, mode: str, *, may_vanish: bool) -> None:
-    """Refuse negative, infinite and all-zero weights, where values can be read."""
-    if torch.compiler.is_compiling() or vector.is_meta or vector.numel() == 0:
+def check_weight_values(weights: Tensor, what: str, noun: str, *, may_vanish: bool) -> None:
+    """Refuse negative, infinite and all-zero weights, where values can be read.
+
+    Args:
+        weights: The weights.
+        what: What they are called.
+        noun: What each of them weighs.
+        may_vanish: Whether they may all be zero.
+
+    Raises:
+        WeightsError: If they are refused.
+    """
+    if torch.compiler.is_compiling() or weights.is_meta or weights.numel() == 0:
         return
     try:
-        lowest, highest = (bound.item() for bound in torch.aminmax(vector.detach()))
+        lowest, highest = (bound.item() for bound in torch.aminmax(weights.detach()))
     except RuntimeError:  # under vmap, and for fake tensors, no value can be read
         return
     if not math.isfinite(lowest) or not math.isfinite(highest):
-        raise WeightsError(f"weights of mode {mode} must be finite, got {lowest:g} to {highest:g}.")
+        raise WeightsError(f"{what} must be finite, got {lowest:g} to {highest:g}.")
     if lowest < 0:
-        raise WeightsError(f"weights of mode {mode} must not be negative, got {lowest:g}.")
+        raise WeightsError(f"{what} must not be negative, got {lowest:g}.")
     if highest == 0 and not may_vanish:
-        raise WeightsError(f"weights of mode {mode} are all zero, so no index takes part.")
+        raise WeightsError(f"{what} are all zero, so no {noun} takes part.")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,3 +218,27 @@ def normalized(weights: Vectors) -> Vectors:
             vector = vector / torch.where(total > 0, total, 1)
         vectors.append(vector)
     return tuple(vectors)
+
+
+def beside(vector: Tensor, mode: int, order: int) -> Tensor:
+    """View what belongs to the indices of a mode so that it broadcasts to the grid.
+
+    Args:
+        vector: ``(*batch, n_mode)``.
+        mode: The mode.
+        order: Number of modes N.
+
+    Returns:
+        The view ``(*batch, 1, …, n_mode, …, 1)``.
+    """
+    return vector.reshape(*vector.shape[:-1], *(vector.shape[-1] if k == mode else 1 for k in range(order)))
+
+
+def without_absent(tensor: Tensor, present: Tensor) -> Tensor:
+    """Return a tensor with zeros at absent positions, whatever it holds there; no gradient flows to them.
+
+    Args:
+        tensor: Values ``(*batch, n_1, …, n_N, D)``.
+        present: Where positions take part, broadcastable to ``(*batch, n_1, …, n_N)``.
+    """
+    return torch.where(present.unsqueeze(-1), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.modes import GridShape
 from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
 from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
+from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, reading
 from tensorattn.nn.patches import Patch
+from tensorattn.patching import grid_of
+from tensorattn.weights import without_absent
 
 __all__ = ["TensorTransformer", "TensorTransformerConfig"]
 
@@ -214,10 +218,12 @@ class TensorTransformer(nn.Module):
         Args:
             x: Input, channels last or first as the config says.
             coordinates: Where patches lie: one vector a mode or None, or a mapping from modes, for the positions.
-            **attention: What `TensorAttention` is told of the grid of patches, such as ``weights``.
+            **attention: What `TensorAttention` is told of the grid of patches, such as ``weights``, ``mask`` or
+                ``lengths``.
 
         Returns:
-            One vector a patch, or with ``out_channels`` a tensor on the grid of the input.
+            One vector a patch, or with ``out_channels`` a tensor on the grid of the input. Where a mask or lengths
+            leave a patch out, it is what the model makes of zeros, whatever the input holds there.
 
         Raises:
             ShapeError: If the input has the wrong number of dimensions or channels, an empty mode, or without ``pad``
@@ -228,6 +234,7 @@ class TensorTransformer(nn.Module):
         if coordinates is not None and self.positions is None:
             raise OptionError("coordinates has no meaning without positions.").retold("TensorTransformer")
         first = self.config.channels_first
+        x = self._without_absent_patches(x, attention)
         y = self.embedding(x).to(self.norm.weight.dtype)  # autocast leaves the skip connections in full precision
         y = y.movedim(1, -1) if first else y
         if self.positions is not None:
@@ -238,6 +245,28 @@ class TensorTransformer(nn.Module):
         if self.unembedding is not None:
             y = self.unembedding(y, sizes=x.shape[2:] if first else x.shape[1:-1])
         return y.movedim(-1, 1) if first else y
+
+    def _without_absent_patches(self, x: Tensor, attention: Mapping[str, Any]) -> Tensor:
+        """Return the input with zeros in the patches that a mask or lengths leave out."""
+        c = self.config
+        spoken = {name: attention[name] for name in ("mask", "lengths") if attention.get(name) is not None}
+        if not spoken:
+            return x
+        modes, patch = self.embedding.modes, self.embedding.patch
+        try:
+            grid = check_input(x, modes, c.in_channels, channels_first=c.channels_first, called="in_channels")
+            last = channels_last(x, c.channels_first)
+            patches = GridShape(grid.batch, grid_of(grid.sizes, patch), grid.dim)
+            present = check_layer_presence(patches, last, modes, of="the grid of patches", **spoken).present
+        except TensorAttentionError as cause:
+            raise cause.retold("TensorTransformer", reading(x, modes, channels_first=c.channels_first)) from None
+        assert present is not None
+        for mode, (size, part) in enumerate(zip(grid.sizes, patch, strict=True)):
+            dim = present.dim() - modes.order + mode
+            if present.shape[dim] != 1 or patches.sizes[mode] == 1:
+                present = present.repeat_interleave(part, dim).narrow(dim, 0, size)
+        last = without_absent(last, present)
+        return last.movedim(-1, 1) if c.channels_first else last
 
 
 def _make_positions(

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from tensorattn.errors import OptionError, TensorAttentionError
 from tensorattn.nn.attention import TensorAttention
-from tensorattn.nn.layout import check_input, check_parameters, reading
+from tensorattn.nn.layout import check_input, check_layer_presence, check_parameters, reading
+from tensorattn.weights import without_absent
 
 __all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
 
@@ -228,23 +229,33 @@ class TensorTransformerBlock(nn.Module):
 
         Args:
             x: Input, channels last or first as the module was told.
-            **attention: What `TensorAttention` is told of the input, such as ``weights``.
+            **attention: What `TensorAttention` is told of the input, such as ``weights``, ``mask`` or ``lengths``; or
+                with a ``context``, of that.
 
         Returns:
-            The output, of the shape of the input.
+            The output, of the shape of the input. Where a mask or lengths leave a position of the input out, it is what
+            the block makes of zeros, whatever the input holds there.
 
         Raises:
-            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode.
-            DtypeError: If the input is not floating point, or not of the type of the parameters.
-            WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode, or the mask or
+                lengths do not fit.
+            DtypeError: If the input is not floating point, or not of the type of the parameters, the mask is not bool,
+                or lengths are not integers.
+            WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is
+                negative or longer than its mode.
+            OptionError: If one of them has no meaning for the operator.
         """
         try:
-            check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+            grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
             check_parameters(x, self.attention_norm.weight)
+            last = x.movedim(1, -1) if self.channels_first else x
+            if attention.get("context") is None:
+                spoken: dict[str, Any] = {name: attention.get(name) for name in ("mask", "lengths")}
+                present = check_layer_presence(grid, last, self.modes, **spoken).present
+                last = last if present is None else without_absent(last, present)
         except TensorAttentionError as cause:
             told = reading(x, self.modes, channels_first=self.channels_first)
             raise cause.retold("TensorTransformerBlock", told) from None
-        last = x.movedim(1, -1) if self.channels_first else x
         if self.checkpoint and torch.is_grad_enabled():
             y = recompute(self._run, last, attention, use_reentrant=False)
         else:

@@ -10,13 +10,29 @@ from torch import Tensor
 
 from tensorattn.errors import DtypeError, ModesError, ShapeError, describe
 from tensorattn.modes import GridShape, ModeSpec
+from tensorattn.presence import Presence, check_presence
 from tensorattn.weights import check_floating
 
-__all__ = ["channels_last", "check_grid", "check_input", "check_parameters", "one_a_mode", "reading", "show_modes"]
+__all__ = [
+    "channels_last",
+    "check_grid",
+    "check_input",
+    "check_layer_presence",
+    "check_parameters",
+    "one_a_mode",
+    "reading",
+    "show_modes",
+]
 
 
 def check_input(
-    x: Tensor, modes: ModeSpec, channels: int, *, channels_first: bool, called: str = "embed_dim"
+    x: Tensor,
+    modes: ModeSpec,
+    channels: int,
+    *,
+    channels_first: bool,
+    called: str = "embed_dim",
+    argument: str = "x",
 ) -> GridShape:
     """Check the input of a module and read its shape.
 
@@ -26,6 +42,7 @@ def check_input(
         channels: Channels that it must have.
         channels_first: Which of the layouts.
         called: Name of the argument that set the channels.
+        argument: Name of the input, for messages.
 
     Returns:
         The shape, read.
@@ -34,15 +51,15 @@ def check_input(
         DtypeError: If the input is not a floating-point tensor.
         ShapeError: If it has the wrong number of dimensions or channels, or an empty mode.
     """
-    check_floating(x=x)
+    check_floating(**{argument: x})
     if x.dim() != modes.order + 2:
         layout = " ".join(("B", "C", *modes.names) if channels_first else ("B", *modes.names, "C"))
-        raise ShapeError(f"x has {x.dim()} dimensions, but the layout ({layout}) has {modes.order + 2}.")
+        raise ShapeError(f"{argument} has {x.dim()} dimensions, but the layout ({layout}) has {modes.order + 2}.")
     found = x.shape[1 if channels_first else -1]
     if found != channels:
-        raise ShapeError(f"x has {found} channels, but {called} is {channels}.")
+        raise ShapeError(f"{argument} has {found} channels, but {called} is {channels}.")
     sizes = tuple(x.shape[2:] if channels_first else x.shape[1:-1])
-    _check_sizes(sizes, modes, "x")
+    _check_sizes(sizes, modes, argument)
     return GridShape((x.shape[0],), sizes, channels)
 
 
@@ -73,6 +90,40 @@ def check_grid(tensor: Tensor, modes: ModeSpec, argument: str) -> GridShape:
     return GridShape(tuple(tensor.shape[: -order - 1]), sizes, tensor.shape[-1])
 
 
+def check_layer_presence(
+    grid: GridShape,
+    like: Tensor,
+    modes: ModeSpec,
+    *,
+    of: str = "x",
+    weights: Any = None,
+    mask: Any = None,
+    lengths: Any = None,
+    part_of: int | None = None,
+) -> Presence:
+    """Check what is said of the positions of the input of a module, or of its context.
+
+    Args:
+        grid: Its shape.
+        like: A tensor of the type and device wanted.
+        modes: Its modes.
+        of: Its name, for messages.
+        weights: As in `check_presence`.
+        mask: As in `check_presence`.
+        lengths: As in `check_presence`, or a mapping from modes.
+        part_of: A mode of which the tensor is a part.
+
+    Returns:
+        What is said of them.
+
+    Raises:
+        ModesError: If lengths name a mode that does not exist.
+    """
+    if isinstance(lengths, Mapping):
+        lengths = one_a_mode(modes, lengths, "lengths")
+    return check_presence(weights, mask, lengths, grid, like, modes, of=of, part_of=part_of)
+
+
 def channels_last(tensor: Tensor, channels_first: bool) -> Tensor:
     """View the input of a module with its channels last.
 
@@ -83,12 +134,13 @@ def channels_last(tensor: Tensor, channels_first: bool) -> Tensor:
     return tensor.movedim(1, -1) if channels_first else tensor
 
 
-def check_parameters(x: Tensor, parameter: Tensor) -> None:
+def check_parameters(x: Tensor, parameter: Tensor, argument: str = "x") -> None:
     """Check that the input is where the parameters are, and of their type, unless autocast brings them together.
 
     Args:
         x: Input.
         parameter: One of the parameters.
+        argument: Name of the input, for messages.
 
     Raises:
         DtypeError: If it does not.
@@ -96,9 +148,9 @@ def check_parameters(x: Tensor, parameter: Tensor) -> None:
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype != parameter.dtype and not casts:
-        raise DtypeError(f"the type is {x.dtype} in x but {parameter.dtype} in the parameters.")
+        raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
     if x.device != parameter.device:
-        raise DtypeError(f"the device is {x.device} in x but {parameter.device} in the parameters.")
+        raise DtypeError(f"the device is {x.device} in {argument} but {parameter.device} in the parameters.")
 
 
 def reading(x: Any, modes: ModeSpec, *, channels_first: bool) -> str:

@@ -11,11 +11,11 @@ from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
-from tensorattn.operators.spreading import At, geometric, weights_of
+from tensorattn.operators.spreading import At, Base, geometric, weights_of
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "additive_attention"]
 
@@ -34,7 +34,9 @@ def additive_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     interaction: str | None = None,
@@ -61,8 +63,13 @@ def additive_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            One that is no product over modes makes masked averages, with the logarithm of the positions present behind
+            each in the logits: an approximation, exact where the mask is a product.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
             query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
             Exact where keys and values are additive.
@@ -74,7 +81,8 @@ def additive_attention(
         saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
             None leaves it unbounded, as is right for Gaussian residuals only.
         include_self: Whether to merge the key and value at each query's own position as one more token; the query is
-            then on the grid of the keys. It counts once, whatever ``weights`` say of the position.
+            then on the grid of the keys. It counts once, whatever ``weights`` say of the position, but not where a mask
+            or lengths leave it out.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too: that of all logits, where keys are additive.
         return_attention: Whether to return the attention weights too.
@@ -85,9 +93,12 @@ def additive_attention(
         among the averages, before the own token joins.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -100,6 +111,12 @@ def additive_attention(
         >>> rows, columns = torch.randn(4, 1, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
         >>> x, q = rows + columns, torch.randn(7, 8, dtype=torch.float64)
         >>> torch.allclose(ta.additive_attention(q, x, x, order=2), ta.flattened_attention(q, x, x, order=2))
+        True
+        >>> padded, mask = torch.randn(1, 4, 5, 8), torch.ones(1, 4, 5, dtype=torch.bool)
+        >>> mask[:, 3:], mask[:, :, 2:], padded[:, 3:] = False, False, float("nan")
+        >>> cropped = ta.additive_attention(padded[:, :3, :2], padded[:, :3, :2], padded[:, :3, :2], order=2)
+        >>> masked = ta.additive_attention(padded[:, :3, :2], padded, padded, order=2, mask=mask)
+        >>> torch.allclose(masked, cropped, atol=1e-6)
         True
 
     References:
@@ -114,6 +131,8 @@ def additive_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -136,11 +155,11 @@ def claims(*, interaction: str | None, saturation: float | None, include_self: b
     return means_claims(interaction, include_self) | ({Claim.INVISIBLE_INTERACTION} if blind else frozenset())
 
 
-def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor, **_: Any) -> Tensor:
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base, **_: Any) -> Tensor:
     """The product of the weights of the modes: the softmax of additive logits."""
     parts = enumerate(zip(attention, sizes, strict=True))
     factors = [((mode,), weights_of(part, at, (size,)), 1) for mode, (part, size) in parts]
-    return geometric(factors, base, len(sizes))
+    return geometric(factors, base.weights, len(sizes))
 
 
 OPERATOR = Operator(

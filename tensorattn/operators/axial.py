@@ -13,11 +13,12 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
 from tensorattn.operators.position import Bias
-from tensorattn.operators.spreading import At, fibres, place_on, weights_of
+from tensorattn.operators.spreading import At, Base, fibres, place_on, weights_of
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, accumulation_dtype, log_weights
+from tensorattn.weights import accumulation_dtype, log_weights
 
 __all__ = ["OPERATOR", "axial_attention"]
 
@@ -96,7 +97,9 @@ def axial_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     dropout_p: float = 0.0,
@@ -117,8 +120,13 @@ def axial_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
+            Any mask is exact.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
             query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
         causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with
@@ -132,9 +140,12 @@ def axial_attention(
         tensor ``(*batch, n_1, …, n_N, n_m)`` a mode, each summing to one.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -159,6 +170,8 @@ def axial_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -177,7 +190,7 @@ def claims() -> frozenset[Claim]:
     return SYMMETRIES | {Claim.REFINEMENT, Claim.CONVEX}
 
 
-def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor) -> Tensor:
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base) -> Tensor:
     """The weights along each fibre through the query, each mode counting equally."""
     place = place_on(sizes, at)
     return fibres([weights_of(part, place, (size,)) for part, size in zip(attention, sizes, strict=True)], place)

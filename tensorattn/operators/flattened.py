@@ -10,10 +10,10 @@ from torch import Tensor
 from tensorattn.errors import retells
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
-from tensorattn.operators.spreading import At, weights_of
+from tensorattn.operators.spreading import At, Base, weights_of
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "flattened_attention"]
 
@@ -37,7 +37,9 @@ def flattened_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     dropout_p: float = 0.0,
@@ -57,8 +59,12 @@ def flattened_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            Any mask is exact.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
             query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
             The biases of the modes add up.
@@ -73,9 +79,12 @@ def flattened_attention(
         tensor ``(*batch, *positions, n_1, …, n_N)``.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -98,6 +107,8 @@ def flattened_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -116,7 +127,7 @@ def claims() -> frozenset[Claim]:
     return frozenset(Claim) - {Claim.INVISIBLE_INTERACTION}
 
 
-def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor) -> Tensor:
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base) -> Tensor:
     """The weights themselves."""
     return weights_of(attention[0], at, sizes)
 

@@ -24,7 +24,7 @@ from tensorattn.options import check_number
 from tensorattn.summary import Summary
 from tensorattn.weights import accumulation_dtype
 
-__all__ = ["check_interaction", "correct", "marginal_covariance", "missing_covariance"]
+__all__ = ["check_interaction", "correct", "marginal_covariance", "missing_covariance", "saturated"]
 
 
 def check_interaction(interaction: str | None, saturation: float | None) -> None:
@@ -80,6 +80,20 @@ def missing_covariance(summary: Summary, counts: Mapping[Kept, int], of_keys: bo
     return total
 
 
+def saturated(square: Tensor, saturation: float) -> Tensor:
+    """Return what bounds the correction, as a column: 1 in the first order of the scale.
+
+    Where the weights of positions are no product over modes, main effects overlap and τ² may be negative: its size
+    counts.
+
+    Args:
+        square: τ² of each query.
+        saturation: The ℓ.
+    """
+    size = torch.where(square < 0, -square, square)  # not abs, whose second derivatives at zero are lost
+    return (1 + size / saturation**2).sqrt().unsqueeze(-1)
+
+
 def correct(
     query: Tensor,
     output: Tensor,
@@ -110,9 +124,9 @@ def correct(
     square = None
     if saturation is not None or lse is not None:
         keys = missing_covariance(summary, counts, of_keys=True)
-        square = (scale * scale * ((flat @ keys) * flat).sum(-1)).clamp_min(0)
+        square = scale * scale * ((flat @ keys) * flat).sum(-1)
     if saturation is not None and square is not None:
-        term = term / (1 + square / saturation**2).sqrt().unsqueeze(-1)
+        term = term / saturated(square, saturation)
     if gain is not None:
         term = term * gain[..., None, None]
     output = (output.to(term.dtype) + term.reshape(output.shape)).to(output.dtype)

@@ -11,11 +11,11 @@ from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
-from tensorattn.operators.spreading import At, mixture, weights_of
+from tensorattn.operators.spreading import At, Base, mixture, weights_of
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.softmax import TokenSet, join_sets
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "joint_set", "kao_kv"]
 
@@ -44,7 +44,9 @@ def kao_kv(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     dropout_p: float = 0.0,
@@ -67,8 +69,13 @@ def kao_kv(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            One that is no product over modes makes masked averages, each counted in proportion to the positions
+            present, those of a mode together as often as there are of them; it excludes ``weights``.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
             query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
         causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with
@@ -82,9 +89,12 @@ def kao_kv(
         tensor ``(*batch, *positions, n_m)`` a mode; all together sum to one.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -110,6 +120,8 @@ def kao_kv(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -128,9 +140,14 @@ def claims() -> frozenset[Claim]:
     return SYMMETRIES | {Claim.INVISIBLE_INTERACTION, Claim.CONVEX, Claim.ZERO_SCALE_MEAN}
 
 
-def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor) -> Tensor:
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base) -> Tensor:
     """What each average gets, shared by the positions behind it: the output is the mean of the values so weighed."""
-    return mixture([weights_of(part, at, (size,)) for part, size in zip(attention, sizes, strict=True)], base)
+    return mixture([weights_of(part, at, (size,)) for part, size in zip(attention, sizes, strict=True)], base.weights)
 
 
-OPERATOR = Operator("kao_kv", kao_kv, needs, attend, claims, spread=spread)
+def counts_indices() -> bool:
+    """Its one softmax counts the indices of all modes."""
+    return True
+
+
+OPERATOR = Operator("kao_kv", kao_kv, needs, attend, claims, spread=spread, counts_indices=counts_indices)

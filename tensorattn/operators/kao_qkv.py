@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorattn.contraction import contract, expand
+from tensorattn.contraction import expand
 from tensorattn.contraction_tree import Family, main_effects
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import GridShape, check_order
-from tensorattn.operators.interaction import check_interaction, missing_covariance
+from tensorattn.operators.interaction import check_interaction, missing_covariance, saturated
 from tensorattn.operators.kao_kv import joint_set
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
-from tensorattn.operators.spreading import At, geometric, mixture, place_on, weights_of
+from tensorattn.operators.spreading import At, Base, geometric, mixture, place_on, weights_of
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.softmax import attend_tokens, join_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers
-from tensorattn.weights import Vector, normalized
+from tensorattn.weighing import weighted_means
 
 __all__ = ["OPERATOR", "kao_qkv"]
 
@@ -43,7 +44,7 @@ def attend(
     if isinstance(query, tuple):
         return _attend_from_means(query, summary, centered, scale=scale, **settings)
     order, batch = summary.order, summary.batch
-    means = contract(query, _family(order, centered), normalized(summary.mode_weights))
+    means = weighted_means(query, _family(order, centered), summary.position_weights())
     parts = _attend_from_means(means, summary, centered, scale=scale, **settings)
     output = expand(parts.output, main_effects(order), GridShape(batch, summary.sizes, parts.output[0].shape[-1]))
     lse = None
@@ -104,7 +105,7 @@ def _correction(
     if saturation is not None:
         rest = missing_covariance(summary, counts, of_keys=True)
         square = (applied(own, summary.key_covariance) * own).sum(-1) + (applied(additive, rest) * additive).sum(-1)
-        term = term / (1 + (scale * scale * square).clamp_min(0) / saturation**2).sqrt().unsqueeze(-1)
+        term = term / saturated(scale * scale * square, saturation)
     return term if gain is None else term * gain.reshape(*gain.shape, *(1 for _ in summary.sizes), 1)
 
 
@@ -116,7 +117,9 @@ def kao_qkv(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     centered: bool = False,
@@ -149,9 +152,15 @@ def kao_qkv(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the averages of the queries too.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
+            One that is no product over modes makes masked averages, with the logarithm of the positions present behind
+            each in the logits: an approximation, exact where the mask is a product.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: Has no meaning here and raises.
         causal: Has no meaning here and raises.
         centered: Whether to take one softmax a mode and count the mean once.
@@ -168,9 +177,12 @@ def kao_qkv(
         with ``centered=True``, ``attention[N][l]``, ``(*batch, 1, n_l)``, how the mean query does.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -201,6 +213,8 @@ def kao_qkv(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -217,7 +231,7 @@ def needs(order: int, *, centered: bool, interaction: str | None, saturation: fl
     check_interaction(interaction, saturation)
     if interaction is not None and not centered:
         raise OptionError("interaction needs centered=True: the published form has no first order to correct.")
-    return Needs(_family(order, centered), second_moment=interaction is not None)
+    return Needs(_family(order, centered), second_moment=interaction is not None, position_weights=True)
 
 
 def _family(order: int, centered: bool) -> Family:
@@ -236,6 +250,11 @@ def claims(*, centered: bool, interaction: str | None, saturation: float | None)
     return SYMMETRIES | {Claim.CONSTANT_MODE, Claim.REFINEMENT, Claim.ZERO_SCALE_MEAN, own}
 
 
+def counts_indices(*, centered: bool, **_: Any) -> bool:
+    """The published form has one softmax for the indices of all modes."""
+    return not centered
+
+
 def takes_means(*, interaction: str | None, **_: Any) -> bool:
     """Without the correction, averages of the queries are all that it needs."""
     return interaction is None
@@ -248,7 +267,7 @@ def spread(
     attention: Sequence[Sequence[Tensor]],
     sizes: Sequence[int],
     at: At | None,
-    base: Tensor,
+    base: Base,
     *,
     centered: bool,
     **_: Any,
@@ -266,10 +285,10 @@ def spread(
         for mode, (row, index) in enumerate(zip(attention, place, strict=False))
     ]
     if not centered:
-        return functools.reduce(torch.add, (mixture(row, base) for row in queries)) / order
+        return functools.reduce(torch.add, (mixture(row, base.weights) for row in queries)) / order
     factors = [((mode,), part, 1) for row in queries for mode, part in enumerate(row)]
     factors += [((mode,), part[..., 0, :], 1 - order) for mode, part in enumerate(attention[order])]
-    return geometric(factors, base, order)
+    return geometric(factors, base.weights, order)
 
 
 OPERATOR = Operator(
@@ -281,6 +300,7 @@ OPERATOR = Operator(
     query="grid",
     takes_means=takes_means,
     spread=spread,
+    counts_indices=counts_indices,
     options={"centered": False, "interaction": None, "saturation": 1.0},
     lacks={"bias": AVERAGED, "causal": AVERAGED},
 )

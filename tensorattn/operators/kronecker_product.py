@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensorattn.errors import retells
-from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
+from tensorattn.operators.mode_matrices import (
+    POOLED,
+    along_mode,
+    counts_indices,
+    matrices_needs,
+    mode_matrices,
+    over_present,
+    position_column,
+    takes_means,
+)
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
-from tensorattn.operators.spreading import At, geometric, place_on, rows_at
+from tensorattn.operators.spreading import At, Base, geometric, place_on, rows_at, scaled_to_one
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "kronecker_product_attention"]
 
@@ -29,10 +39,21 @@ def attend(
 ) -> AttentionResult:
     """Apply the attention matrix of each mode in turn; the Kronecker product is never formed."""
     matrices, dropped, lse = mode_matrices(query, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
-    output = summary.value(tuple(range(summary.order)))
-    for mode, matrix in enumerate(dropped):
-        output = along_mode(matrix, output, mode, len(summary.batch))
+    value, weight, batch = summary.value(tuple(range(summary.order))), position_column(summary), len(summary.batch)
+    if weight is None:
+        output = _product(dropped, value, batch)
+    else:
+        output = over_present(
+            _product(dropped, value * weight.to(value.dtype), batch), _product(matrices, weight, batch)
+        )
     return AttentionResult(output, lse, matrices if return_attention else None)
+
+
+def _product(matrices: tuple[Tensor, ...], tensor: Tensor, batch: int) -> Tensor:
+    """Multiply a tensor by one matrix along each mode."""
+    for mode, matrix in enumerate(matrices):
+        tensor = along_mode(matrix, tensor, mode, batch)
+    return tensor
 
 
 @retells
@@ -43,7 +64,9 @@ def kronecker_product_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     pool: str = "mean",
@@ -66,9 +89,15 @@ def kronecker_product_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the pooled queries too.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
+            One that is no product over modes makes masked averages, and the product of the matrices is made to sum to
+            one over the positions present; with ``pool="sum"`` it excludes ``weights``.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: Has no meaning here and raises.
         causal: Has no meaning here and raises.
         pool: Whether queries and keys are pooled over the other modes by their ``"mean"`` or by their ``"sum"``.
@@ -81,9 +110,12 @@ def kronecker_product_attention(
         matrix ``(*batch, n_m, n_m)`` a mode.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -107,6 +139,8 @@ def kronecker_product_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -127,10 +161,11 @@ def claims(*, pool: str) -> frozenset[Claim]:
     return SYMMETRIES | {Claim.CONVEX, Claim.ZERO_SCALE_MEAN} | indifferent
 
 
-def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor, **_: Any) -> Tensor:
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base, **_: Any) -> Tensor:
     """A row of the Kronecker product: the outer product of the rows of the modes."""
     rows = rows_at(attention, place_on(sizes, at), sizes)
-    return geometric([((mode,), row, 1) for mode, row in enumerate(rows)], base, len(sizes))
+    product = geometric([((mode,), row, 1) for mode, row in enumerate(rows)], torch.ones_like(base.weights), len(sizes))
+    return scaled_to_one(product * base.beside_rows, len(sizes))
 
 
 OPERATOR = Operator(
@@ -141,6 +176,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    counts_indices=counts_indices,
     pools=True,
     options={"pool": "mean"},
     spread=spread,

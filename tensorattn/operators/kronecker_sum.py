@@ -8,12 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from tensorattn.errors import retells
-from tensorattn.operators.mode_matrices import POOLED, along_mode, matrices_needs, mode_matrices, takes_means
+from tensorattn.operators.mode_matrices import (
+    POOLED,
+    along_mode,
+    counts_indices,
+    matrices_needs,
+    mode_matrices,
+    over_present,
+    position_column,
+    takes_means,
+)
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
-from tensorattn.operators.spreading import At, fibres, place_on, rows_at
+from tensorattn.operators.spreading import At, Base, fibre_of, fibres, place_on, rows_at, scaled_to_one
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "kronecker_sum_attention"]
 
@@ -31,11 +40,17 @@ def attend(
     matrices, dropped, lse = mode_matrices(query, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
     everything = tuple(range(summary.order))
     value, weight, batch = summary.value(everything), summary.weights[summary.place(everything)], len(summary.batch)
-    if weight is not None:
+    column = position_column(summary)
+    if column is not None:
+        value = value * column.to(value.dtype)
+    elif weight is not None:
         value = value * (weight > 0).unsqueeze(-1)  # a fibre of absent positions adds nothing
-    output = along_mode(dropped[0], value, 0, batch)
-    for mode in range(1, summary.order):
-        output = output.add_(along_mode(dropped[mode], value, mode, batch))
+    output: Tensor | None = None
+    for mode in range(summary.order):
+        part = along_mode(dropped[mode], value, mode, batch)
+        if column is not None:
+            part = over_present(part, along_mode(matrices[mode], column, mode, batch))
+        output = part if output is None else output.add_(part)
     return AttentionResult(output, lse, matrices if return_attention else None)
 
 
@@ -47,7 +62,9 @@ def kronecker_sum_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     pool: str = "mean",
@@ -68,9 +85,15 @@ def kronecker_sum_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
             They weigh the pooled queries too.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            It speaks of the queries too: where a position takes no part, the output is zero.
+            One that is no product over modes makes masked averages, and the attention along each fibre is made to sum
+            to one over the positions present; with ``pool="sum"`` it excludes ``weights``.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: Has no meaning here and raises.
         causal: Has no meaning here and raises.
         pool: Whether queries and keys are pooled over the other modes by their ``"mean"`` or by their ``"sum"``.
@@ -83,9 +106,12 @@ def kronecker_sum_attention(
         matrix ``(*batch, n_m, n_m)`` a mode.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -109,6 +135,8 @@ def kronecker_sum_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -128,10 +156,12 @@ def claims(*, pool: str) -> frozenset[Claim]:
     return frozenset({Claim.KEY_SHIFT, Claim.ROTATION} | ({Claim.REFINEMENT} if pool == "mean" else set()))
 
 
-def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Tensor, **_: Any) -> Tensor:
+def spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base, **_: Any) -> Tensor:
     """The row of each mode on the fibre through the query, divided by the N times that values are counted."""
     place = place_on(sizes, at)
-    return fibres(rows_at(attention, place, sizes), place)
+    along = [base.beside_rows[fibre_of(place, mode)] for mode in range(len(sizes))]
+    rows = [row * counts for row, counts in zip(rows_at(attention, place, sizes), along, strict=True)]
+    return fibres(rows if base.by_mode else [scaled_to_one(row, 1) for row in rows], place)
 
 
 OPERATOR = Operator(
@@ -142,6 +172,7 @@ OPERATOR = Operator(
     claims,
     query="grid",
     takes_means=takes_means,
+    counts_indices=counts_indices,
     pools=True,
     options={"pool": "mean"},
     spread=spread,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, WeightsError, retells
-from tensorattn.modes import check_order, is_integer, mode_parts
+from tensorattn.errors import OptionError, retells
+from tensorattn.modes import GridShape, check_order, is_integer
 from tensorattn.operators import get_operator
+from tensorattn.operators.spreading import Base
+from tensorattn.presence import GivenWeights, Lengths, Mask, check_presence
+from tensorattn.weights import GridWeights, beside
 
 __all__ = ["attention_map"]
 
@@ -22,7 +24,9 @@ def attention_map(
     *,
     operator: str = "additive",
     at: Sequence[int] | None = None,
-    weights: Sequence[Tensor | None] | Tensor | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     **options: Any,
 ) -> Tensor:
     r"""Spread the attention weights of an operator over the grid: one number a position, all summing to one.
@@ -46,8 +50,10 @@ def attention_map(
         operator: Name of the operator.
         at: The query, one index a dimension of its positions; the map of every query if None, which takes as much
             memory as full attention would. Operators whose queries must be on the grid of the keys need it.
-        weights: The weights that the operator was given: one vector a mode, ``(n_m,)`` or ``(*batch, n_m)``, or None;
-            or one tensor ``(n_1, …, n_N)`` or ``(*batch, n_1, …, n_N)`` for whole positions.
+        weights: The weights that the operator was given. What differs between samples must have all batch dimensions
+            here, so that dimensions of positions are not taken for one.
+        mask: The mask that it was given.
+        lengths: The lengths that it was given.
         **options: The options that the operator was given.
 
     Returns:
@@ -55,8 +61,9 @@ def attention_map(
 
     Raises:
         OptionError: If the operator has no map or no such option, or ``at`` is missing or out of range.
-        ShapeError: If the attention weights do not fit the sizes of the modes.
+        ShapeError: If the attention weights, the mask or lengths do not fit the sizes of the modes.
         WeightsError: If the weights of the positions do not.
+        DtypeError: If the mask is not bool, or lengths are not integers.
 
     Shape:
         - result: :math:`(*, n_1, \dots, n_N)` with the batch dimensions, and the positions of the queries if ``at`` is
@@ -80,7 +87,7 @@ def attention_map(
     if not isinstance(attention, Sequence) or not attention:
         raise OptionError("attention must be what an operator returned as its attention, a tuple.")
     first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
-    base = _weights_of_positions(weights, sizes, first)
+    base = _base(weights, mask, lengths, sizes, first)
     return record.spread(attention, sizes, None if at is None else _indices(at), base, **options)
 
 
@@ -92,24 +99,27 @@ def _indices(at: Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
-def _weights_of_positions(
-    weights: Sequence[Tensor | None] | Tensor | None, sizes: Sequence[int], like: Tensor
-) -> Tensor:
-    """Multiply the weights of the modes into those of the positions, in the type of the attention weights."""
-    if isinstance(weights, Tensor):
-        if tuple(weights.shape[-len(sizes) :]) != sizes:
-            raise WeightsError(f"weights have shape {tuple(weights.shape)}, but the modes have sizes {tuple(sizes)}.")
-        return weights.to(like)
-    base = like.new_ones(tuple(sizes))
-    if weights is None:
-        return base
-    for mode, vector in enumerate(mode_parts(weights, len(sizes), "weights", "vectors", WeightsError)):
-        if vector is None:
-            continue
-        vector = torch.as_tensor(vector, dtype=like.dtype, device=like.device)
-        if vector.dim() == 0 or vector.shape[-1] != sizes[mode]:
-            got = vector.shape[-1] if vector.dim() else "no dimension"
-            raise WeightsError(f"weights of mode {mode} have length {got}, but the mode has size {sizes[mode]}.")
-        behind = len(sizes) - 1 - mode
-        base = base * vector.reshape(*vector.shape[:-1], *(1,) * mode, sizes[mode], *(1,) * behind)
-    return base
+def _base(weights: GivenWeights, mask: Mask, lengths: Lengths, sizes: tuple[int, ...], of: Tensor) -> Base:
+    """Bring what was said of the positions together, in the type of the attention weights."""
+    order = len(sizes)
+    grid = GridShape(tuple(of.shape[: _samples(weights, mask, lengths, order)]), sizes, 1)
+    found = check_presence(weights, mask, lengths, grid, of, of="sizes").weights
+    if isinstance(found, GridWeights):
+        return Base(found.tensor.to(of), by_mode=False)
+    base = of.new_ones(sizes)
+    for mode, vector in enumerate(found):
+        base = base if vector is None else base * beside(vector.to(of), mode, order)
+    return Base(base, by_mode=True)
+
+
+def _samples(weights: GivenWeights, mask: Mask, lengths: Lengths, order: int) -> int:
+    """Count the batch dimensions that weights, mask and lengths have."""
+    whole = [each for each in (weights, mask) if isinstance(each, Tensor)]
+    found = [each.dim() - order for each in whole]
+    if not isinstance(weights, Tensor) and weights is not None:
+        found += [vector.dim() - 1 for vector in weights if isinstance(vector, Tensor)]
+    if isinstance(lengths, Tensor):
+        found.append(lengths.dim() - 1)
+    elif lengths is not None:
+        found += [each.dim() for each in lengths if isinstance(each, Tensor)]
+    return max([0, *found])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensorattn.contraction_tree import Family, Kept
@@ -59,7 +61,7 @@ def attend_to_means(
     return_lse: bool,
     return_attention: bool,
     bias: Bias | None = None,
-    own: tuple[Tensor, Tensor] | None = None,
+    own: tuple[Tensor, ...] | None = None,
     gain: Tensor | None = None,
     **settings: Any,
 ) -> AttentionResult:
@@ -77,7 +79,8 @@ def attend_to_means(
         return_lse: Whether to return the log-sum-exp.
         return_attention: Whether to return the attention weights.
         bias: Position bias, or None.
-        own: Key and value at the position of each query, with ``include_self``.
+        own: Key and value at the position of each query, with ``include_self``, and a column that is added to their
+            logits if some are absent.
         gain: Factor of the correction a batch entry, or None.
         **settings: Dropout.
     """
@@ -96,8 +99,10 @@ def attend_to_means(
     if interaction is not None:
         output, lse = correct(query, output, lse, summary, counts, scale=scale, saturation=saturation, gain=gain)
     if own is not None and lse is not None:
-        own_key, own_value = own
+        own_key, own_value, *hidden = own
         logit = scale * (query.to(lse.dtype) * own_key.to(lse.dtype)).sum(-1)
+        for column in hidden:
+            logit = torch.where(column.squeeze(-1) < 0, -math.inf, logit)
         output, lse = merge_attention([(output, lse), (own_value, logit)])
     if attention is not None:
         by_subset = dict(zip(kept, attention, strict=True))

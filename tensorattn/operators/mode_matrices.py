@@ -10,15 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.contraction import contract
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError
 from tensorattn.fused import is_differentiated
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
-from tensorattn.weights import accumulation_dtype, normalized
+from tensorattn.weighing import weighted_means
+from tensorattn.weights import GridWeights, accumulation_dtype, log_weights
 
-__all__ = ["POOLED", "along_mode", "matrices_needs", "mode_matrices", "takes_means"]
+__all__ = [
+    "POOLED",
+    "along_mode",
+    "counts_indices",
+    "matrices_needs",
+    "mode_matrices",
+    "over_present",
+    "position_column",
+    "takes_means",
+]
 
 POOLED = "its queries are pooled over positions"
 
@@ -45,6 +54,15 @@ def takes_means(**_: Any) -> bool:
     return True
 
 
+def counts_indices(*, pool: str) -> bool:
+    """Sums over positions count them.
+
+    Args:
+        pool: ``"mean"`` or ``"sum"``.
+    """
+    return pool == "sum"
+
+
 def mode_matrices(
     query: Tensor | tuple[Tensor, ...],
     summary: Summary,
@@ -57,6 +75,9 @@ def mode_matrices(
     key_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
     """Return the attention matrix of each mode, ``(*batch, n_m, n_m)``.
+
+    Where the weights of positions are no product over modes, an index only has to have a position present: weights then
+    meet the values, position by position (`over_present`).
 
     Args:
         query: Queries over the grid, or their mean a mode ``(*batch, n_m, D)``.
@@ -72,7 +93,7 @@ def mode_matrices(
         The matrices; the same with dropout; and the log-sum-exp or None. Rows of absent batch entries are zero.
     """
     effects = main_effects(summary.order)
-    means = query if isinstance(query, tuple) else contract(query, effects, normalized(summary.mode_weights))
+    means = query if isinstance(query, tuple) else weighted_means(query, effects, summary.position_weights())
     dtype = accumulation_dtype(means[0].dtype)
     matrices, lse = [], None
     for mode, kept in enumerate(effects):
@@ -83,7 +104,7 @@ def mode_matrices(
         queries = queries if query_norm is None else query_norm(queries)
         keys = keys if key_norm is None else key_norm(keys)
         logits = (queries * scale) @ keys.mT
-        log_weight = summary.mode_log_weight(mode)
+        log_weight = _column_log_weight(summary, mode)
         if log_weight is None:
             matrix = torch.softmax(logits, -1)
             present = None
@@ -100,8 +121,42 @@ def mode_matrices(
     return tuple(matrices), dropped, lse
 
 
+def _column_log_weight(summary: Summary, mode: int) -> Tensor | None:
+    """Logarithm of how often each index of a mode counts."""
+    if summary.mode_weights is not None:
+        return summary.mode_log_weight(mode)
+    return log_weights((summary.slice_count(mode) > 0).to(summary.key((mode,)).dtype))
+
+
+def position_column(summary: Summary) -> Tensor | None:
+    """Return the weight of each position as a column ``(*batch, n_1, …, n_N, 1)`` where it is no product over modes.
+
+    Args:
+        summary: Summary that holds the tensor itself.
+    """
+    weights = summary.position_weights()
+    if not isinstance(weights, GridWeights):
+        return None
+    return weights.tensor.expand(*summary.batch, *summary.sizes).unsqueeze(-1)
+
+
+def over_present(weighed: Tensor, share: Tensor) -> Tensor:
+    """Divide sums over the positions present by the attention that they got; zero where there is none.
+
+    Attention to a grid with gaps is attention to the whole grid, times the weights, made to sum to one again: full
+    attention under a mask is nothing else.
+
+    Args:
+        weighed: Attention applied to values times their weights.
+        share: The same attention applied to the weights.
+    """
+    return weighed / torch.where(share > 0, share, 1).to(weighed.dtype)
+
+
 def _others(summary: Summary, mode: int) -> Tensor | int:
-    """Count the positions that share an index of a mode, by weight: ``(*batch, 1, 1)``, or a number."""
+    """Count the positions that share an index of a mode, by weight: ``(*batch, 1 or n_mode, 1)``, or a number."""
+    if summary.mode_weights is None:
+        return summary.slice_count(mode).to(summary.key((mode,)).dtype).unsqueeze(-1)
     if all(weight is None for weight in summary.mode_weights):
         return summary.positions // summary.sizes[mode]
     count: Tensor | int = 1

@@ -9,19 +9,30 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from tensorattn.causal import causal_summary
 from tensorattn.errors import OptionError, ShapeError
 from tensorattn.modes import attention_shapes
 from tensorattn.operators.position import causal_bias, check_bias, check_causal, frames_first, frames_last
 from tensorattn.options import check_probability, check_scale, check_switch
-from tensorattn.running import running_summary
+from tensorattn.presence import GivenWeights, Lengths, Mask, Presence, check_presence
 from tensorattn.softmax import TokenSet, attend_tokens
 from tensorattn.summarizing import Needs, attention_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import Vector, check_floating, check_weights
+from tensorattn.weights import GridWeights, accumulation_dtype, check_floating, without_absent
 
-__all__ = ["AttentionResult", "Claim", "Needs", "Operator", "attend_positions", "default_scale", "run"]
+__all__ = [
+    "AttentionResult",
+    "Claim",
+    "Needs",
+    "Operator",
+    "attend_positions",
+    "check_grid_weights",
+    "default_scale",
+    "run",
+]
 
 
 class Claim(StrEnum):
@@ -42,7 +53,7 @@ class Claim(StrEnum):
 
 
 def _never(**_: Any) -> bool:
-    """Tell that an operator needs all queries, whatever its options."""
+    """Tell that something does not hold for an operator, whatever its options."""
     return False
 
 
@@ -78,9 +89,11 @@ class Operator:
             the grand mean, in place of all queries.
         pools: Whether it pools queries and keys over positions before they meet, so that each mode can have linear
             maps of its own, and a norm.
+        counts_indices: From the options to whether it counts how often each index of a mode is there, in a softmax over
+            modes or a sum over positions, which weights of whole positions do not tell.
         options: Names of its options with their defaults.
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
-            ``(*, n_1, …, n_N)`` and the options to weights over the grid; None if they have no such form.
+            and the options to weights over the grid; None if they have no such form.
         lacks: Arguments without a meaning for it, each with the reason.
     """
 
@@ -92,6 +105,7 @@ class Operator:
     query: Literal["positions", "grid"] = "positions"
     takes_means: Callable[..., bool] = _never
     pools: bool = False
+    counts_indices: Callable[..., bool] = _never
     options: Mapping[str, Any] = field(default_factory=dict)
     spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -114,6 +128,24 @@ class Operator:
         return {**self.options, **options}
 
 
+def check_grid_weights(operator: Operator, options: Mapping[str, Any], given: Presence) -> None:
+    """Check that weights which are no product over modes have a meaning.
+
+    Args:
+        operator: The operator.
+        options: All its options.
+        given: What was said of the positions.
+
+    Raises:
+        OptionError: If they have none.
+    """
+    if isinstance(given.weights, GridWeights) and not given.indices and operator.counts_indices(**options):
+        raise OptionError(
+            "weights of whole positions have no meaning for this operator: it counts the indices of each mode.",
+            hint="Give one vector a mode, or a mask alone.",
+        )
+
+
 def run(
     operator: Operator,
     query: Tensor,
@@ -122,7 +154,9 @@ def run(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     dropout_p: float = 0.0,
@@ -139,7 +173,9 @@ def run(
         value: Values ``(*batch, n_1, …, n_N, D_v)``.
         order: Number of modes N.
         scale: Factor of the logits, 1/√D if None.
-        weights: One vector a mode, or None.
+        weights: One vector a mode, or a tensor over the grid of the keys, or None.
+        mask: True where a key and its value take part, or None.
+        lengths: How many leading indices of each mode take part, or None.
         bias: One tensor a mode, or None.
         causal: The causal mode, or None.
         dropout_p: Probability of dropping an attention weight.
@@ -174,7 +210,9 @@ def run(
             f"{grid.sizes}."
         )
     needs = operator.needs(order, **options)
-    checked = check_weights(weights, grid, key)
+    given_weights = check_presence(weights, mask, lengths, grid, key)
+    check_grid_weights(operator, options, given_weights)
+    checked, present = given_weights.weights, given_weights.present
     checked_bias = check_bias(bias, positions, grid, key)
     mode = check_causal(causal, positions, grid)
     settings: dict[str, Any] = {
@@ -185,7 +223,12 @@ def run(
         **options,
     }
     if options.get("include_self"):
-        settings["own"] = (key, value)
+        settings["own"] = _own_tokens(key, value, present)
+    if present is not None and tuple(range(order)) in needs.kept:  # absent keys could give infinite logits
+        key, value = without_absent(key, present), without_absent(value, present)
+    hides_queries = present is not None and operator.query == "grid"
+    if present is not None and hides_queries:
+        query = without_absent(query, present)
     if mode is None or operator.query == "grid":
         if checked_bias is not None:
             settings["bias"] = checked_bias
@@ -196,8 +239,8 @@ def run(
         if checked_bias is not None:
             settings["bias"] = causal_bias(checked_bias, mode)
         if "own" in settings:
-            settings["own"] = tuple(frames_first(part, mode, batch) for part in (key, value))
-        summary = running_summary(key, value, needs, checked, mode)
+            settings["own"] = tuple(frames_first(part, mode, batch) for part in settings["own"])
+        summary = causal_summary(key, value, needs, checked, mode)
         result = operator.attend(frames_first(query, mode, batch), summary, **settings)
         last = functools.partial(frames_last, mode=mode, batch=batch)
         result = AttentionResult(
@@ -205,7 +248,19 @@ def run(
             None if result.lse is None else last(result.lse),
             None if result.attention is None else tuple(map(last, result.attention)),
         )
+    if present is not None and hides_queries:
+        lse = None if result.lse is None else result.lse.masked_fill(~present, -math.inf)
+        result = AttentionResult(without_absent(result.output, present), lse, result.attention)
     return result if return_lse or return_attention else result.output
+
+
+def _own_tokens(key: Tensor, value: Tensor, present: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the own key and value of each position, and where positions take part the logit that is added: 0 or −∞."""
+    if present is None:
+        return key, value
+    hidden = torch.zeros(key.shape[:-1], dtype=accumulation_dtype(key.dtype), device=key.device)
+    hidden = hidden.masked_fill(~present, -math.inf).unsqueeze(-1)
+    return without_absent(key, present), without_absent(value, present), hidden
 
 
 def attend_positions(

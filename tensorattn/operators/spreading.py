@@ -1,14 +1,13 @@
 """From the attention weights of an operator to weights over the whole grid: the ways that operators share.
 
-Everywhere `base` holds the weights of the positions, ``(n_1, …, n_N)`` or ``(*batch, n_1, …, n_N)``, and `at` tells
-which query is meant: one index a dimension of its positions.
+Everywhere `at` tells which query is meant: one index a dimension of its positions.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,37 @@ from torch import Tensor
 from tensorattn.contraction_tree import Kept
 from tensorattn.errors import OptionError, ShapeError
 
-__all__ = ["At", "fibres", "geometric", "mixture", "place_on", "rows_at", "weights_of"]
+__all__ = [
+    "At",
+    "Base",
+    "fibre_of",
+    "fibres",
+    "geometric",
+    "mixture",
+    "place_on",
+    "rows_at",
+    "scaled_to_one",
+    "weights_of",
+]
 
 At = tuple[int, ...]
+
+
+class Base(NamedTuple):
+    """How often each position counts.
+
+    Attributes:
+        weights: One number a position, ``(n_1, …, n_N)`` or ``(*batch, n_1, …, n_N)``.
+        by_mode: Whether they are a product of weights of modes, which attention along a mode then holds.
+    """
+
+    weights: Tensor
+    by_mode: bool
+
+    @property
+    def beside_rows(self) -> Tensor:
+        """What attention along the modes does not hold of them."""
+        return (self.weights > 0).to(self.weights.dtype) if self.by_mode else self.weights
 
 
 def weights_of(attention: Tensor, at: At | None, sizes: Sequence[int]) -> Tensor:
@@ -137,9 +164,28 @@ def fibres(vectors: Sequence[Tensor], at: At) -> Tensor:
     sizes = [vector.shape[-1] for vector in vectors]
     total = vectors[0].new_zeros(*torch.broadcast_shapes(*(vector.shape[:-1] for vector in vectors)), *sizes)
     for mode, vector in enumerate(vectors):
-        fibre: tuple[Any, ...] = (..., *at[:mode], slice(None), *at[mode + 1 :])
-        total[fibre] += vector / len(sizes)
+        total[fibre_of(at, mode)] += vector / len(sizes)
     return total
+
+
+def fibre_of(at: At, mode: int) -> tuple[Any, ...]:
+    """Return the index of the fibre through a query along a mode.
+
+    Args:
+        at: The query, one index a mode.
+        mode: The mode.
+    """
+    return (..., *at[:mode], slice(None), *at[mode + 1 :])
+
+
+def scaled_to_one(weights: Tensor, modes: int) -> Tensor:
+    """Divide weights over some modes by their sum; where that is zero they stay zero.
+
+    Args:
+        weights: Weights whose last dimensions are the modes.
+        modes: Number of modes.
+    """
+    return weights / _nonzero(weights.sum(tuple(range(-modes, 0)), keepdim=True))
 
 
 def _beside(base: Tensor, lead: int, order: int) -> Tensor:

@@ -11,11 +11,11 @@ from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import check_order, mode_parts, mode_subsets
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
-from tensorattn.operators.spreading import At, geometric, weights_of
+from tensorattn.operators.spreading import At, Base, geometric, weights_of
+from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
 from tensorattn.truncation import counting_numbers, kept_family
-from tensorattn.weights import Vector
 
 __all__ = ["OPERATOR", "truncated_attention"]
 
@@ -38,7 +38,9 @@ def truncated_attention(
     *,
     order: int,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     bias: Sequence[Tensor | None] | None = None,
     causal: int | None = None,
     kept: KeptModes = None,
@@ -66,8 +68,13 @@ def truncated_attention(
         value: Values over the grid; their head size may differ.
         order: Number of modes N.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights: multiplicities, so 2 counts an index as if
-            it were repeated, and 0 as if it were absent.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: multiplicities,
+            so 2 counts an index, or a position, as if it were repeated, and 0 as if it were absent.
+        mask: True where a position takes part, ``(*batch, n_1, …, n_N)`` or broadcastable in the batch.
+            One that is no product over modes makes masked averages, with the logarithm of the positions present behind
+            each in the logits: an approximation, exact where the mask is a product.
+        lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
+            ``(*batch, N)``, or one entry a mode, None for all.
         bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
             query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
             A subset has the sum of the biases of its modes.
@@ -82,7 +89,8 @@ def truncated_attention(
         saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
             None leaves it unbounded, as is right for Gaussian residuals only.
         include_self: Whether to merge the key and value at each query's own position as one more token; the query is
-            then on the grid of the keys. It counts once, whatever ``weights`` say of the position.
+            then on the grid of the keys. It counts once, whatever ``weights`` say of the position, but not where a mask
+            or lengths leave it out.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the log-sum-exp too, :math:`\sum_U c_U \mathrm{LSE}_U`.
         return_attention: Whether to return the attention weights too.
@@ -92,9 +100,12 @@ def truncated_attention(
         tensor ``(*batch, *positions, *n_U)`` for each subset that counts, largest first.
 
     Raises:
-        ShapeError: If batch dimensions, mode sizes or head sizes disagree, or a mode is empty.
-        DtypeError: If a tensor is not floating point, or the types differ.
-        WeightsError: If weights have the wrong length, are negative, not finite, or all zero.
+        ShapeError: If batch dimensions, mode sizes or head sizes disagree, a mode is empty, or the mask or lengths do
+            not fit the grid.
+        DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
+            integers.
+        WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is negative
+            or longer than its mode.
         OptionError: If an argument is out of its range or has no meaning here.
 
     Shape:
@@ -127,6 +138,8 @@ def truncated_attention(
         order=order,
         scale=scale,
         weights=weights,
+        mask=mask,
+        lengths=lengths,
         bias=bias,
         causal=causal,
         dropout_p=dropout_p,
@@ -178,7 +191,7 @@ def spread(
     attention: Sequence[Tensor],
     sizes: Sequence[int],
     at: At | None,
-    base: Tensor,
+    base: Base,
     *,
     kept: KeptModes,
     interaction_order: int | None,
@@ -188,7 +201,7 @@ def spread(
     counts = {u: c for u, c in counting_numbers(kept_family(len(sizes), kept, interaction_order)).items() if u and c}
     parts = zip(counts.items(), attention, strict=True)
     factors = [(u, weights_of(part, at, [sizes[mode] for mode in u]), count) for (u, count), part in parts]
-    return geometric(factors, base, len(sizes))
+    return geometric(factors, base.weights, len(sizes))
 
 
 OPERATOR = Operator(

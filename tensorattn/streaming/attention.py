@@ -16,10 +16,12 @@ from tensorattn.modes import GridShape
 from tensorattn.nn import (
     TensorAttention,
 )
-from tensorattn.nn.layout import channels_last, check_input, check_parameters, reading
+from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, check_parameters, reading
+from tensorattn.nn.projections import added
 from tensorattn.operators import get_operator
+from tensorattn.presence import Lengths
 from tensorattn.running import Past, continued_frames, continued_summary
-from tensorattn.weights import Vector, Vectors, accumulation_dtype, check_weights
+from tensorattn.weights import GridWeights, Vector, Vectors, accumulation_dtype, check_weights, without_absent
 
 __all__ = ["AttentionStream", "StreamState", "check_window", "counted_frames"]
 
@@ -102,6 +104,7 @@ class AttentionStream:
         x: Tensor,
         *,
         weights: Sequence[Vector] | None = None,
+        lengths: Lengths | Mapping[Any, Any] = None,
         skip: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -111,6 +114,8 @@ class AttentionStream:
             x: The next frames, at least one, in the layout of the layer.
             weights: As in `TensorAttention.forward`, for these frames; those of the other modes are the same at every
                 call. A frame of weight 0 is left out.
+            lengths: As in `TensorAttention.forward`, for these frames; those of the other modes are the same at every
+                call.
             skip: A tensor of the shape of the input that is added to the output.
             out: Where to write the output, of the shape and type of the input. No derivative goes through it.
 
@@ -126,38 +131,51 @@ class AttentionStream:
             OptionError: If ``out`` is given where derivatives are asked for, or the frames before are on another
                 device.
         """
-        y, self._state = self._advanced(x, weights=weights, skip=skip, out=out)
+        y, self._state = self._advanced(x, weights=weights, lengths=lengths, skip=skip, out=out)
         return y
 
     def _advanced(
         self,
         x: Tensor,
+        context: Any = None,
         *,
         weights: Sequence[Vector] | None = None,
+        mask: Any = None,
+        lengths: Lengths | Mapping[Any, Any] = None,
         skip: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, StreamState]:
-        """Return the output and the state after these frames; the present one stays as it is."""
+        """Return the output and the state after these frames; the present one stays as it is.
+
+        A mask is refused: whether its parts are a product over modes, and the same one, cannot be told part by part.
+        """
         layer, state = self.layer, self._state
         try:
             grid = check_input(x, layer.modes, layer.embed_dim, channels_first=layer.channels_first)
             check_parameters(x, layer.q_proj.weight)
             check_whole(x.shape, (x, *layer.parameters()), skip, out)
             last = channels_last(x, layer.channels_first)
-            checked = check_weights(weights, grid, last, layer.modes, part_of=self._mode)
+            for name, argument in (("context", context), ("mask", mask)):
+                if argument is not None:
+                    hint = "Give lengths, or one vector of weights a mode." if name == "mask" else ""
+                    raise OptionError(f"{name} has no meaning in a stream.", hint=hint)
+            check_weights(weights, grid, last, layer.modes, part_of=self._mode)
+            given = check_layer_presence(grid, last, layer.modes, weights=weights, lengths=lengths, part_of=self._mode)
+            assert not isinstance(given.weights, GridWeights)
+            checked, present = given.weights, given.present
             if state is not None:
                 self._check_continued(x, grid, checked, state)
         except TensorAttentionError as cause:
             told = reading(x, layer.modes, channels_first=layer.channels_first)
             raise cause.retold(type(self).__name__, told) from None
-        y, past = layer.continued(
-            last,
-            checked,
-            None if state is None else state.past,
-            window=self.window,
-            skip=last if skip is x else None if skip is None else channels_last(skip, layer.channels_first),
-            out=None if out is None else channels_last(out, layer.channels_first),
-        )
+        skipped = last if skip is x else None if skip is None else channels_last(skip, layer.channels_first)
+        target = None if out is None else channels_last(out, layer.channels_first)
+        past = None if state is None else state.past
+        if present is None:
+            y, past = layer.continued(last, checked, past, window=self.window, skip=skipped, out=target)
+        else:
+            y, past = layer.continued(without_absent(last, present), checked, past, window=self.window)
+            y = added(without_absent(y, present), skipped, target)
         if out is None:
             out = y.movedim(-1, 1) if layer.channels_first else y
         return out, StreamState(grid.batch[0], grid.sizes, x.dtype, past)

@@ -240,6 +240,8 @@ WEIGHTS = {
         "weights of mode 1 have batch dimensions (1, 2), which do not broadcast to (2,).",
     ),
 }
+WHOLE = "mode 0 has size 2 in weights but 3 in {}."  # where one tensor over the grid has a meaning
+
 VALUES = {
     "negative": ([None, torch.tensor([1, -2.5, 1, 1])], "weights of mode 1 must not be negative, got -2.5."),
     "all zero": ([torch.zeros(3), None], "weights of mode 0 are all zero, so no index takes part."),
@@ -254,6 +256,7 @@ VALUES = {
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_that_do_not_fit(variant, case, make):
     weights, rule = WEIGHTS[case]
+    rule = WHOLE.format("key") if case == "one tensor" else rule
     x, name = make(*SIZE), variant.operator.function.__name__
     refused(WeightsError, f"{name}: {rule}{READING}", variant.function, x, x, x, order=2, weights=weights)
 
@@ -603,6 +606,8 @@ class TestAverages:
     @pytest.mark.parametrize("case", WEIGHTS)
     def test_weights_that_do_not_fit(self, function, case, make):
         weights, rule = WEIGHTS[case]
+        if case == "one tensor" and function is ta.mode_averages:
+            rule = WHOLE.format("tensor")
         told = f"{function.__name__}: {rule}{TENSOR}"
         refused(WeightsError, told, function, make(*SIZE), order=2, weights=weights)
 
@@ -1037,6 +1042,7 @@ def test_an_input_on_another_device_than_the_parameters():
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_of_the_module(case, make):
     weights, rule = WEIGHTS[case]
+    rule = WHOLE.format("x") if case == "one tensor" else rule
     layer = ta.TensorAttention(8, 2, modes=2, device=make(1).device)
     reading = "\n  modes    0 1\n  x        (2, 3, 4, 8)   batch=(2,) 0=3 1=4 C=8"
     told = f"TensorAttention: {rule}{reading}"

@@ -1,0 +1,138 @@
+"""The linear maps of an attention layer: heads, summaries projected in place of tensors, what is added at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorattn.errors import OptionError
+from tensorattn.options import check_count
+from tensorattn.summary import Summary
+
+__all__ = [
+    "added",
+    "apply_linear",
+    "apply_norm",
+    "check_heads",
+    "join_heads",
+    "project_summary",
+    "rows_of",
+    "split_heads",
+]
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Check that heads divide the channels.
+
+    Args:
+        embed_dim: Channels.
+        num_heads: Heads.
+
+    Raises:
+        OptionError: If they do not, or one is no positive integer.
+    """
+    for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        check_count(count, name)
+    if embed_dim < 1 or num_heads < 1:
+        raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
+    if embed_dim % num_heads:
+        raise OptionError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.")
+
+
+def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
+    """Split channels into heads, the last batch dimension: ``(B, *, C)`` to ``(B, H, *, D)``.
+
+    Args:
+        tensor: Projected tensor.
+        num_heads: Heads H.
+        batch: Number of batch dimensions.
+    """
+    return tensor.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+
+
+def join_heads(tensor: Tensor, batch: int) -> Tensor:
+    """Join heads into channels: ``(B, H, *, D)`` to ``(B, *, C)``.
+
+    Args:
+        tensor: Output of an operator.
+        batch: Number of batch dimensions, without the heads.
+    """
+    return tensor.movedim(batch, -2).flatten(-2)
+
+
+def rows_of(linear: nn.Linear, mode: int, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the linear map of one mode, where each has its own; all rows where they share one.
+
+    Args:
+        linear: The maps of all modes, one below the other.
+        mode: The mode.
+        rows: Rows of one map.
+    """
+    start = mode * rows if (mode + 1) * rows <= linear.out_features else 0
+    part = slice(start, start + rows)
+    return linear.weight[part], None if linear.bias is None else linear.bias[part]
+
+
+def project_summary(summary: Summary, k_proj: nn.Linear, v_proj: nn.Linear, num_heads: int) -> Summary:
+    """Project a summary of inputs to that of keys and values, with heads as last batch dimension.
+
+    Args:
+        summary: Summary of the inputs.
+        k_proj: Linear map to keys, of all modes or of one mode below the other.
+        v_proj: Linear map to values.
+        num_heads: Heads.
+    """
+    rows = v_proj.out_features
+
+    def projected(of: Summary, mode: int) -> Summary:
+        weight, bias = rows_of(k_proj, mode, rows)
+        return of.project(weight, v_proj.weight, key_bias=bias, value_bias=v_proj.bias, num_heads=num_heads)
+
+    first = projected(summary, 0)
+    if k_proj.out_features == rows:
+        return first
+    nothing = (None,) * len(summary.kept)
+    keys = list(first.keys)
+    for mode in range(1, summary.order):
+        place = summary.place((mode,))
+        alone = (*nothing[:place], summary.keys[place], *nothing[place + 1 :])
+        keys[place] = projected(dataclasses.replace(summary, keys=alone, values=nothing), mode).keys[place]
+    return dataclasses.replace(first, keys=tuple(keys))
+
+
+def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear map to averages in their own type.
+
+    Args:
+        mean: Averages.
+        weight: Its matrix.
+        bias: Its bias, or None.
+    """
+    return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+
+
+def apply_norm(norm: nn.LayerNorm, pooled: Tensor) -> Tensor:
+    """Apply a LayerNorm to pooled queries or keys in their own type.
+
+    Args:
+        norm: The norm.
+        pooled: Pooled queries or keys.
+    """
+    weight, bias = norm.weight.to(pooled.dtype), norm.bias.to(pooled.dtype)
+    return F.layer_norm(pooled, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def added(y: Tensor, skip: Tensor | None, out: Tensor | None) -> Tensor:
+    """Add what is skipped, and write to where it is wanted.
+
+    Args:
+        y: Output.
+        skip: What is added, or None.
+        out: Where it goes, or None.
+    """
+    if out is not None:
+        return out.copy_(y) if skip is None else torch.add(y, skip, out=out)
+    return y if skip is None else y + skip
