@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorattn.averages import check_whole
-from tensorattn.causal import causal_summary
-from tensorattn.contraction import expand
-from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, TensorAttentionError
-from tensorattn.modes import GridShape, ModeSpec, mode_subsets
-from tensorattn.nn.context import Context, ContextReader, check_crossing
+from tensorattn.modes import GridShape
+from tensorattn.nn.context import Context, ContextReader
+from tensorattn.nn.core import AttentionCore
 from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, check_parameters, reading
-from tensorattn.nn.projections import (
-    added,
-    apply_linear,
-    apply_norm,
-    check_heads,
-    join_heads,
-    project_summary,
-    rows_of,
-    split_heads,
-)
+from tensorattn.nn.projections import added
 from tensorattn.operators import get_operator
-from tensorattn.operators.operator import check_grid_weights, default_scale
-from tensorattn.operators.position import frames_first, frames_last
-from tensorattn.options import check_count, check_probability, check_switch
-from tensorattn.positionwise import map_positions
-from tensorattn.presence import GivenWeights, Lengths, Mask
-from tensorattn.running import Past, continued_frames, continued_summary
-from tensorattn.summarizing import self_summary
+from tensorattn.operators.operator import check_grid_weights
+from tensorattn.presence import GivenWeights, Lengths, Mask, Presence
 from tensorattn.summary import Summary
-from tensorattn.weights import Vectors, Weights, accumulation_dtype, without_absent
+from tensorattn.weights import without_absent
 
 __all__ = ["TensorAttention"]
 
 
-class TensorAttention(nn.Module):
+class TensorAttention(AttentionCore):
     r"""Multi-head attention over a tensor of any order, without flattening it: to itself, or to a context.
 
     Queries, keys and values are linear maps of the input. As averages of a linear map are the linear map of the
@@ -64,6 +45,9 @@ class TensorAttention(nn.Module):
         kdim: Channels of a context that keys are made of; C if None.
         vdim: Channels of a context that values are made of; C if None.
         causal: A mode, by name or index, whose frames see their past and themselves only; None for none.
+        position_bias: A bias of the logits by position, one matrix a mode: a `RelativePositionBias`, `AlibiBias` or
+            `AxisWindow`, or your own `PositionBias`. With one, all positions attend at once, which holds queries and
+            outputs of all heads as an operator does, instead of slab by slab.
         mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
             operators.
         qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
@@ -97,103 +81,6 @@ class TensorAttention(nn.Module):
           (out_proj): Linear(in_features=96, out_features=96, bias=True)
         )
     """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        modes: int | str | Sequence[str],
-        operator: str = "additive",
-        channels_first: bool = False,
-        bias: bool = True,
-        dropout: float = 0.0,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        causal: int | str | None = None,
-        mode_projections: bool = False,
-        qk_norm: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        try:
-            self.modes = ModeSpec.parse(modes)
-            record = get_operator(operator)
-            switches = {"channels_first": channels_first, "bias": bias}
-            for name, value in {**switches, "mode_projections": mode_projections, "qk_norm": qk_norm}.items():
-                check_switch(value, name)
-            self.causal = None if causal is None else self.modes.index(causal)
-            if options.get("kept") is not None:
-                subsets = mode_subsets(options["kept"])
-                options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
-            self.options = record.with_defaults(options)
-            record.needs(self.modes.order, **self.options)  # refuses values out of range
-            check_heads(embed_dim, num_heads)
-            check_probability(dropout, "dropout")
-            for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
-                if given and not record.pools:
-                    raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
-            if self.causal is not None and "causal" in record.lacks:
-                raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
-            for name, dim in (("kdim", kdim), ("vdim", vdim)):
-                if dim is not None:
-                    check_count(dim, name)
-                    check_crossing(record, self.options, self.causal, name)
-                    if dim < 1:
-                        raise OptionError(f"{name} must be at least 1, got {dim}.")
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorAttention") from None
-        embed_dim, num_heads = int(embed_dim), int(num_heads)
-        self.embed_dim, self.num_heads, self.operator = embed_dim, num_heads, operator
-        self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
-        self.kdim, self.vdim = (embed_dim if dim is None else int(dim) for dim in (kdim, vdim))
-        rows = embed_dim * (self.modes.order if mode_projections else 1)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, rows, bias, **factory)
-        self.k_proj = nn.Linear(self.kdim, rows, bias, **factory)
-        self.v_proj = nn.Linear(self.vdim, embed_dim, bias, **factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.q_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
-        self.k_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
-        gain = torch.ones(num_heads, **factory) if self.options.get("interaction") else None
-        self.interaction_gain = None if gain is None else nn.Parameter(gain)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights anew, Xavier uniform, and set biases to zero and gains to one."""
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            for block in linear.weight.split(self.embed_dim):
-                nn.init.xavier_uniform_(block)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.reset_parameters()
-        if self.interaction_gain is not None:
-            nn.init.ones_(self.interaction_gain)
-
-    def extra_repr(self) -> str:
-        """Describe the settings that are not the default ones of every layer."""
-        modes = repr(str(self.modes)) if self.modes.named else self.modes.order
-        parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", f"modes={modes}"]
-        parts.append(f"operator={self.operator!r}")
-        defaults = get_operator(self.operator).options
-        told = {name: value for name, value in self.options.items() if value != defaults[name]}
-        if "kept" in told and self.modes.named:
-            told["kept"] = tuple(tuple(self.modes.names[mode] for mode in kept) for kept in told["kept"])
-        parts.extend(f"{name}={value!r}" for name, value in told.items())
-        if self.channels_first:
-            parts.append("channels_first=True")
-        if self.dropout:
-            parts.append(f"dropout={self.dropout}")
-        parts += [f"{name}={dim}" for name in ("kdim", "vdim") if (dim := getattr(self, name)) != self.embed_dim]
-        if self.causal is not None:
-            parts.append(f"causal={self.modes.names[self.causal]!r}")
-        if self.mode_projections:
-            parts.append("mode_projections=True")
-        return ", ".join(parts)
 
     def forward(
         self,
@@ -253,35 +140,24 @@ class TensorAttention(nn.Module):
             >>> layer(image, summary).shape
             torch.Size([2, 5, 6, 8])
         """
-        operator = get_operator(self.operator)
-        spoken: dict[str, Any] = {"weights": weights, "mask": mask, "lengths": lengths}
         try:
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
             check_parameters(x, self.q_proj.weight)
             if skip is not None or out is not None:
                 check_whole(x.shape, (x, *self.parameters()), skip, out)
             last = channels_last(x, self.channels_first)
-            if context is None:
-                if (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim):
-                    raise OptionError(
-                        f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x "
-                        f"has {self.embed_dim}."
-                    )
-                given = check_layer_presence(grid, last, self.modes, **spoken)
-                check_grid_weights(operator, self.options, given)
-            else:
-                summary = self._context_reader().read(context, x, self.k_proj.weight, **spoken)
+            given, summary = self._read(x, grid, context, weights=weights, mask=mask, lengths=lengths)
         except TensorAttentionError as cause:
             told = reading(x, self.modes, channels_first=self.channels_first)
             raise cause.retold("TensorAttention", told) from None
         added_last = last if skip is x else None if skip is None else channels_last(skip, self.channels_first)
         target = None if out is None else channels_last(out, self.channels_first)
-        if context is not None:
-            y = self._attend_positions(last, summary, self._settings(), added_last, target)
+        if summary is not None:
+            y = self.attend_from(last, summary, added_last, target)
         elif given.present is None:
-            y = self._attend(last, grid, given.weights, added_last, target)
+            y = self.attend(last, grid, given.weights, added_last, target)
         else:  # what an absent position holds must not meet a zero, not even that of a gradient: it may be NaN
-            y = self._attend(without_absent(last, given.present), grid, given.weights, None, None)
+            y = self.attend(without_absent(last, given.present), grid, given.weights, None, None)
             y = added(without_absent(y, given.present), added_last, target)
         if out is not None:
             return out
@@ -329,150 +205,114 @@ class TensorAttention(nn.Module):
         except TensorAttentionError as cause:
             raise cause.retold("TensorAttention.summarize") from None
 
+    def attention(
+        self,
+        x: Tensor,
+        context: Context | None = None,
+        *,
+        weights: GivenWeights = None,
+        mask: Mask = None,
+        lengths: Lengths | Mapping[Any, Any] = None,
+    ) -> Any:
+        """Return the attention weights of every head, without those dropped in training.
+
+        Args:
+            x: Input, as in `forward`.
+            context: Context, as in `forward`.
+            weights: Weights, as in `forward`.
+            mask: Mask, as in `forward`; the weights of queries that it leaves out mean nothing.
+            lengths: Lengths, as in `forward`.
+
+        Returns:
+            What the function of the operator returns as ``attention``, with the heads as last batch dimension: for
+            operators with one softmax a mode a tensor ``(B, H, n_1, …, n_N, n_m)`` a mode.
+
+        Raises:
+            ShapeError: If a tensor has the wrong number of dimensions or channels, or an empty mode.
+            DtypeError: If a tensor is not floating point, or the types differ.
+            WeightsError: If weights are refused.
+            OptionError: If an argument has no meaning for the operator or with another one.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> layer = ta.TensorAttention(8, num_heads=2, modes="h w")
+            >>> rows, columns = layer.attention(torch.randn(1, 4, 5, 8))
+            >>> rows.shape, columns.shape
+            (torch.Size([1, 2, 4, 5, 4]), torch.Size([1, 2, 4, 5, 5]))
+        """
+        try:
+            grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+            check_parameters(x, self.q_proj.weight)
+            given, summary = self._read(x, grid, context, weights=weights, mask=mask, lengths=lengths)
+        except TensorAttentionError as cause:
+            raise cause.retold("TensorAttention.attention") from None
+        last = channels_last(x, self.channels_first)
+        last = last if given.present is None else without_absent(last, given.present)
+        return self.attention_weights(last, given.weights, summary)
+
+    def attention_map(
+        self,
+        x: Tensor,
+        at: Sequence[int],
+        *,
+        weights: GivenWeights = None,
+        mask: Mask = None,
+        lengths: Lengths | Mapping[Any, Any] = None,
+    ) -> Tensor:
+        """Return what one query attends to, over the whole grid, in every head: as `tensorattn.attention_map` tells.
+
+        Args:
+            x: Input, as in `forward`.
+            at: The query, one index a mode.
+            weights: Weights, as in `forward`.
+            mask: Mask, as in `forward`.
+            lengths: Lengths, as in `forward`.
+
+        Returns:
+            The maps ``(B, H, n_1, …, n_N)``, each with sum one.
+
+        Raises:
+            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode.
+            DtypeError: If a tensor is not floating point, or the types differ.
+            WeightsError: If weights are refused.
+            OptionError: If ``at`` does not have one index a mode, or one is out of range.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> layer = ta.TensorAttention(8, num_heads=2, modes="h w")
+            >>> maps = layer.attention_map(torch.randn(1, 4, 5, 8), at=(1, 2))
+            >>> maps.shape, torch.allclose(maps.sum((2, 3)), torch.ones(1, 2))
+            (torch.Size([1, 2, 4, 5]), True)
+        """
+        attention = self.attention(x, weights=weights, mask=mask, lengths=lengths)
+        last = channels_last(x, self.channels_first)
+        grid = GridShape((x.shape[0],), tuple(last.shape[1:-1]), self.embed_dim)
+        given, _ = self._read(x, grid, None, weights=weights, mask=mask, lengths=lengths)
+        try:
+            return self.map_of(attention, given.weights, grid.sizes, at)
+        except TensorAttentionError as cause:
+            raise cause.retold("TensorAttention.attention_map") from None
+
+    def _read(
+        self, x: Tensor, grid: GridShape, context: Context | None, **spoken: Any
+    ) -> tuple[Presence, Summary | None]:
+        """Check what was said of the positions of the input, or of a context, and summarise that."""
+        if context is not None:
+            if self.position_bias is not None:
+                raise OptionError("context has no meaning with position_bias: its positions are not those of x.")
+            return Presence((None,) * self.modes.order, None, True), self._context_reader().read(
+                context, x, self.k_proj.weight, **spoken
+            )
+        if (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim):
+            raise OptionError(
+                f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x has "
+                f"{self.embed_dim}."
+            )
+        given = check_layer_presence(grid, channels_last(x, self.channels_first), self.modes, **spoken)
+        check_grid_weights(get_operator(self.operator), self.options, given)
+        return given, None
+
     def _context_reader(self) -> ContextReader:
         """Return what reads a context."""
         operator, dims = get_operator(self.operator), (self.kdim, self.vdim)
         return ContextReader(operator, self.options, self.causal, self.modes, dims, self.channels_first)
-
-    def _attend(self, x: Tensor, grid: GridShape, weights: Weights, skip: Tensor | None, out: Tensor | None) -> Tensor:
-        """Summarise the input once, project the summary, attend, project back."""
-        operator, settings = get_operator(self.operator), self._settings()
-        needs = operator.needs(self.modes.order, **self.options)
-        if self.causal is not None and operator.query == "positions":
-            summary = causal_summary(x, x, needs, weights, self.causal)
-            return self._attend_frames(x, summary, self.causal, skip, out)
-        summary, passed = self_summary(x, needs, weights)
-        skip = passed if skip is x else skip
-        if operator.query == "positions":
-            return self._attend_positions(passed, summary, settings, skip, out)
-        if operator.takes_means(**self.options):
-            output = self._attend_means(passed, summary, settings)
-            if isinstance(output, tuple):
-                effects = main_effects(self.modes.order)
-                return expand(output, effects, grid, dtype=x.dtype, skip=skip, out=out, like=x)
-        else:
-            query, projected = self._heads(self.q_proj(passed), 1), self._project(summary)
-            output = operator.attend(query, projected, **settings, **self._gain(), **self._causality()).output
-        return added(self.out_proj(join_heads(output, 1)), skip, out)
-
-    def continued(
-        self,
-        x: Tensor,
-        weights: Vectors,
-        past: Past | None,
-        *,
-        window: int | None = None,
-        skip: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Past]:
-        """Attend from frames of the causal mode that follow others, unchecked: a step of `AttentionStream`.
-
-        Args:
-            x: The frames, channels last.
-            weights: Checked weights of each mode, or None.
-            past: What is known of the frames before; None for none.
-            window: How many frames are seen, the own one included; None for all.
-            skip: A tensor that is added to the output.
-            out: Where to write the output.
-
-        Returns:
-            The output, and what is known after these frames.
-        """
-        operator, mode = get_operator(self.operator), self.causal
-        assert mode is not None
-        needs = operator.needs(self.modes.order, **self.options)
-        if operator.query == "positions":
-            summary, past = continued_summary(x, needs, weights, mode, past=past, window=window)
-            return self._attend_frames(x, summary, mode, skip, out), past
-        whole = 1 if window is not None else x.shape[1 + mode]
-        outputs = []
-        for start in range(0, x.shape[1 + mode], whole):  # with a window, each frame sees other frames
-            part = x.narrow(1 + mode, start, whole)
-            own = tuple(w.narrow(-1, start, whole) if k == mode and w is not None else w for k, w in enumerate(weights))
-            seen, vectors, past = continued_frames(part, own, mode, past=past, window=window)
-            projected = self._project(self_summary(seen, needs, vectors)[0])
-            query = self._heads(self.q_proj(part), 1)
-            result = operator.attend(query, projected, **self._settings(), **self._gain(), causal=mode)
-            outputs.append(self.out_proj(join_heads(result.output, 1)))
-        assert past is not None
-        return added(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), skip, out), past
-
-    def _settings(self) -> dict[str, Any]:
-        """What the operator is told at every call."""
-        return {
-            "scale": default_scale(self.embed_dim // self.num_heads),
-            "dropout_p": self.dropout if self.training else 0.0,
-            "return_lse": False,
-            "return_attention": False,
-            **self.options,
-        }
-
-    def _attend_frames(self, x: Tensor, summary: Summary, mode: int, skip: Tensor | None, out: Tensor | None) -> Tensor:
-        """Attend from each frame to what it may know of those up to its own."""
-        frames = frames_first(x, mode, 1)
-        added = frames if skip is x else None if skip is None else frames_first(skip, mode, 1)
-        target = None if out is None else frames_first(out, mode, 1)
-        return frames_last(self._attend_positions(frames, summary, self._settings(), added, target), mode, 1)
-
-    def _attend_positions(
-        self, x: Tensor, summary: Summary, settings: dict[str, Any], skip: Tensor | None, out: Tensor | None
-    ) -> Tensor:
-        """Attend from each position by itself: project it, attend, project back, for a slab of positions at a time."""
-        operator, batch = get_operator(self.operator), len(summary.batch)
-        summary = self._project(summary)
-        held, gain = summary.tensors, self._gain()
-        maps = [self.q_proj, self.out_proj, *((self.k_proj, self.v_proj) if self.options.get("include_self") else ())]
-        matrices = [tensor for linear in maps for tensor in (linear.weight, linear.bias) if tensor is not None]
-
-        def attend(part: Tensor, *tensors: Tensor) -> Tensor:
-            given, rest = summary.with_tensors(tensors), iter(tensors[len(held) :])
-            pairs = [(next(rest), None if linear.bias is None else next(rest)) for linear in maps]
-            query, *own = (
-                self._heads(F.linear(part, *pair), batch)
-                for pair, linear in zip(pairs, maps, strict=True)
-                if linear is not self.out_proj
-            )
-            extra = {**dict(zip(gain, rest, strict=True)), **({"own": tuple(own)} if own else {})}
-            output = operator.attend(query, given, **settings, **extra).output
-            return F.linear(join_heads(output, batch), *pairs[1])
-
-        tensors = (*held, *matrices, *gain.values())
-        random = settings["dropout_p"] > 0
-        return map_positions(attend, x, tensors, batch=batch, random=random, skip=skip, out=out)
-
-    def _gain(self) -> dict[str, Tensor]:
-        """Factor of the interaction correction a head, if there is one."""
-        gain = self.interaction_gain
-        return {} if gain is None else {"gain": gain.to(accumulation_dtype(gain.dtype))}
-
-    def _causality(self) -> dict[str, int]:
-        """The causal mode, for operators over the grid, if there is one."""
-        return {} if self.causal is None else {"causal": self.causal}
-
-    def _attend_means(self, x: Tensor, summary: Summary, settings: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
-        """Attend from averages: queries are projected in S rows, and so is an output that is an outer sum."""
-        kept = [*main_effects(self.modes.order), *(() for _ in (0,) if () in summary.kept)]
-        if self.q_norm is not None and self.k_norm is not None:
-            settings |= {
-                "query_norm": functools.partial(apply_norm, self.q_norm),
-                "key_norm": functools.partial(apply_norm, self.k_norm),
-            }
-        queries = tuple(
-            self._heads(apply_linear(summary.key(subset), *rows_of(self.q_proj, mode, self.embed_dim)), 1)
-            for mode, subset in enumerate(kept)
-        )
-        output = get_operator(self.operator).attend(queries, self._project(summary), **settings).output
-        if isinstance(output, Tensor):
-            return output
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        return tuple(
-            apply_linear(join_heads(part, 1), weight, bias if mode == 0 else None) for mode, part in enumerate(output)
-        )
-
-    def _project(self, summary: Summary) -> Summary:
-        """Project a summary of the input to that of keys and values, with heads as last batch dimension."""
-        return project_summary(summary, self.k_proj, self.v_proj, self.num_heads)
-
-    def _heads(self, tensor: Tensor, batch: int) -> Tensor:
-        """Split channels into heads."""
-        return split_heads(tensor, self.num_heads, batch)

@@ -12,9 +12,9 @@ from tensorattn.modes import GridShape, check_order, is_integer
 from tensorattn.operators import get_operator
 from tensorattn.operators.spreading import Base
 from tensorattn.presence import GivenWeights, Lengths, Mask, check_presence
-from tensorattn.weights import GridWeights, beside
+from tensorattn.weights import GridWeights, Weights, beside
 
-__all__ = ["attention_map"]
+__all__ = ["attention_map", "base_of", "indices_of"]
 
 
 @retells
@@ -87,28 +87,39 @@ def attention_map(
     if not isinstance(attention, Sequence) or not attention:
         raise OptionError("attention must be what an operator returned as its attention, a tuple.")
     first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
-    base = _base(weights, mask, lengths, sizes, first)
-    return record.spread(attention, sizes, None if at is None else _indices(at), base, **options)
+    grid = GridShape(tuple(first.shape[: _samples(weights, mask, lengths, len(sizes))]), sizes, 1)
+    base = base_of(check_presence(weights, mask, lengths, grid, first, of="sizes").weights, sizes, first)
+    return record.spread(attention, sizes, None if at is None else indices_of(at), base, **options)
 
 
-def _indices(at: Sequence[int]) -> tuple[int, ...]:
-    """Read the place of a query."""
+def indices_of(at: Sequence[int]) -> tuple[int, ...]:
+    """Read the place of a query.
+
+    Args:
+        at: Its indices.
+
+    Raises:
+        OptionError: If they are no integers.
+    """
     found = tuple(at) if isinstance(at, Iterable) and not isinstance(at, str) else (at,)
     if not isinstance(at, Iterable) or not all(map(is_integer, found)):
         raise OptionError(f"at must be integers, got {at!r}.")
     return tuple(map(int, found))
 
 
-def _base(weights: GivenWeights, mask: Mask, lengths: Lengths, sizes: tuple[int, ...], of: Tensor) -> Base:
-    """Bring what was said of the positions together, in the type of the attention weights."""
-    order = len(sizes)
-    grid = GridShape(tuple(of.shape[: _samples(weights, mask, lengths, order)]), sizes, 1)
-    found = check_presence(weights, mask, lengths, grid, of, of="sizes").weights
+def base_of(found: Weights, sizes: tuple[int, ...], of: Tensor) -> Base:
+    """Return how often each position counts, in the type of attention weights.
+
+    Args:
+        found: Checked weights.
+        sizes: Sizes of the modes.
+        of: Attention weights.
+    """
     if isinstance(found, GridWeights):
         return Base(found.tensor.to(of), by_mode=False)
     base = of.new_ones(sizes)
     for mode, vector in enumerate(found):
-        base = base if vector is None else base * beside(vector.to(of), mode, order)
+        base = base if vector is None else base * beside(vector.to(of), mode, len(sizes))
     return Base(base, by_mode=True)
 
 
