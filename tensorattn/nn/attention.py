@@ -48,6 +48,8 @@ class TensorAttention(AttentionCore):
         position_bias: A bias of the logits by position, one matrix a mode: a `RelativePositionBias`, `AlibiBias` or
             `AxisWindow`, or your own `PositionBias`. With one, all positions attend at once, which holds queries and
             outputs of all heads as an operator does, instead of slab by slab.
+        rotary: A `RotaryEmbedding` that turns queries and keys by their places; for full and axial attention, and for
+            the Kronecker operators, which turn pooled queries and keys by their mode. All positions attend at once.
         mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
             operators.
         qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
@@ -298,8 +300,9 @@ class TensorAttention(AttentionCore):
     ) -> tuple[Presence, Summary | None]:
         """Check what was said of the positions of the input, or of a context, and summarise that."""
         if context is not None:
-            if self.position_bias is not None:
-                raise OptionError("context has no meaning with position_bias: its positions are not those of x.")
+            for name in ("position_bias", "rotary"):
+                if getattr(self, name) is not None:
+                    raise OptionError(f"context has no meaning with {name}: its positions are not those of x.")
             return Presence((None,) * self.modes.order, None, True), self._context_reader().read(
                 context, x, self.k_proj.weight, **spoken
             )

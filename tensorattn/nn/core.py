@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tensorattn.nn.projections import (
     rows_of,
     split_heads,
 )
+from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.operators import get_operator
 from tensorattn.operators.maps import base_of, indices_of
 from tensorattn.operators.operator import AttentionResult, Needs, Operator, default_scale
@@ -37,7 +39,7 @@ from tensorattn.positionwise import map_positions
 from tensorattn.running import Past, continued_frames, continued_summary
 from tensorattn.summarizing import self_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import Vectors, Weights, accumulation_dtype, beside
+from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, beside
 
 __all__ = ["AttentionCore"]
 
@@ -62,6 +64,7 @@ class AttentionCore(nn.Module):
         vdim: int | None = None,
         causal: int | str | None = None,
         position_bias: PositionBias | None = None,
+        rotary: RotaryEmbedding | None = None,
         mode_projections: bool = False,
         qk_norm: bool = False,
         device: torch.device | str | None = None,
@@ -90,6 +93,10 @@ class AttentionCore(nn.Module):
                 raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
             if position_bias is not None:
                 _check_position_bias(position_bias, record, self.modes, num_heads)
+            if rotary is not None:
+                _check_rotary(rotary, record, self.options, self.modes, embed_dim // num_heads)
+                if qk_norm:
+                    raise OptionError("rotary has no meaning with qk_norm: pooled queries are turned before a norm.")
             for name, dim in (("kdim", kdim), ("vdim", vdim)):
                 if dim is not None:
                     check_count(dim, name)
@@ -112,7 +119,7 @@ class AttentionCore(nn.Module):
         self.k_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
         gain = torch.ones(num_heads, **factory) if self.options.get("interaction") else None
         self.interaction_gain = None if gain is None else nn.Parameter(gain)
-        self.position_bias = position_bias
+        self.position_bias, self.rotary = position_bias, rotary
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -160,7 +167,7 @@ class AttentionCore(nn.Module):
             out: Where to write it, or None.
         """
         operator = get_operator(self.operator)
-        if operator.query == "positions" and self.position_bias is None:
+        if operator.query == "positions" and self.position_bias is None and self.rotary is None:
             if self.causal is not None:
                 summary = causal_summary(x, x, self._needs(), weights, self.causal)
                 return self._attend_frames(x, summary, self.causal, skip, out)
@@ -220,6 +227,8 @@ class AttentionCore(nn.Module):
         if operator.takes_means(**self.options):
             summary, passed = self_summary(x, self._needs(), weights)
             return self._attend_means(summary, settings), passed
+        if self.rotary is not None:
+            return self._attend_turned(x, weights, self.rotary, settings), x
         settings |= self._gain()
         frames = operator.query == "positions" and causal is not None
         if frames:
@@ -240,6 +249,24 @@ class AttentionCore(nn.Module):
             attention = None if result.attention is None else tuple(map(self._frames_in_place, result.attention))
             result = AttentionResult(self._frames_in_place(result.output), None, attention)
         return result, passed
+
+    def _attend_turned(
+        self, x: Tensor, weights: Weights, rotary: RotaryEmbedding, settings: dict[str, Any]
+    ) -> AttentionResult:
+        """Attend from turned queries to turned keys of all positions, as the function of the operator does."""
+        query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.position_bias is not None:
+            settings["bias"] = self._bias(x, None)
+        if self.causal is not None:
+            settings["causal"] = self.causal
+        if isinstance(weights, GridWeights):
+            whole = weights.tensor.unsqueeze(1)
+            settings |= {"mask": whole > 0} if weights.binary else {"weights": whole}
+        else:
+            settings["weights"] = [w if w is None or w.dim() == 1 else w.unsqueeze(1) for w in weights]
+        function = get_operator(self.operator).function
+        result = function(rotary(query), rotary(key), value, order=self.modes.order, **settings)
+        return result if settings["return_attention"] else AttentionResult(result)
 
     def _bias(self, x: Tensor, frames: int | None) -> Bias:
         """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
@@ -372,7 +399,14 @@ class AttentionCore(nn.Module):
             self._heads(apply_linear(summary.key(subset), *rows_of(self.q_proj, mode, self.embed_dim)), 1)
             for mode, subset in enumerate(kept)
         )
-        return get_operator(self.operator).attend(queries, self._project(summary), **settings)
+        projected = self._project(summary)
+        if self.rotary is not None:
+            queries = tuple(self.rotary.rotate_mode(part, mode) for mode, part in enumerate(queries))
+            keys = list(projected.keys)
+            for mode in range(self.modes.order):
+                keys[projected.place((mode,))] = self.rotary.rotate_mode(projected.key((mode,)), mode)
+            projected = dataclasses.replace(projected, keys=tuple(keys))
+        return get_operator(self.operator).attend(queries, projected, **settings)
 
     def _project_parts(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Project an output that is an outer sum in S rows; its bias counts once."""
@@ -401,3 +435,16 @@ def _check_position_bias(position_bias: Any, record: Operator, modes: ModeSpec, 
     heads = getattr(position_bias, "num_heads", num_heads)
     if heads != num_heads:
         raise OptionError(f"position_bias has {heads} heads, but the layer has {num_heads}.")
+
+
+def _check_rotary(rotary: Any, record: Operator, options: Mapping[str, Any], modes: ModeSpec, head_dim: int) -> None:
+    """Check that a rotary embedding fits the layer."""
+    if not isinstance(rotary, RotaryEmbedding):
+        raise OptionError(f"rotary must be a RotaryEmbedding, got {type(rotary).__name__}.")
+    if rotary.axes.modes.names != modes.names:
+        raise OptionError(f"rotary has the modes {rotary.axes.modes}, but the layer has {modes}.")
+    if rotary.head_dim != head_dim:
+        raise OptionError(
+            f"rotary has head_dim {rotary.head_dim}, but the heads of the layer have {head_dim} channels."
+        )
+    rotary.check_operator(record.name, **options)

@@ -48,8 +48,8 @@ class AttentionStream:
             layer on the last W frames alone.
 
     Raises:
-        OptionError: If the layer is no `TensorAttention`, has no causal mode or has a position bias, or the window is
-            not a whole number of frames.
+        OptionError: If the layer is no `TensorAttention`, has no causal mode, or has a position bias or a rotary
+            embedding, or the window is not a whole number of frames.
 
     Shape:
         - input and output: those of the layer, with any number of frames along its causal mode
@@ -76,8 +76,9 @@ class AttentionStream:
                     "layer has no causal mode to stream along.",
                     hint=f"Make it with one of its modes, such as causal={layer.modes.names[0]!r}.",
                 )
-            if layer.position_bias is not None:
-                raise OptionError("layer has a position_bias, which would need the place of every frame so far.")
+            for name in ("position_bias", "rotary"):
+                if getattr(layer, name) is not None:
+                    raise OptionError(f"layer has {name}, which would need the place of every frame so far.")
             check_window(window)
         except TensorAttentionError as cause:
             raise cause.retold("AttentionStream") from None

@@ -28,9 +28,9 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Ten
     return ta.OPERATORS[name].function(q, k, v, order=len(SIZES), **options)
 
 
-def layer(name: str, **options: object) -> ta.TensorAttention:
+def layer(name: str, channels: int = 8, **options: object) -> ta.TensorAttention:
     torch.manual_seed(0)
-    return ta.TensorAttention(8, 2, modes=len(SIZES), operator=name, dtype=torch.float64, **options)
+    return ta.TensorAttention(channels, 2, modes=len(SIZES), operator=name, dtype=torch.float64, **options)
 
 
 def same(ours: Tensor, theirs: Tensor) -> None:
@@ -124,6 +124,12 @@ def position_bias(name: str) -> str:
     return YES
 
 
+def rotary(name: str) -> str:
+    turns, x = ta.RotaryEmbedding(6, modes=3, base=2.0), draw(2, *SIZES, 12)
+    assert not torch.allclose(layer(name, 12, rotary=turns)(x), layer(name, 12)(x))
+    return YES
+
+
 def context(name: str) -> str:
     module, x, other = layer(name, kdim=6, vdim=6), draw(2, *SIZES, 8), draw(2, 3, 4, 6, seed=1)
     same(module(x, other), module(x, module.summarize(other)))
@@ -189,6 +195,7 @@ FEATURES: dict[str, Callable[[str], str]] = {
     "`causal` along one mode": causal,
     "`AttentionStream`, `ModuleStream`": stream,
     "`position_bias`: tables, slopes, windows": position_bias,
+    "`rotary`": rotary,
     "`context` of another grid or order, `kdim`, `vdim`": context,
     "`include_self`": include_self,
     '`interaction="linear"`': interaction,

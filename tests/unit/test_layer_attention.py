@@ -24,9 +24,13 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def layer(operator, order, **changed):
+def maps_of(module):
+    return module.q_proj, module.k_proj, module.v_proj
+
+
+def layer(operator, order, embed=8, **changed):
     torch.manual_seed(1)
-    module = ta.TensorAttention(8, 2, **{"modes": order, "operator": operator, "dtype": torch.float64, **changed})
+    module = ta.TensorAttention(embed, 2, **{"modes": order, "operator": operator, "dtype": torch.float64, **changed})
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
@@ -40,9 +44,7 @@ def given_to(module, x):
 
 def apart(module, x, **settings):
     """The function of the operator on projected heads, and what the layer makes of its output."""
-    q, k, v = (
-        linear(x).unflatten(-1, (2, -1)).movedim(-2, 1) for linear in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    q, k, v = (linear(x).unflatten(-1, (2, -1)).movedim(-2, 1) for linear in maps_of(module))
     function = ta.OPERATORS[module.operator].function
     settings |= module.options | ({} if module.causal is None else {"causal": module.causal})
     result = function(q, k, v, order=x.dim() - 2, return_attention=True, **settings)
@@ -227,3 +229,77 @@ class TestPositionBias:
         causal = layer("additive", 2, causal=0, position_bias=ta.AlibiBias(2, modes=2))
         with pytest.raises(ta.OptionError, match="position_bias"):
             ta.AttentionStream(causal)
+
+
+class TestRotary:
+    TURNED = ("flattened", "axial", "kronecker_product", "kronecker_sum")
+
+    @layouts
+    @orders
+    @pytest.mark.parametrize("operator", ["flattened", "axial"])
+    def test_queries_and_keys_are_turned(self, operator, order, channels_first):
+        rotary = ta.RotaryEmbedding(8, modes=order, base=3.0)
+        module = layer(operator, order, embed=16, rotary=rotary, channels_first=channels_first)
+        x = draw(2, *SIZES[:order], 16)
+        for weights in (None, [torch.arange(2.0 * n).view(2, n).double() + 1 for n in SIZES[:order]]):
+            q, k, v = (linear(x).unflatten(-1, (2, -1)).movedim(-2, 1) for linear in maps_of(module))
+            given = None if weights is None else headed(weights)
+            function = ta.OPERATORS[operator].function
+            expected = function(rotary(q), rotary(k), v, order=order, weights=given, return_attention=True)
+            y = module(given_to(module, x), weights=weights)
+            output = module.out_proj(expected.output.movedim(1, -2).flatten(-2))
+            torch.testing.assert_close(y, given_to(module, output), **CLOSE)
+            assert_same(module.attention(given_to(module, x), weights=weights), expected.attention)
+        assert not torch.allclose(
+            y, layer(operator, order, embed=16, channels_first=channels_first)(given_to(module, x))
+        )
+
+    @pytest.mark.parametrize("pool", ["mean", "sum"])
+    @pytest.mark.parametrize("operator", ["kronecker_product", "kronecker_sum"])
+    def test_pooled_queries_and_keys_are_turned_by_mode(self, operator, pool):
+        rotary = ta.RotaryEmbedding(8, modes=2, base=3.0)
+        module, x = layer(operator, 2, embed=16, rotary=rotary, pool=pool), draw(2, 3, 4, 16)
+        q, k, _ = (linear(x).unflatten(-1, (2, -1)).movedim(-2, 1) for linear in maps_of(module))
+        for mode, found in enumerate(module.attention(x)):
+            pooled = [getattr(part, pool)(3 - mode) for part in (q, k)]
+            turned = [rotary.rotate_mode(part, mode) for part in pooled]
+            torch.testing.assert_close(found, torch.softmax(turned[0] @ turned[1].mT / 8**0.5, -1), **CLOSE)
+
+    @pytest.mark.parametrize("operator", TURNED)
+    def test_a_mask(self, operator):
+        module, x = layer(operator, 2, embed=16, rotary=ta.RotaryEmbedding(8, modes=2)), draw(2, 3, 4, 16)
+        mask = draw(2, 3, 4, seed=3) > -0.3
+        poisoned = x.masked_fill(~mask[..., None], torch.nan)
+        y = module(poisoned, mask=mask)
+        assert y[~mask].eq(0).all()
+        torch.testing.assert_close(y, module(x, mask=mask), **CLOSE)
+        padded = torch.cat([x, torch.full_like(x, torch.inf)], 1)
+        torch.testing.assert_close(module(padded, lengths=[3, None])[:, :3], module(x), **CLOSE)
+
+    @pytest.mark.parametrize("operator", ["flattened", "axial"])
+    def test_causal(self, operator):
+        module = layer(operator, 2, embed=16, causal=0, rotary=ta.RotaryEmbedding(8, modes=2))
+        x = draw(2, 3, 4, 16)
+        torch.testing.assert_close(module(x)[:, :2], module(x[:, :2]), **CLOSE)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"operator": "additive"}, "averages keys of different turns"),
+            ({"rotary": ta.RotaryEmbedding(8, modes=3)}, "rotary has the modes"),
+            ({"rotary": ta.RotaryEmbedding(4, modes=2)}, "rotary has head_dim 4, but the heads of the layer have 8"),
+            ({"rotary": torch.zeros(2)}, "rotary must be a RotaryEmbedding, got Tensor"),
+            ({"operator": "kronecker_sum", "qk_norm": True}, "rotary has no meaning with qk_norm"),
+        ],
+    )
+    def test_messages(self, changed, message):
+        given = {"operator": "flattened", "rotary": ta.RotaryEmbedding(8, modes=2), **changed}
+        with pytest.raises(ta.OptionError, match=message):
+            layer(given.pop("operator"), 2, embed=16, **given)
+
+    def test_neither_a_context_nor_a_stream_has_its_positions(self):
+        rotary, x = ta.RotaryEmbedding(8, modes=2), draw(2, 3, 4, 16)
+        with pytest.raises(ta.OptionError, match="context has no meaning with rotary"):
+            layer("flattened", 2, embed=16, rotary=rotary)(x, x)
+        with pytest.raises(ta.OptionError, match="layer has rotary"):
+            ta.AttentionStream(layer("axial", 2, embed=16, causal=0, rotary=rotary))
