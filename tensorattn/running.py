@@ -291,7 +291,7 @@ class Time:
         weight = weight.reshape(*(1,) * (batch + 1 - weight.dim()), *weight.shape)
         return cls(mode, batch, weight, weighted, before, window)
 
-    @functools.cached_property
+    @property
     def total(self) -> Tensor:
         """Weight of all frames so far, or in the window of each."""
         if self.window is not None:
@@ -301,7 +301,7 @@ class Time:
             return total
         return total + self.before.total.to(total.dtype).unsqueeze(-1)
 
-    @functools.cached_property
+    @property
     def visible(self) -> Tensor:
         """Weight of each frame as each frame sees it, ``(*batch, frames, seen)``: zero while it lies ahead."""
         frames = self.weight.shape[-1]
@@ -311,7 +311,7 @@ class Time:
         seen = self.all_weights.shape[-1]
         return self.all_weights.unsqueeze(-2) * self.weight.new_ones(frames, seen).tril(seen - frames)
 
-    @functools.cached_property
+    @property
     def all_weights(self) -> Tensor:
         """Weights of the frames held and of the own frames, beside each other."""
         if self.before is None:

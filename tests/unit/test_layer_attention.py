@@ -303,3 +303,51 @@ class TestRotary:
             layer("flattened", 2, embed=16, rotary=rotary)(x, x)
         with pytest.raises(ta.OptionError, match="layer has rotary"):
             ta.AttentionStream(layer("axial", 2, embed=16, causal=0, rotary=rotary))
+
+
+AT_ONCE = {
+    "bias": ("additive", lambda: {"position_bias": ta.RelativePositionBias(2, modes=2, max_distance=3)}),
+    "causal bias": ("additive", lambda: {"causal": 0, "position_bias": ta.AlibiBias(2, modes=2)}),
+    "rotary": ("flattened", lambda: {"rotary": ta.RotaryEmbedding(8, modes=2)}),
+    "pooled rotary": ("kronecker_product", lambda: {"rotary": ta.RotaryEmbedding(8, modes=2)}),
+}
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+class TestEverywhere:
+    """Types, compilers and second derivatives."""
+
+    x = draw(2, 3, 4, 16)
+    mask = draw(2, 3, 4, seed=2) > -0.5
+
+    def module(self, case, dtype=torch.float64):
+        operator, made = AT_ONCE[case]
+        torch.manual_seed(0)
+        return layer(operator, 2, embed=16, **made()).to(dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, case, dtype):
+        expected = self.module(case)(self.x)
+        y = self.module(case, dtype)(self.x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+
+    def test_autocast(self, case):
+        expected, module = self.module(case)(self.x), self.module(case, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(module(self.x.float()).double(), expected, rtol=0.05, atol=0.05)
+
+    def test_compiled_and_exported(self, case):
+        torch._dynamo.reset()
+        module = self.module(case)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(self.x), module(self.x), **CLOSE)
+        torch.testing.assert_close(compiled(self.x, mask=self.mask), module(self.x, mask=self.mask), **CLOSE)
+        exported = torch.export.export(module, (self.x,), strict=False).module()
+        torch.testing.assert_close(exported(self.x), module(self.x), **CLOSE)
+
+    def test_derivatives(self, case):
+        module, x = self.module(case), self.x[:1, :2, :2].clone().requires_grad_()
+        assert torch.autograd.gradcheck(module, (x,))
+        assert torch.autograd.gradgradcheck(module, (x,), atol=1e-4)
+        torch.testing.assert_close(torch.func.vmap(module)(self.x[:, None]), module(self.x)[:, None], **CLOSE)
