@@ -25,7 +25,7 @@ from tensorattn.options import check_count
 from tensorattn.softmax import TokenSet
 from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, log_weights
 
-__all__ = ["Summary"]
+__all__ = ["Summary", "joined_linear"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +248,7 @@ class Summary:
             held = [
                 mean for mean, kept in zip(means, self.kept, strict=True) if mean is not None and len(kept) < self.order
             ]
-            rows = iter(_joined_linear(held, batch, weight, bias) if held else ())
+            rows = iter(joined_linear(held, batch, weight, bias) if held else ())
             mapped = [
                 None if mean is None else next(rows) if len(kept) < self.order else _linear(mean, weight, bias)
                 for mean, kept in zip(means, self.kept, strict=True)
@@ -457,8 +457,15 @@ def _linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
 
 
-def _joined_linear(means: Sequence[Tensor], batch: int, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """Apply a linear map to several means ``(*batch, *sizes, D)`` in one product."""
+def joined_linear(means: Sequence[Tensor], batch: int, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Apply a linear map to several means in one product.
+
+    Args:
+        means: Tensors ``(*batch, *sizes, D)``.
+        batch: Number of batch dimensions.
+        weight: The matrix.
+        bias: The bias, or None.
+    """
     grids = [mean.shape[batch:-1] for mean in means]
     tokens = [
         mean.reshape(*mean.shape[:batch], math.prod(grid), mean.shape[-1])

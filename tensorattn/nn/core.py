@@ -38,7 +38,7 @@ from tensorattn.options import check_count, check_probability, check_switch
 from tensorattn.positionwise import map_positions
 from tensorattn.running import Past, continued_frames, continued_summary
 from tensorattn.summarizing import self_summary
-from tensorattn.summary import Summary
+from tensorattn.summary import Summary, joined_linear
 from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, beside
 
 __all__ = ["AttentionCore"]
@@ -395,10 +395,13 @@ class AttentionCore(nn.Module):
                 "query_norm": functools.partial(apply_norm, self.q_norm),
                 "key_norm": functools.partial(apply_norm, self.k_norm),
             }
-        queries = tuple(
-            self._heads(apply_linear(summary.key(subset), *rows_of(self.q_proj, mode, self.embed_dim)), 1)
-            for mode, subset in enumerate(kept)
-        )
+        means = [summary.key(subset) for subset in kept]
+        if self.mode_projections:
+            maps = (rows_of(self.q_proj, mode, self.embed_dim) for mode in range(len(kept)))
+            rows = [apply_linear(mean, *each) for mean, each in zip(means, maps, strict=True)]
+        else:
+            rows = joined_linear(means, 1, self.q_proj.weight, self.q_proj.bias)
+        queries = tuple(self._heads(part, 1) for part in rows)
         projected = self._project(summary)
         if self.rotary is not None:
             queries = tuple(self.rotary.rotate_mode(part, mode) for mode, part in enumerate(queries))
@@ -410,10 +413,9 @@ class AttentionCore(nn.Module):
 
     def _project_parts(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Project an output that is an outer sum in S rows; its bias counts once."""
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        return tuple(
-            apply_linear(join_heads(part, 1), weight, bias if mode == 0 else None) for mode, part in enumerate(parts)
-        )
+        first, *others = joined_linear([join_heads(part, 1) for part in parts], 1, self.out_proj.weight, None)
+        bias = self.out_proj.bias
+        return (first if bias is None else first + bias.to(first.dtype)), *others
 
     def _project(self, summary: Summary) -> Summary:
         """Project a summary of the input to that of keys and values, with heads as last batch dimension."""
