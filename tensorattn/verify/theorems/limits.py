@@ -19,7 +19,7 @@ from tensorattn.stats import TensorNormal
 from tensorattn.testing import Case, Subject, allowed
 from tensorattn.testing.cases import rows
 from tensorattn.testing.checks.derivatives import along_queries, expect_slope, marginal_covariance
-from tensorattn.testing.drawing import numbers
+from tensorattn.testing.drawing import generators, numbers
 from tensorattn.testing.tolerances import exact, largest
 from tensorattn.truncation import counting_numbers, kept_family
 from tensorattn.verify.means import mean, residual
@@ -169,6 +169,7 @@ def _tilt_error(seed: int, size: int) -> float:
 
 def far_away(subject: Subject, case: Case, draw: Any) -> None:
     """At a scale so large that the best token of each set leaves no weight to the second."""
+    case = _spread_out(case, draw)
     batch, modes = len(case.batch), range(case.order)
     query = exact(rows(case.query, batch))
     keys, values = ([rows(mean(tensor, case, (m,)), batch) for m in modes] for tensor in (case.key, case.value))
@@ -176,11 +177,12 @@ def far_away(subject: Subject, case: Case, draw: Any) -> None:
     sets = [*zip(keys, values, weights, strict=True)]
     together = (torch.cat(keys, -2), torch.cat(values, -2), torch.cat(weights, -1))
     gaps, chosen = zip(*(_best(query, *tokens) for tokens in (*sets, together)), strict=True)
-    # The gap must be clear of the rounding of averages, and of the logarithm of the weights.
-    rounding = allowed("average", case.dtype, magnitude=query.shape[-1] * largest(query) * largest(case.key))
-    if min(gaps) < 1e3 * rounding:
+    # Both logits of a gap err by the rounding of averages; the logarithms of the weights are small beside the rest.
+    reach = largest(query.abs().sum(-1)) * largest(case.key)
+    gap = min(gaps) - 4 * allowed("average", case.dtype, magnitude=reach)
+    if gap <= 0:
         return
-    far = case.replace(scale=max(1.0, LEAST_GAP / min(gaps)))
+    far = case.replace(scale=max(1.0, LEAST_GAP / gap))
     center = mean(case.value, case).reshape(*case.batch, 1, -1)
     additive = torch.stack(chosen[:-1]).sum(0) - (case.order - 1) * center
     for function, expected in ((additive_attention, additive), (kao_kv, chosen[-1])):
@@ -188,6 +190,22 @@ def far_away(subject: Subject, case: Case, draw: Any) -> None:
         tolerance = (2 * case.order - 1) * allowed("output", case.dtype, magnitude=case.magnitude)
         statement = f"at a large scale {function.__name__} must attend to the best token alone"
         subject.expect_close(rows(called(function, far), batch), expected, tolerance, statement, far)
+
+
+def _spread_out(case: Case, draw: Any) -> Case:
+    """Put the keys of a case on a line, each mode's in steps of its own, with little noise or more.
+
+    Some queries look for the one end of the line, some for the other.
+    """
+    generator, noise = draw(generators(9)), draw(st.sampled_from([0.0, 0.01, 1.0]))
+    line = torch.where(numbers(generator, case.key.shape[-1:]) > 0, 1.0, -1.0)
+    key = noise * exact(case.key)
+    for mode, size in enumerate(case.sizes):
+        steps = torch.randperm(size, generator=generator) * (1 + mode / case.order)
+        key = key + steps.reshape(size, *[1] * (case.order - mode)) * line
+    away = numbers(generator, (*case.query.shape[:-1], 1)) > 0
+    query = torch.where(away, line, -line) + noise * exact(case.query)
+    return case.replace(query=query.to(case.query), key=key.to(case.key))
 
 
 def _best(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> tuple[float, Tensor]:
@@ -202,7 +220,7 @@ def _best(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> tuple[fl
 def _expect_number(subject: Subject, case: Any, found: float, expected: float, tolerance: float, what: str) -> None:
     """Compare two numbers."""
     got, wanted = (torch.tensor(number, dtype=torch.float64) for number in (found, expected))
-    subject.expect_close(got, wanted, tolerance, what, case)
+    subject.expect_close(got, wanted, tolerance, what, case, size=1.0)  # as told apart from 0, 1 and 2
 
 
 def _seed(asked: Asked, subject: Subject) -> int:
