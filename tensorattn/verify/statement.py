@@ -188,15 +188,21 @@ def of_subject(subject: Subject) -> dict[str, Any]:
     return {"on_grid": subject.on_grid, "pooled": subject.pooled, "min_order": subject.least_order}
 
 
-def drawn_cases(**supposed: Any) -> Callable[[Asked, Subject], Any]:
+def drawn_cases(*, wide: int = 0, **supposed: Any) -> Callable[[Asked, Subject], Any]:
     """Return where the cases of a theorem come from.
 
     Args:
+        wide: Least number of modes with more than one index, as far as there are so many modes: with fewer, the
+            theorem says next to nothing.
         **supposed: Arguments of `cases`: what the theorem supposes.
     """
 
+    def wide_enough(case: Case) -> bool:
+        return sum(size > 1 for size in case.sizes) >= min(wide, case.order)
+
     def strategy(asked: Asked, subject: Subject) -> Any:
-        return cases(**{**of_subject(subject), **asked.cases, **supposed})
+        drawn = cases(**{**of_subject(subject), **asked.cases, **supposed})
+        return drawn.filter(wide_enough) if wide else drawn
 
     return strategy
 

@@ -64,6 +64,19 @@ def test_it_fails_on_a_mistake(monkeypatch, law, module, name, mistake):
     assert " must " in failure.message, failure.message  # it is the statement that fails, not the mistake that raises
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("law", ["second_order_bound", "symmetric_modes", "merging", "far_away"])
+def test_as_many_cases_as_verify_tries_show_each_mistake(monkeypatch, law, seed):
+    """Laws that say nothing of many a case are tried on those of which they say something."""
+    mistakes = [others for known, _, *others in MISTAKES if known == law]
+    for module, name, mistake in mistakes:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, mistake(getattr(module, name)))
+            failure = attempt(work.Trial(LAWS[law], None, Asked(seed=seed)), shrink=False)
+            assert failure is not None and " must " in failure.message, name
+    assert mistakes
+
+
 def test_what_sees_later_frames_is_found(monkeypatch):
     record = OPERATORS["kao_kv"]
 

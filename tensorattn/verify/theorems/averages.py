@@ -159,7 +159,7 @@ STATEMENTS = (
         "the summaries of two parts merge to that of the whole",
         "S(x ∪ y) = S(x) + S(y)",
         merging,
-        drawn_cases(empty=True, max_positions=40),
+        drawn_cases(empty=True, max_positions=40, wide=1),
     ),
     Statement(
         "a plan executed in NumPy gives the averages that torch gives",

@@ -244,7 +244,7 @@ STATEMENTS = (
         "the error with the interaction term is at most its bound of second order, whatever the data",
         "|F − A − s C_vk q| ≤ (D_v Δ² + Σ_m D_(V^m) Δ_m²) / 8",
         second_order_bound,
-        drawn_cases(max_positions=40),
+        drawn_cases(max_positions=40, wide=2),
     ),
     Statement(
         "the interaction term is bounded by its saturation, and one channel attains the bound",

@@ -293,6 +293,6 @@ STATEMENTS = (
         "at a large scale each softmax attends to its best token alone",
         "s → ∞: A = Σ_m V^m[a*_m] − (N−1)v̄, J = V[a*]",
         far_away,
-        drawn_cases(),
+        drawn_cases(wide=1),
     ),
 )
