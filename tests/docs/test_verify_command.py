@@ -18,9 +18,9 @@ from tensorattn.__main__ import main
 from tensorattn.attend.optional import MissingPackageError, require
 from tensorattn.operators import OPERATORS, Claim
 from tensorattn.testing import CLAIMED, UNIVERSAL, Case, check_convex, check_zero_scale_mean
+from tensorattn.testing.reproduction import literal
 from tensorattn.testing.variants import variants
 from tensorattn.verify import claims, report, work
-from tensorattn.verify.reproduction import literal
 from tensorattn.verify.searching import search
 from tensorattn.verify.statement import THEOREM, Asked
 
