@@ -8,22 +8,30 @@ relative error to about 3 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tensorattn.contraction import contract
 from tensorattn.diagnose.effects import precise
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import attention_shapes, is_integer
 from tensorattn.operators import Operator, get_operator
 from tensorattn.operators.flattened import flattened_attention
-from tensorattn.weights import Vector, check_floating, check_weights, normalized
+from tensorattn.presence import GivenWeights, Lengths, Mask
+from tensorattn.summarizing import summarize
+from tensorattn.weights import check_floating
 
 __all__ = ["ErrorEstimate", "centred_error", "error_estimate", "sample_positions", "takes_any_positions"]
+
+MEANINGLESS = {  # arguments of operators, and why an estimate takes none of them
+    "causal": "sampled queries have no frames",
+    "bias": "sampled queries have no place on the grid",
+    "return_lse": "only outputs are compared",
+    "return_attention": "only outputs are compared",
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,9 @@ def error_estimate(
     order: int,
     n_queries: int = 64,
     scale: float | None = None,
-    weights: Sequence[Vector] | None = None,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> ErrorEstimate:
@@ -175,7 +185,10 @@ def error_estimate(
         order: Number of modes N.
         n_queries: Number of positions drawn; all of them where there are fewer.
         scale: Factor of the logits; 1/√D if None.
-        weights: One non-negative vector a mode, or None for equal weights.
+        weights: One non-negative vector a mode or None for equal weights, or one tensor over the grid: for the
+            operator, for full attention and for the mean.
+        mask: True where a position takes part.
+        lengths: How many leading indices of each mode take part.
         generator: Source of randomness.
         **options: Options of the operator.
 
@@ -183,7 +196,8 @@ def error_estimate(
         The error, its standard error, and the number of queries.
 
     Raises:
-        OptionError: If there is no such operator, or ``n_queries`` is less than 2.
+        OptionError: If there is no such operator or option, ``n_queries`` is less than 2, or something is asked for
+            that has no meaning for sampled queries: ``causal``, ``bias``, ``return_lse`` or ``return_attention``.
         ShapeError: If shapes disagree.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights do not fit the modes.
@@ -200,19 +214,29 @@ def error_estimate(
         >>> error_estimate("kao_kv", x, x, x, order=2, n_queries=16).error > 0.1
         True
     """
+    for name, reason in MEANINGLESS.items():
+        asked = options.pop(name, None)
+        if asked is not None and asked is not False:
+            raise OptionError(f"{name} has no meaning for an estimate: {reason}.")
+    record = get_operator(operator) if isinstance(operator, str) else None
+    if record is not None:
+        record.with_defaults(options)
     check_floating(query=query, key=key, value=value)
     grid, _ = attention_shapes(query.shape, key.shape, value.shape, order)
     batch = grid.batch
     count = math.prod(query.shape[len(batch) : -1])
     positions = sample_positions(count, n_queries, generator).to(query.device)
     sampled = query.reshape(*batch, count, query.shape[-1])[..., positions, :]
-    settings: dict[str, Any] = {"order": order, "scale": scale, "weights": weights}
+    present: dict[str, Any] = {
+        name: given for name, given in (("mask", mask), ("lengths", lengths)) if given is not None
+    }
+    settings: dict[str, Any] = {"order": order, "scale": scale, "weights": weights, **present}
     exact = cast(Tensor, flattened_attention(sampled, key, value, **settings))
-    (mean,) = contract(value, ((),), normalized(check_weights(weights, grid, value)))
-    if isinstance(operator, str) and takes_any_positions(get_operator(operator), options):
-        output = get_operator(operator).function(sampled, key, value, **settings, **options)
+    mean = summarize(value, value, order=order, kept=[()], weights=weights, **present).value(())
+    if record is not None and takes_any_positions(record, options):
+        output = record.function(sampled, key, value, **settings, **options)
     else:
-        function = get_operator(operator).function if isinstance(operator, str) else operator
+        function: Any = operator if record is None else record.function
         everywhere = function(query, key, value, **settings, **options)
         output = everywhere.reshape(*batch, count, everywhere.shape[-1])[..., positions, :]
     return centred_error(output, exact, mean, population=count)

@@ -26,24 +26,28 @@ from tensorattn.weights import accumulation_dtype
 
 __all__ = ["check_interaction", "correct", "marginal_covariance", "missing_covariance", "saturated"]
 
+DEFAULT_SATURATION = 1.0  # of every operator that has an interaction
+
 
 def check_interaction(interaction: str | None, saturation: float | None) -> None:
     """Check the options of the interaction correction.
 
     Args:
         interaction: None or ``"linear"``.
-        saturation: Positive, or None for no saturation.
+        saturation: Positive, or None for no saturation; without an interaction, left at its default.
 
     Raises:
-        OptionError: If one has another value.
+        OptionError: If one has another value, or a saturation is given to no interaction.
     """
     if interaction not in (None, "linear"):
         raise OptionError(f"interaction must be None or 'linear', got {interaction!r}.")
-    if saturation is None:
-        return
-    check_number(saturation, "saturation", "positive or None")
-    if not saturation > 0:
-        raise OptionError(f"saturation must be positive or None, got {saturation!r}.")
+    if saturation is not None:
+        check_number(saturation, "saturation", "positive or None")
+        if not saturation > 0:
+            raise OptionError(f"saturation must be positive or None, got {saturation!r}.")
+    if interaction is None and saturation != DEFAULT_SATURATION:
+        hint = "Give interaction='linear' too, or leave saturation out."
+        raise OptionError(f"saturation has no effect without interaction, got {saturation!r}.", hint=hint)
 
 
 def marginal_covariance(summary: Summary, kept: Kept, of_keys: bool) -> Tensor:

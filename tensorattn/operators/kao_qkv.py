@@ -166,7 +166,8 @@ def kao_qkv(
         centered: Whether to take one softmax a mode and count the mean once.
         interaction: ``"linear"`` to agree with flattened attention to first order in the scale, for every tensor; needs
             ``centered=True``.
-        saturation: Bounds the correction as in `additive_attention`; None leaves it unbounded.
+        saturation: Bounds the correction as in `additive_attention`; None leaves it unbounded. To be left
+            out without ``interaction``.
         dropout_p: Probability of dropping an attention weight, whenever it is not 0.
         return_lse: Whether to return the outer sum of log-sum-exps too; only ``centered=True`` has one, or order 1.
         return_attention: Whether to return the attention weights too.

@@ -87,7 +87,7 @@ def truncated_attention(
             :math:`\tau^2 / 2` to the log-sum-exp, with :math:`\tau^2 = s^2 q^\top C_{kk}\, q`. The result then agrees
             with flattened attention to first order in the scale for every tensor.
         saturation: The :math:`\ell` in :math:`s\, C_{vk}\, q / \sqrt{1 + \tau^2 / \ell^2}`, which bounds the term;
-            None leaves it unbounded, as is right for Gaussian residuals only.
+            None leaves it unbounded, as is right for Gaussian residuals only. To be left out without ``interaction``.
         include_self: Whether to merge the key and value at each query's own position as one more token; the query is
             then on the grid of the keys. It counts once, whatever ``weights`` say of the position, but not where a mask
             or lengths leave it out.

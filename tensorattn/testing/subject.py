@@ -148,7 +148,14 @@ class Subject:
             raise AssertionError(f"{self.name}: {statement}{', but ' if found else ''}{found}.\n  {case!r}")
 
     def expect_close(
-        self, got: Tensor | Array, expected: Tensor | Array, tolerance: float, statement: str, case: Case
+        self,
+        got: Tensor | Array,
+        expected: Tensor | Array,
+        tolerance: float,
+        statement: str,
+        case: Case,
+        *,
+        size: float | None = None,
     ) -> None:
         """Raise unless two results agree, NaN never agreeing with anything.
 
@@ -158,6 +165,8 @@ class Subject:
             tolerance: Largest difference allowed.
             statement: What is checked, a clause.
             case: Arguments.
+            size: How large what is compared is, where the two results do not show it, as where zero is expected; the
+                verdict does not depend on it.
 
         Raises:
             AssertionError: If they differ, telling by how much, where, and what was allowed.

@@ -26,11 +26,13 @@ DESCRIPTION = """\
 Try statements on random cases: what the operators claim, what every operator has, and what they are made of.
 
 Prints one table: each statement in words and as a formula, for how many operators and in how many cases it was tried,
-the largest error in units of its tolerance, and the verdict. The tolerance is what rounding may cause in the type;
-statements about exact derivatives, dense algebra or limits are of float64 and say so. A statement that fails is
-followed by the smallest case that was found, to be pasted into Python.
+the tolerance in units of what is compared, the largest error in units of the tolerance, and the verdict. The tolerance
+is what rounding may cause in the type; where it is so large that hardly any error would be noticed, the verdict is
+"coarse". Statements about exact derivatives, dense algebra or limits are of float64, say so and are counted apart.
+Cases on which a statement has nothing to compare are not counted; where all are such, it is "not tried". A statement
+that fails is followed by the smallest case that was found, to be pasted into Python.
 
-Exit status: 0 if everything holds, 1 if anything fails, 2 where the input is bad.
+Exit status: 0 if nothing fails, 1 if anything does, 2 where the input is bad.
 """
 
 
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: What the parser read.
 
     Returns:
-        The exit status: 0 if everything holds, 1 if not.
+        The exit status: 0 if nothing fails, 1 if anything does.
     """
     if arguments.dtype not in DTYPES:
         raise OptionError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}.")
@@ -91,13 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
     trials = work.trials(asked, arguments.operator)
     with progress(len(trials), unit="trial") as started:
         verdicts = work.carry_out(trials, started)
-    print(report.table(verdicts))
-    print(report.summary(verdicts, arguments.dtype, arguments.device))
+    print(report.table(verdicts, asked.dtype))
+    print(report.summary(verdicts, asked.dtype, arguments.device))
     print(report.conditions(asked.dtype))
-    for verdict in verdicts:
-        if not verdict.holds:
-            print(f"\n{report.failure(verdict)}")
-    return 0 if all(verdict.holds for verdict in verdicts) else 1
+    failed = [verdict for verdict in verdicts if verdict.fails]
+    for verdict in failed:
+        print(f"\n{report.failure(verdict)}")
+    return 1 if failed else 0
 
 
 def _check_device(name: str) -> None:

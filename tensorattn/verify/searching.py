@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorattn.attend.optional import require
-from tensorattn.testing import Subject
-from tensorattn.verify.statement import Law, st
+from tensorattn.verify.statement import Law, Watched, st
 
-__all__ = ["Failure", "search", "try_once"]
+__all__ = ["Failure", "Found", "search", "try_once"]
 
 hypothesis = require("hypothesis", extra="verify", purpose="the command verify")
 
@@ -30,30 +29,52 @@ class Failure:
     drawn: Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What trying a law came to.
+
+    Attributes:
+        cases: Number of cases that it made a comparison on.
+        skipped: Number of cases that it made none on, as they do not meet what it supposes.
+        failure: The smallest case that breaks it, or None.
+    """
+
+    cases: int
+    skipped: int
+    failure: Failure | None
+
+
 @dataclass
 class _Last:
     """The case tried last, with what the law drew, and how many were tried."""
 
     case: Any = None
     drawn: Sequence[Any] = ()
-    count: int = 0
+    cases: int = 0
+    skipped: int = 0
 
-    def attempt(self, law: Law, subject: Subject, case: Any, draw: Any) -> None:
-        """Try the law on a case, and keep what it draws."""
+    def attempt(self, law: Law, subject: Watched, case: Any, draw: Any) -> bool:
+        """Try the law on a case, and keep what it draws; whether it compared anything."""
         drawn: list[Any] = []
-        self.case, self.drawn, self.count = case, drawn, self.count + 1
+        self.case, self.drawn = case, drawn
 
         def keep(strategy: Any) -> Any:
             drawn.append(draw(strategy))
             return drawn[-1]
 
-        law(subject, case, keep)
+        before = subject.record.made
+        try:
+            law(subject, case, keep)
+        except Exception as cause:
+            self.cases += not isinstance(cause, hypothesis.errors.HypothesisException)  # nor what stops a draw
+            raise
+        compared = subject.record.made > before
+        self.cases, self.skipped = self.cases + compared, self.skipped + (not compared)
+        return compared
 
 
-def search(
-    law: Law, subject: Subject, strategy: Any, *, examples: int, seed: int, shrink: bool = True
-) -> tuple[int, Failure | None]:
-    """Try a law on drawn cases.
+def search(law: Law, subject: Watched, strategy: Any, *, examples: int, seed: int, shrink: bool = True) -> Found:
+    """Try a law on drawn cases. In place of one on which it compares nothing, another one is drawn.
 
     Args:
         law: What must hold of each.
@@ -64,7 +85,7 @@ def search(
         shrink: Whether to make a failing case small.
 
     Returns:
-        Number of cases tried, and the smallest one that breaks the law, or None.
+        How many cases were tried, and the smallest one that breaks the law.
     """
     last = _Last()
     phases = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])]
@@ -81,13 +102,13 @@ def search(
     )
 
     def run(case: Any, data: Any) -> None:
-        last.attempt(law, subject, case, data.draw)
+        hypothesis.assume(last.attempt(law, subject, case, data.draw))
 
     test = hypothesis.given(case=strategy, data=st.data())(run)
     return _verdict(hypothesis.seed(seed)(chosen(test)), last)
 
 
-def try_once(law: Law, subject: Subject, case: Any) -> tuple[int, Failure | None]:
+def try_once(law: Law, subject: Watched, case: Any) -> Found:
     """Try a law that draws nothing on one case.
 
     Args:
@@ -96,17 +117,20 @@ def try_once(law: Law, subject: Subject, case: Any) -> tuple[int, Failure | None
         case: The case.
 
     Returns:
-        One, and the case if it breaks the law, or None.
+        One case, which is the failure if it breaks the law.
     """
     last = _Last()
     return _verdict(lambda: last.attempt(law, subject, case, None), last)
 
 
-def _verdict(run: Callable[[], None], last: _Last) -> tuple[int, Failure | None]:
+def _verdict(run: Callable[[], Any], last: _Last) -> Found:
     """Run, and tell an error of whatever kind: an operator that raises has not kept its word either."""
+    failure = None
     try:
         run()
+    except hypothesis.errors.Unsatisfiable:
+        pass  # too few cases, or none, on which the law compares anything: their number tells
     except Exception as cause:
         message = str(cause) if isinstance(cause, AssertionError) else f"{type(cause).__name__}: {cause}"
-        return last.count, Failure(message, last.case, last.drawn)
-    return last.count, None
+        failure = Failure(message, last.case, last.drawn)
+    return Found(last.cases, last.skipped, failure)

@@ -89,19 +89,26 @@ class Record:
 
     Attributes:
         worst: Largest error in units of its tolerance.
+        made: Number of comparisons.
+        shares: Tolerances in units of the size of what was compared, where that is known.
     """
 
     worst: float = 0.0
+    made: int = 0
+    shares: list[float] = field(default_factory=list)
 
-    def add(self, error: float, tolerance: float) -> None:
-        """Take note of a comparison.
+    def add(self, error: float, tolerance: float, size: float) -> None:
+        """Take note of the error of a comparison.
 
         Args:
             error: Largest difference.
             tolerance: Difference that is allowed.
+            size: How large what is compared is; 0 where that is not known.
         """
         if error > 0:
             self.worst = max(self.worst, error / tolerance if tolerance > 0 else float("inf"))
+        if size > 0:
+            self.shares.append(tolerance / size)
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,34 @@ class Watched(Subject):
 
     record: Record = field(default_factory=Record, compare=False)
 
+    def expect(self, holds: bool, statement: str, case: Case, found: str = "") -> None:
+        """Record that something was looked at, and raise unless a statement holds.
+
+        Args:
+            holds: Whether it does.
+            statement: The statement.
+            case: Arguments for which it was tried.
+            found: What was found instead.
+        """
+        self.record.made += 1
+        super().expect(holds, statement, case, found)
+
+    def _call(self, case: Case, *, return_lse: bool) -> tuple[Tensor, Any]:
+        """Call the operator; that its results have the right form is not what a statement says."""
+        before = self.record.made
+        returned = super()._call(case, return_lse=return_lse)
+        self.record.made = before
+        return returned
+
     def expect_close(
-        self, got: Tensor | Array, expected: Tensor | Array, tolerance: float, statement: str, case: Case
+        self,
+        got: Tensor | Array,
+        expected: Tensor | Array,
+        tolerance: float,
+        statement: str,
+        case: Case,
+        *,
+        size: float | None = None,
     ) -> None:
         """Record how far two results are apart, and raise unless they agree.
 
@@ -125,13 +158,18 @@ class Watched(Subject):
             tolerance: Largest difference allowed.
             statement: What is checked, a clause.
             case: Arguments.
+            size: How large what is compared is; by default as large as the two results.
         """
         left, right = as_array(got), as_array(expected)
+        before = self.record.made
         if left.shape == right.shape and left.size:
             with np.errstate(invalid="ignore"):
                 error = np.where(left == right, 0.0, np.abs(left - right))
-            self.record.add(float(np.where(np.isnan(error), np.inf, error).max()), tolerance)
+            seen = max(float(np.abs(side[np.isfinite(side)]).max(initial=0.0)) for side in (left, right))
+            worst = float(np.where(np.isnan(error), np.inf, error).max())
+            self.record.add(worst, tolerance, seen if size is None else size)
         super().expect_close(got, expected, tolerance, statement, case)
+        self.record.made = before + (left.size > 0)  # two results without any entry agree whatever the operator does
 
 
 def _nothing(*arguments: object) -> None:
@@ -150,15 +188,21 @@ def of_subject(subject: Subject) -> dict[str, Any]:
     return {"on_grid": subject.on_grid, "pooled": subject.pooled, "min_order": subject.least_order}
 
 
-def drawn_cases(**supposed: Any) -> Callable[[Asked, Subject], Any]:
+def drawn_cases(*, wide: int = 0, **supposed: Any) -> Callable[[Asked, Subject], Any]:
     """Return where the cases of a theorem come from.
 
     Args:
+        wide: Least number of modes with more than one index, as far as there are so many modes: with fewer, the
+            theorem says next to nothing.
         **supposed: Arguments of `cases`: what the theorem supposes.
     """
 
+    def wide_enough(case: Case) -> bool:
+        return sum(size > 1 for size in case.sizes) >= min(wide, case.order)
+
     def strategy(asked: Asked, subject: Subject) -> Any:
-        return cases(**{**of_subject(subject), **asked.cases, **supposed})
+        drawn = cases(**{**of_subject(subject), **asked.cases, **supposed})
+        return drawn.filter(wide_enough) if wide else drawn
 
     return strategy
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from tensorattn.testing import checks_of, resolve
 from tensorattn.testing.variants import Variant, variants
 from tensorattn.verify.claims import CHECKS, OTHER_ORDERS, statement_of
 from tensorattn.verify.reproduction import reproduction
-from tensorattn.verify.searching import Failure, search, try_once
+from tensorattn.verify.searching import Failure, Found, search, try_once
 from tensorattn.verify.statement import THEOREM, Asked, Record, Statement, Watched
 from tensorattn.verify.theorems import averages, bounds, exactness, gradients, laws, limits, positions, softmaxes
 
-__all__ = ["THEOREMS", "Asked", "Trial", "Verdict", "carry_out", "trials"]
+__all__ = ["COARSE", "THEOREMS", "Asked", "Trial", "Verdict", "attempt", "carry_out", "trials"]
+
+COARSE = 0.3  # tolerance in units of what is compared, from which on a comparison can hardly tell right from wrong
 
 SUBJECTS = (exactness, positions, softmaxes, bounds, gradients, limits, averages, laws)
 THEOREMS: tuple[Statement, ...] = tuple(statement for subject in SUBJECTS for statement in subject.STATEMENTS)
@@ -61,23 +64,47 @@ class Verdict:
     Attributes:
         statement: The statement.
         subjects: Number of operators that it was tried for; 0 if it is not about operators.
-        cases: Number of cases.
+        cases: Number of cases on which anything was compared.
+        dtypes: Types that it was tried in.
         worst: Largest error in units of its tolerance.
         worst_subject: The operator that it was of.
         failures: For each subject that broke it, its name, what was found, and the case as Python.
+        shares: Tolerances of its comparisons, in units of the size of what was compared.
     """
 
     statement: Statement
     subjects: int = 0
     cases: int = 0
+    dtypes: list[torch.dtype] = field(default_factory=list)
     worst: float = 0.0
     worst_subject: str = ""
     failures: list[tuple[str, Failure, str]] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    @property
+    def share(self) -> float | None:
+        """The median tolerance in units of the size of what was compared; None if no size is known."""
+        return statistics.median(self.shares) if self.shares else None
+
+    @property
+    def fails(self) -> bool:
+        """Whether a case broke it."""
+        return bool(self.failures)
+
+    @property
+    def tried(self) -> bool:
+        """Whether there was anything to compare in any case."""
+        return self.fails or self.cases > 0
+
+    @property
+    def coarse(self) -> bool:
+        """Whether no case broke it, but half of the comparisons would have let pass an error as large as `COARSE`."""
+        return self.tried and not self.fails and self.share is not None and self.share > COARSE
 
     @property
     def holds(self) -> bool:
-        """Whether no case broke it."""
-        return not self.failures
+        """Whether it was tried, no case broke it, and most comparisons were fine enough to tell."""
+        return self.tried and not self.fails and not self.coarse
 
 
 def trials(asked: Asked, operator: str | None = None) -> list[Trial]:
@@ -141,19 +168,31 @@ def carry_out(work: Sequence[Trial], started: Callable[[str], None]) -> list[Ver
         names.setdefault(words, set()).add(trial.name)
         verdict.subjects = len(names[words] - {""})
         subject = trial.subject
-        count, failure = _attempt(trial, subject, shrink=verdict.holds)
-        verdict.cases += count
+        found = attempt(trial, subject, shrink=not verdict.fails)
+        verdict.cases += found.cases
+        verdict.shares += subject.record.shares
+        if trial.asked.dtype not in verdict.dtypes:
+            verdict.dtypes.append(trial.asked.dtype)
         if subject.record.worst > verdict.worst or not verdict.worst_subject:
             verdict.worst, verdict.worst_subject = max(verdict.worst, subject.record.worst), trial.name
-        if failure is not None:
+        if found.failure is not None:
             name, options = (None, {}) if trial.variant is None else trial.variant
-            lines = reproduction(trial.statement.law, subject, name, options, failure.case, failure.drawn)
-            verdict.failures.append((trial.name, failure, lines))
+            lines = reproduction(trial.statement.law, subject, name, options, found.failure.case, found.failure.drawn)
+            verdict.failures.append((trial.name, found.failure, lines))
     return list(verdicts.values())
 
 
-def _attempt(trial: Trial, subject: Watched, *, shrink: bool) -> tuple[int, Failure | None]:
-    """Try one statement for one subject."""
+def attempt(trial: Trial, subject: Watched, *, shrink: bool = True) -> Found:
+    """Try one statement for one subject.
+
+    Args:
+        trial: What to try.
+        subject: What it is tried for, where its comparisons are recorded.
+        shrink: Whether to make a failing case small.
+
+    Returns:
+        How many cases were tried, and the one that breaks the statement, if any.
+    """
     statement, asked = trial.statement, trial.asked
     cases = statement.strategy(asked, subject)
     if statement.once:

@@ -10,11 +10,13 @@ import sys
 
 import pytest
 import torch
+from wrong_functions import altered, times
 
 import tensorattn as ta
 from tensorattn.diagnose import bound as bounding
 
 SLACK = 1e-9  # relative, for bounds
+SCALE = 0.7  # of logits, where the limit of how fast outputs move is attained
 
 
 def written_out(query, key, value, logs):
@@ -103,29 +105,15 @@ def test_two_opposite_tokens_move_as_fast_as_the_limit():
     token = torch.tensor([[1.0], [-1.0]]).double()
     query = torch.tensor([[-1e-3], [1e-3]], dtype=torch.float64)
     for operator in (ta.additive_attention, ta.kao_kv):
-        change = operator(query, token, token, order=1, scale=0.7).diff(dim=0)
-        assert float(change.norm() / (0.7 * 2e-3)) == pytest.approx(1, abs=1e-6)
+        change = operator(query, token, token, order=1, scale=SCALE).diff(dim=0)
+        assert float(change.norm() / (SCALE * 2e-3)) == pytest.approx(1, abs=1e-6)
 
 
 # Both tests can fail.
 
 
-def altered(function, change):
-    """A function that is given another scale, or weights."""
-    return functools.wraps(function)(lambda *tensors, **given: function(*tensors, **{**given, **change(given)}))
-
-
-def times(factor, function):
-    """A function whose result is too large or too small."""
-    return functools.wraps(function)(lambda *arguments, **given: factor * function(*arguments, **given))
-
-
 def ascend_in_vain(sizes, dim, value_dim, seed, steps):
     return ASCEND(sizes, dim, value_dim, seed, 0)
-
-
-def warmer(factor, function):
-    return altered(function, lambda given: {"scale": factor * given["scale"]})
 
 
 ASCEND, HERE = ascend, sys.modules[__name__]
@@ -140,17 +128,17 @@ MISTAKES = {
         ADVERSARY,
         ta,
         "error_bound",
-        altered(ta.error_bound, lambda given: {"weights": None}),
+        altered(weights=None)(ta.error_bound),
     ),
-    "excess halved": (ADVERSARY, bounding, "_excess", times(0.5, bounding._excess)),
-    "0.1 % less": (ADVERSARY, ta, "error_bound", times(0.999, ta.error_bound)),
-    "0.1 % more": (ADVERSARY, ta, "error_bound", times(1.001, ta.error_bound)),
-    "no diameter": (ADVERSARY, bounding, "_diameter", times(0.0, bounding._diameter)),
-    "no remainder": (ADVERSARY, bounding, "_deviation", times(0.0, bounding._deviation)),
-    "no oscillation": (ADVERSARY, bounding, "_range", times(0.0, bounding._range)),
+    "excess halved": (ADVERSARY, bounding, "_excess", times(0.5)(bounding._excess)),
+    "0.1 % less": (ADVERSARY, ta, "error_bound", times(0.999)(ta.error_bound)),
+    "0.1 % more": (ADVERSARY, ta, "error_bound", times(1.001)(ta.error_bound)),
+    "no diameter": (ADVERSARY, bounding, "_diameter", times(0.0)(bounding._diameter)),
+    "no remainder": (ADVERSARY, bounding, "_deviation", times(0.0)(bounding._deviation)),
+    "no oscillation": (ADVERSARY, bounding, "_range", times(0.0)(bounding._range)),
     "does not climb": (ADVERSARY, HERE, "ascend", ascend_in_vain),
-    "colder": (SPEED, ta, "kao_kv", warmer(0.99, ta.kao_kv)),
-    "warmer": (SPEED, ta, "additive_attention", warmer(1.01, ta.additive_attention)),
+    "colder": (SPEED, ta, "kao_kv", altered(scale=0.99 * SCALE)(ta.kao_kv)),
+    "warmer": (SPEED, ta, "additive_attention", altered(scale=1.01 * SCALE)(ta.additive_attention)),
 }
 
 

@@ -1,4 +1,4 @@
-"""The theorems that `verify` tries, each a test under its own words, and each seen to fail on mistakes."""
+"""The theorems that `verify` tries, each a test under its own words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import settings
-from mistakes import MISTAKES
 
-from tensorattn.operators import OPERATORS
 from tensorattn.verify import work
 from tensorattn.verify.statement import Asked
 from tensorattn.verify.theorems.positions import CAUSAL
@@ -19,10 +17,11 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def attempt(trial, *, shrink=True):
-    """Try a statement; what breaks it, or None, and how many cases were tried."""
-    count, failure = work._attempt(trial, trial.subject, shrink=shrink)
-    assert count > 0
-    return failure
+    """Try a statement; what breaks it, or None. It has something to compare in every case that is counted."""
+    found = work.attempt(trial, trial.subject, shrink=shrink)
+    wanted = 1 if trial.statement.once else max(1, round(trial.asked.examples * trial.statement.share))
+    assert found.failure is not None or found.cases >= min(wanted, 3)  # there are three orders that are drawn
+    return found.failure
 
 
 def asked(dtype, share=1.0):
@@ -49,32 +48,3 @@ CAUSAL_TRIALS = [trial for trial in work.trials(Asked()) if trial.statement is C
 def test_nothing_leaks_from_later_frames(trial):
     failure = attempt(dataclasses.replace(trial, asked=asked(torch.float64)))
     assert failure is None, failure.message
-
-
-@pytest.mark.parametrize(
-    ("law", "module", "name", "mistake"),
-    [(law, *others) for law, _, *others in MISTAKES],
-    ids=[f"{law}: {what} in {name}" for law, what, _, name, _ in MISTAKES],
-)
-def test_it_fails_on_a_mistake(monkeypatch, law, module, name, mistake):
-    monkeypatch.setattr(module, name, mistake(getattr(module, name)))
-    failure = attempt(work.Trial(LAWS[law], None, Asked(examples=60)), shrink=False)
-    assert failure is not None, "no case shows the mistake"
-    assert " must " in failure.message, failure.message  # it is the statement that fails, not the mistake that raises
-
-
-def test_what_sees_later_frames_is_found(monkeypatch):
-    record = OPERATORS["kao_kv"]
-
-    def sees_everything(*tensors, causal, **given):
-        return record.function(*tensors, **given)
-
-    monkeypatch.setitem(OPERATORS, "kao_kv", dataclasses.replace(record, function=sees_everything))
-    (trial,) = (trial for trial in work.trials(Asked(examples=60), "kao_kv") if trial.statement is CAUSAL)
-    failure = attempt(trial, shrink=False)
-    assert failure is not None and "nothing may leak" in failure.message
-
-
-def test_every_theorem_has_a_mistake():
-    assert {law for law, *_ in MISTAKES} == set(LAWS)
-    assert len(LAWS) == len(work.THEOREMS)  # names are unique

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import tensorattn as ta
 from tensorattn.errors import OptionError
@@ -25,6 +27,7 @@ from tensorattn.testing import (
     check_permutation_equivariance,
     check_precision,
     checks_of,
+    for_all,
     resolve,
 )
 
@@ -118,3 +121,49 @@ def test_every_check_has_the_same_signature_and_says_what_it_checks(check):
 
 def test_a_partial_function_is_named_after_what_it_is_part_of():
     assert resolve(functools.partial(ta.kao_kv, scale=1.0), {}).name == "kao_kv"
+
+
+# ---- what a failure tells ------------------------------------------------------------------------------------------
+
+
+def note_of(check, operator, **how):
+    with pytest.raises(AssertionError) as told:
+        check(operator, **how)
+    (note,) = told.value.__notes__
+    return str(told.value), note
+
+
+def test_the_note_of_a_failure_is_python_that_fails_in_the_same_way():
+    message, note = note_of(check_key_shift, wrong_by_the_first_key)
+    assert note.startswith("operator = ...  # what was checked: wrong_by_the_first_key\n")
+    lines = note.partition("\n")[2]
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        exec(lines, {"operator": wrong_by_the_first_key})
+    exec(lines, {"operator": ta.kao_kv})  # the case is what is wrong for the wrong operator only
+
+
+def wrong_by_the_first_key(query, key, value, *, order, **others):
+    return ta.kao_kv(query, key, value, order=order, **others) + key.flatten()[0]
+
+
+def test_the_note_of_a_registered_operator_needs_nothing_filled_in(registry):
+    message, note = note_of(check_equals_flattened, "truncated", interaction_order=1)
+    assert note.startswith("import torch\n") and "resolve('truncated', {'interaction_order': 1}, on_grid=False)" in note
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        exec(note, {})
+
+
+def test_the_note_tells_what_was_drawn_and_keeps_the_notes_of_the_law():
+    def law(case, draw):
+        other = draw(st.integers(0, 9))
+        if case + other > 5:
+            cause = AssertionError("too much")
+            cause.add_note("of the law")
+            raise cause
+
+    with pytest.raises(AssertionError, match="too much") as told:
+        for_all(st.integers(0, 9), law, examples=100)
+    own, note = told.value.__notes__
+    found = {}
+    exec(note, found)
+    assert own == "of the law" and found["case"] + sum(found["drawn"]) == 6

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,6 +205,58 @@ def test_an_unknown_operator() -> None:
     q, k, v = tokens(2, 4, 5, 8)
     with pytest.raises(OptionError, match=r"^error_estimate: there is no operator 'no_such'; the operators are: "):
         error_estimate("no_such", q, k, v, order=2)
+
+
+@pytest.mark.parametrize(
+    ("operator", "options", "rule"),
+    [
+        (
+            "additive",
+            {"foo": 1},
+            "operator 'additive' has no option 'foo'; its options are: interaction, saturation, include_self.",
+        ),
+        ("kao_kv", {"interaction": "linear"}, "operator 'kao_kv' has no option 'interaction'; its options are: none."),
+        ("kao_qkv", {"dropout_p": 0.1}, "operator 'kao_qkv' has no option 'dropout_p'; its options are: "),
+        ("additive", {"return_lse": True}, "return_lse has no meaning for an estimate: only outputs are compared."),
+        (ta.kao_kv, {"return_attention": True}, "return_attention has no meaning for an estimate: only outputs are"),
+        ("additive", {"causal": 0}, "causal has no meaning for an estimate: sampled queries have no frames."),
+        (ta.kao_kv, {"causal": 1}, "causal has no meaning for an estimate: sampled queries have no frames."),
+        ("additive", {"bias": [None, None]}, "bias has no meaning for an estimate: sampled queries have no place on"),
+    ],
+)
+def test_options_without_a_meaning(operator: Any, options: dict[str, Any], rule: str) -> None:
+    q, k, v = tokens(2, 4, 5, 8)
+    with pytest.raises(OptionError, match=f"^{re.escape('error_estimate: ' + rule)}"):
+        error_estimate(operator, q, k, v, order=2, **options)
+
+
+def test_what_is_not_asked_for_may_be_said() -> None:
+    q, k, v = tokens(2, 4, 5, 8)
+    said = error_estimate("additive", q, k, v, order=2, generator=seeded(), causal=None, bias=None, return_lse=False)
+    assert said == error_estimate("additive", q, k, v, order=2, generator=seeded())
+
+
+@pytest.mark.parametrize("operator", ["additive", "flattened", ta.kao_kv])
+def test_masks_and_lengths_crop_the_operator_and_full_attention(operator: Any) -> None:
+    q, k, v = tokens(2, 4, 5, 8)
+    grid: dict[str, Any] = {"order": 2, "n_queries": 99}
+    cropped = torch.zeros(2, 4, 5, dtype=torch.bool)
+    cropped[:, :3, :4] = True
+    masked = error_estimate(operator, q, k, v, mask=cropped, **grid)
+    short = error_estimate(operator, q, k, v, lengths=(3, 4), **grid)
+    weighed = [torch.tensor([1.0, 1, 1, 0]), torch.tensor([1.0, 1, 1, 1, 0])]
+    weighted = error_estimate(operator, q, k, v, weights=weighed, **grid)
+    assert masked.error == pytest.approx(short.error) == pytest.approx(weighted.error)
+    assert operator == "flattened" or masked.error != pytest.approx(error_estimate(operator, q, k, v, **grid).error)
+
+
+def test_a_mask_that_is_no_product_over_modes_reaches_both_sides_and_the_mean() -> None:
+    q, k, v = tokens(2, 4, 5, 8)
+    mask = torch.rand(2, 4, 5, generator=seeded()) > 0.3
+    estimate = error_estimate("additive", q, k, v, order=2, n_queries=99, mask=mask)
+    output, exact = (f(q, k, v, order=2, mask=mask) for f in (ta.additive_attention, ta.flattened_attention))
+    mean = (v * mask[..., None]).sum((1, 2), keepdim=True) / mask.sum((1, 2))[:, None, None, None]
+    assert estimate.error == pytest.approx(float((output - exact).norm() / (exact - mean).norm()))
 
 
 def test_shapes_that_disagree() -> None:

@@ -445,6 +445,19 @@ def test_values_of_options_of_the_module(name):
             refused(OptionError, told, ta.TensorAttention, 8, 2, modes=2, operator=name, **options)
 
 
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "saturation" in operator.options])
+@pytest.mark.parametrize("saturation", [0.5, None])
+def test_a_saturation_without_an_interaction(name, saturation, make):
+    x, function = make(*SIZE), OPERATORS[name].function
+    rule = f"saturation has no effect without interaction, got {saturation}."
+    hint = "\n  Give interaction='linear' too, or leave saturation out."
+    told = f"{function.__name__}: {rule}{READING}{hint}"
+    refused(OptionError, told, function, x, x, x, order=2, saturation=saturation)
+    told = f"TensorAttention: {rule}{hint}"
+    refused(OptionError, told, ta.TensorAttention, 8, 2, modes=2, operator=name, saturation=saturation)
+    function(x, x, x, order=2, saturation=1.0)  # the default may be said
+
+
 def test_an_interaction_of_the_published_form(make):
     x = make(*SIZE)
     rule = "interaction needs centered=True: the published form has no first order to correct."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, cast
 
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 
+from tensorattn.operators import OPERATORS
 from tensorattn.testing.cases import Case, cases
+from tensorattn.testing.reproduction import literal, pasted
 from tensorattn.testing.subject import Checkable, Subject, resolve
 
 __all__ = ["Check", "Draw", "Law", "check", "for_all"]
@@ -43,7 +45,7 @@ Args:
     **options: Options of the operator.
 
 Raises:
-    AssertionError: If a case breaks the statement: a sentence, and the smallest such case that was found.
+    AssertionError: If a case breaks the statement: a sentence, and the smallest such case that was found, as Python.
 
 """
 
@@ -109,7 +111,8 @@ def check(
             supposed = {"dtype": dtype, "device": device, "order": order, "min_order": subject.least_order}
             strategy = cases(**{**supposed, "on_grid": subject.on_grid, "pooled": subject.pooled, **drawn})
             count = max(1, round((settings().max_examples if examples is None else examples) * share))
-            for_all(strategy, functools.partial(law, subject), examples=count)
+            lines = functools.partial(_reproduction, law, operator, options, subject)
+            for_all(strategy, functools.partial(law, subject), examples=count, told=lines)
 
         part = f", of which this check takes {share:.0%}" if share < 1 else ""
         told, title, examples = inspect.cleandoc(law.__doc__ or "").partition("Examples:")
@@ -121,13 +124,32 @@ def check(
     return decorate
 
 
-def for_all(strategy: SearchStrategy[T], law: Callable[[T, Draw], None], *, examples: int) -> None:
+def _reproduction(
+    law: Law, operator: Checkable, options: Mapping[str, Any], subject: Subject, case: Case, drawn: Sequence[Any]
+) -> str:
+    """Write a failing case of a check as Python; only what is no name in the registry has to be filled in."""
+    named = operator if isinstance(operator, str) else None
+    if named is None:
+        named = next((name for name, known in OPERATORS.items() if operator in (known, known.function)), None)
+    what = "operator" if named is None else repr(named)
+    lines = pasted(law, f"resolve({what}, {dict(options)!r}, on_grid={subject.on_grid})", case, drawn)
+    return lines if named is not None else f"operator = ...  # what was checked: {subject.name}\n{lines}"
+
+
+def for_all(
+    strategy: SearchStrategy[T],
+    law: Callable[[T, Draw], None],
+    *,
+    examples: int,
+    told: Callable[[T, Sequence[Any]], str] | None = None,
+) -> None:
     """Try a law on drawn cases, and raise the smallest counterexample.
 
     Args:
         strategy: Cases.
         law: What must hold of each; it raises AssertionError where it does not.
         examples: Number of cases.
+        told: From the smallest case, and what the law drew, to the note of the error; by default both as Python.
 
     Raises:
         AssertionError: If it does not hold, or holds only sometimes for the same case.
@@ -138,9 +160,11 @@ def for_all(strategy: SearchStrategy[T], law: Callable[[T, Draw], None], *, exam
         >>> for_all(st.integers(0, 100), even, examples=50)
         Traceback (most recent call last):
         AssertionError: 1 is odd
-        Failing test case: ...
+        case = 1
+        drawn = []
     """
     profile = settings()
+    last: dict[str, Any] = {}
 
     @settings(
         profile,
@@ -154,9 +178,25 @@ def for_all(strategy: SearchStrategy[T], law: Callable[[T, Draw], None], *, exam
     )
     @given(case=strategy, data=st.data())
     def run(case: T, data: st.DataObject) -> None:
-        law(case, data.draw)
+        drawn: list[Any] = []
+        last.update(case=case, drawn=drawn)
+
+        def keep(strategy: SearchStrategy[Any]) -> Any:
+            drawn.append(data.draw(strategy))
+            return drawn[-1]
+
+        try:
+            law(case, keep)
+        except Exception as cause:
+            last["notes"] = list(getattr(cause, "__notes__", ()))
+            raise
 
     try:
         run()
     except Flaky as cause:
         raise AssertionError(f"equal arguments do not always give equal results: {cause}") from cause
+    except Exception as cause:
+        if "notes" in last:  # those of Hypothesis call `run`, which nobody can
+            told = told or (lambda case, drawn: f"case = {literal(case)}\ndrawn = {literal(list(drawn))}")
+            cause.__notes__ = [*last["notes"], told(last["case"], last["drawn"])]
+        raise

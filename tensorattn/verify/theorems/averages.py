@@ -51,10 +51,10 @@ def _inner(first: Tensor, second: Tensor) -> tuple[Tensor, float]:
 
 def merging(subject: Subject, case: Case, draw: Any) -> None:
     """The summaries of two parts along a mode merge to that of the whole: means, counts, covariances."""
-    mode = draw(st.integers(0, case.order - 1))
-    if case.sizes[mode] == 1:
+    cuts = [(mode, cut) for mode, size in enumerate(case.sizes) for cut in range(1, size) if _parts(case, mode, cut)]
+    if not cuts:
         return
-    cut = draw(st.integers(1, case.sizes[mode] - 1))
+    mode, cut = draw(st.sampled_from(cuts))
     kept = [u for size in range(case.order + 1) for u in itertools.combinations(range(case.order), size)]
     how: dict[str, Any] = {"order": case.order, "kept": kept, "second_moment": True}
     dim, parts = len(case.batch) + mode, []
@@ -62,12 +62,16 @@ def merging(subject: Subject, case: Case, draw: Any) -> None:
         given = None
         if case.weights is not None:
             given = [w if w is None or m != mode else w.narrow(-1, start, length) for m, w in enumerate(case.weights)]
-            if any(w is not None and not bool(w.any()) for w in given):
-                return  # a part without any position is refused, as every tensor without is
         pair = (tensor.narrow(dim, start, length) for tensor in (case.key, case.value))
         parts.append(summarize(*pair, weights=given, **how))
     merged, whole = parts[0].merge(parts[1], mode=mode), summarize(case.key, case.value, weights=case.weights, **how)
     _same(subject, merged, whole, [largest(case.key), largest(case.value)], "merge", case)
+
+
+def _parts(case: Case, mode: int, cut: int) -> bool:
+    """Whether both parts have a position: one without any is refused, as every tensor without is."""
+    given = None if case.weights is None else case.weights[mode]
+    return given is None or bool(given[..., :cut].any() and given[..., cut:].any())
 
 
 def plans(subject: Subject, case: Case, draw: Any) -> None:
@@ -155,7 +159,7 @@ STATEMENTS = (
         "the summaries of two parts merge to that of the whole",
         "S(x ∪ y) = S(x) + S(y)",
         merging,
-        drawn_cases(empty=True, max_positions=40),
+        drawn_cases(empty=True, max_positions=40, wide=1),
     ),
     Statement(
         "a plan executed in NumPy gives the averages that torch gives",

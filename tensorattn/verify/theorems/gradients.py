@@ -30,7 +30,7 @@ def additive_gradients(subject: Subject, case: Case, draw: Any) -> None:
             rest = residual(gradient, case)
             tolerance = 2 * case.order * allowed("average", case.dtype, magnitude=largest(gradient))
             statement = f"the gradient that {function.__name__} gives the {name} must be additive"
-            subject.expect_close(rest, torch.zeros_like(rest), tolerance, statement, case)
+            subject.expect_close(rest, torch.zeros_like(rest), tolerance, statement, case, size=largest(gradient))
 
 
 def mass(subject: Subject, case: Case, draw: Any) -> None:
@@ -39,7 +39,7 @@ def mass(subject: Subject, case: Case, draw: Any) -> None:
     modes = [len(case.batch) + mode for mode in range(case.order)]
     places = [len(case.batch) + place for place in range(len(case.positions))]
     arriving = exact(cotangent).sum(places) if places else exact(cotangent)
-    size = float(exact(cotangent).abs().sum()) * case.order
+    size = _arriving(cotangent, case) * case.order
     for function in (additive_attention, kao_kv, flattened_attention):
         _, of_keys, of_values = (exact(gradient) for gradient in _gradients(function, case, cotangent))
         tolerance = allowed("gradient", case.dtype, logit=case.logit, magnitude=size * (1 + case.magnitude))
@@ -48,7 +48,7 @@ def mass(subject: Subject, case: Case, draw: Any) -> None:
         tolerance *= max(1.0, abs(case.factor) * largest(case.query))
         total = of_keys.sum(modes)
         statement = f"the gradients that {function.__name__} gives the keys must add up to zero"
-        subject.expect_close(total, torch.zeros_like(total), tolerance, statement, case)
+        subject.expect_close(total, torch.zeros_like(total), tolerance, statement, case, size=largest(of_keys))
 
 
 def projected_gradients(subject: Subject, case: Case, draw: Any) -> None:
@@ -57,7 +57,7 @@ def projected_gradients(subject: Subject, case: Case, draw: Any) -> None:
     query, *ours = _gradients(additive_attention, case, cotangent)
     full_query, *theirs = _gradients(flattened_attention, case, cotangent)
     reach = 1 + abs(case.factor) * (largest(case.query) + largest(case.key))
-    size = float(exact(cotangent).abs().sum()) * reach * (1 + case.magnitude) * case.order
+    size = _arriving(cotangent, case) * reach * (1 + case.magnitude)
     tolerance = allowed("gradient", case.dtype, logit=case.logit, magnitude=size)
     statement = "on additive data the gradient of the query must be that of full attention"
     subject.expect_close(query, full_query, tolerance, statement, case)
@@ -118,6 +118,11 @@ def _cotangent(case: Case, draw: Any) -> Tensor:
     """The gradient that arrives at the output."""
     shape = (*case.query.shape[:-1], case.value.shape[-1])
     return numbers(draw(generators(5)), shape, case.dtype).to(case.value.device)
+
+
+def _arriving(cotangent: Tensor, case: Case) -> float:
+    """The most that arrives at the outputs of a batch entry: gradients of keys and values are sums over its queries."""
+    return float(exact(cotangent).abs().flatten(len(case.batch)).sum(-1).max())
 
 
 def _gradients(function: Any, case: Case, cotangent: Tensor) -> tuple[Tensor, ...]:

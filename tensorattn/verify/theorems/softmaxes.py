@@ -59,7 +59,8 @@ def outer_sums(subject: Subject, case: Case, draw: Any) -> None:
         residual = interaction_residual(exact(output), order=case.order)
         tolerance = 2 * case.order * allowed("average", case.dtype, magnitude=largest(output))
         statement = "the output of averaged queries must be an outer sum"
-        subject.expect_close(residual, torch.zeros_like(residual), tolerance, statement, case)
+        size = largest(output)
+        subject.expect_close(residual, torch.zeros_like(residual), tolerance, statement, case, size=size)
 
 
 def ladder(subject: Subject, case: Case, draw: Any) -> None:
@@ -75,7 +76,8 @@ def ladder(subject: Subject, case: Case, draw: Any) -> None:
         if set(kept) < set(larger):
             drop = (steps[kept] - steps[larger]).clamp(min=0)
             statement = f"the log-sum-exp over {larger} must be at least that over {kept}"
-            subject.expect_close(drop, torch.zeros_like(drop), case.allowed_lse, statement, case)
+            reach = largest(steps[larger])
+            subject.expect_close(drop, torch.zeros_like(drop), case.allowed_lse, statement, case, size=reach)
     last = "the log-sum-exp over all modes must be that of full attention"
     subject.expect_close(steps[everything], attention(case)[1], case.allowed_lse, last, case)
 
@@ -178,6 +180,7 @@ STATEMENTS = (
         "c_U = (−1)^(r−|U|) C(N−|U|−1, r−|U|)",
         closed_form,
         drawn_orders(1, 6),
+        double=True,  # whole numbers
     ),
     Statement(
         "outputs of averaged queries are outer sums, whatever the data",
@@ -190,6 +193,7 @@ STATEMENTS = (
         "Σ_(U'⊇U) c_U' = 1 for every U",
         counted_once,
         drawn_orders(1, 5),
+        double=True,
     ),
     Statement(
         "the more modes are kept, the larger the log-sum-exp, up to that of full attention",

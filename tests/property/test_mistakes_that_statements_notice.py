@@ -1,4 +1,4 @@
-"""Tests of the tests that no check or law of `verify` stands behind: each is seen to fail on a mistake."""
+"""Tests of the plain tests, behind which no check or law of `verify` stands: each is seen to fail on a mistake."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ import functools
 
 import pytest
 import test_averaged_queries
+import test_joint_softmax
 import test_linearity
 import test_positions
 import test_tensor_normal
 import torch
 from hypothesis import Phase, settings
-from mistakes import (
+from test_averaged_queries import test_the_correction_of_averaged_queries_is_its_definition as _correction
+from test_joint_softmax import (
+    test_repeating_the_indices_of_all_modes_equally_often_only_counts_tokens as _repetition,
+)
+from test_positions import test_a_bias_by_position_is_added_as_the_definition_says as _bias
+from test_positions import test_causal_corrections_equal_their_definition as _causal_correction
+from test_positions import test_causal_operators_equal_their_definition as _causal
+from wrong_functions import (
     a_little_more,
-    altered,
+    bounded_by,
+    counts_the_first_index_twice,
     equal_weights,
     of_the_mode_before,
     sees_everything,
     without,
     wrong_backwards,
 )
-from test_averaged_queries import test_the_correction_of_averaged_queries_is_its_definition as _correction
-from test_positions import test_a_bias_by_position_is_added_as_the_definition_says as _bias
-from test_positions import test_causal_corrections_equal_their_definition as _causal_correction
-from test_positions import test_causal_operators_equal_their_definition as _causal
 
 import tensorattn as ta
 from tensorattn.operators import OPERATORS
@@ -127,7 +132,8 @@ MISTAKES = [
     *((LINEAR[test], ta, name, mistake(getattr(ta, name))) for test, name, mistake in DEFINED),
     *((NORMAL[test], TensorNormal, name, mistake(vars(TensorNormal)[name])) for test, name, mistake in LAW),
     *((NORMAL[test], test_tensor_normal, name, mistake(NORMAL[name])) for test, name, mistake in AVERAGES),
-    (_correction, OPERATORS, "kao_qkv", of(OPERATORS["kao_qkv"], altered(saturation=0.7))),
+    (_correction, OPERATORS, "kao_qkv", of(OPERATORS["kao_qkv"], bounded_by(0.7))),
+    (_repetition, ta, "kao_kv", counts_the_first_index_twice(ta.kao_kv)),
     (functools.partial(_bias, name="additive"), ta, "additive_attention", of_the_mode_before(ta.additive_attention)),
     (
         functools.partial(_causal, name="additive", order=2, causal=0),
@@ -139,7 +145,7 @@ MISTAKES = [
         functools.partial(_causal_correction, interaction="linear", order=2, causal=0),
         OPERATORS,
         "additive",
-        of(OPERATORS["additive"], without("interaction")),
+        of(OPERATORS["additive"], without("interaction", "saturation")),
     ),
 ]
 
@@ -164,7 +170,7 @@ def test_the_test_fails_on_a_mistake(monkeypatch, test, where, name, mistake):
 
 
 def test_every_test_has_a_mistake():
-    modules = (test_averaged_queries, test_linearity, test_positions, test_tensor_normal)
+    modules = (test_averaged_queries, test_joint_softmax, test_linearity, test_positions, test_tensor_normal)
     tests = {test for module in modules for name, test in vars(module).items() if name.startswith("test_")}
     tests -= {test_positions.test_what_has_no_meaning_for_an_operator_is_not_checked_but_refused}
     assert tests == {named(test) for test, *_ in MISTAKES}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, settings
-from mutants import (
+from wrong_operators import (
     Frozen,
     Halved,
     added_up_in_their_type,
