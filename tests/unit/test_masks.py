@@ -364,7 +364,7 @@ class TestFirstOrder:
         small, smaller = difference(1e-3), difference(1e-4)
         assert small < 1e-4
         assert smaller < small / 80  # second order: a hundredth
-        plain = {"interaction": None}
+        plain = {"interaction": None, "saturation": 1.0}
         assert difference(1e-4, **plain) > difference(1e-3, **plain) / 20  # without it, a tenth
 
 
