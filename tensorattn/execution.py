@@ -260,7 +260,7 @@ def _write_plainly(parts: Sequence[Tensor], result: Tensor) -> None:
     if not others:
         result.copy_(first)
         return
-    steps = [] if len(others) == 1 else steps_of(result.shape, slabs.WRITTEN)
+    steps = [] if len(others) == 1 or result.is_meta else steps_of(result.shape, slabs.WRITTEN)
     tensors = (result, first.expand(result.shape), *others)
     for target, one, two, *rest in zip(*(_pieces(tensor, result.shape, steps) for tensor in tensors), strict=True):
         torch.add(one, two, out=target)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorattn.errors import OptionError, TensorAttentionError
-from tensorattn.modes import GridShape
+from tensorattn.modes import GridShape, is_integer
 from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
 from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
 from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, reading
@@ -83,7 +83,9 @@ class TensorTransformerConfig:
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         rule = ""
-        if self.depth < 1:
+        if not is_integer(self.depth):
+            rule = f"depth must be an integer, got {self.depth!r}."
+        elif self.depth < 1:
             rule = f"depth must be at least 1, got {self.depth}."
         elif self.positions not in ("sincos", "learned", None):
             rule = f"positions must be 'sincos', 'learned' or None, got {self.positions!r}."

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tensorattn.errors import OptionError, TensorAttentionError
 from tensorattn.nn.attention import TensorAttention
 from tensorattn.nn.layout import check_input, check_layer_presence, check_parameters, reading
+from tensorattn.options import check_number, check_probability
 from tensorattn.weights import without_absent
 
 __all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
@@ -43,8 +44,10 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        if not 0 <= p <= 1:
-            raise OptionError(f"p must be between 0 and 1, got {p}.").retold("DropPath")
+        try:
+            check_probability(p, "p")
+        except TensorAttentionError as cause:
+            raise cause.retold("DropPath") from None
         self.p = p
 
     def extra_repr(self) -> str:
@@ -187,11 +190,13 @@ class TensorTransformerBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         try:
+            check_number(mlp_ratio, "mlp_ratio", "a number")
+            if layer_scale is not None:
+                check_number(layer_scale, "layer_scale", "a number or None")
             hidden_dim = round(mlp_ratio * embed_dim)
             if hidden_dim < 1:
                 raise OptionError(f"mlp_ratio leaves no hidden channels, got {mlp_ratio} with embed_dim {embed_dim}.")
-            if not 0 <= drop_path <= 1:
-                raise OptionError(f"drop_path must be between 0 and 1, got {drop_path}.")
+            check_probability(drop_path, "drop_path")
             self.attention = TensorAttention(embed_dim, num_heads, modes=modes, bias=bias, **factory, **attention)
         except TensorAttentionError as cause:
             raise cause.retold("TensorTransformerBlock") from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tensorattn.causal import causal_summary
 from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
-from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.errors import OptionError, ShapeError, TensorAttentionError
 from tensorattn.modes import GridShape, ModeSpec, mode_subsets
 from tensorattn.nn.context import check_crossing
 from tensorattn.nn.position_bias import PositionBias
@@ -273,8 +273,13 @@ class AttentionCore(nn.Module):
         assert self.position_bias is not None
         dtype, parts = accumulation_dtype(x.dtype), self.position_bias(x.shape[1:-1])
         found: list[Tensor | None] = []
-        for mode, part in enumerate(parts):
+        for mode, (part, size) in enumerate(zip(parts, x.shape[1:-1], strict=True)):
             if part is not None:
+                if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
+                    raise ShapeError(
+                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)}, but needs "
+                        f"{(self.num_heads, size, size)} or {(1, size, size)}."
+                    ).retold(type(self.position_bias).__name__)
                 part = part.to(dtype)
                 if frames is not None:
                     part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)

@@ -178,7 +178,7 @@ class RotaryEmbedding(nn.Module):
             seen = {kept for kept in (needs.kept if needs.keys is None else needs.keys) if kept}
             if not record.pools and seen != {tuple(range(order))}:
                 raise OptionError(
-                    f"it has no meaning for operator {operator!r}, which averages keys of different turns.",
+                    f"rotary has no meaning for operator {operator!r}, which averages keys of different turns.",
                     hint="Add positions instead, which keeps exactness: SinCosPositions or LearnedPositions.",
                 )
         except TensorAttentionError as cause:

@@ -290,7 +290,11 @@ class AttentionStream:
                 raise OptionError(f"{name} is {saved['stream'].get(name)!r} in state_dict but {own!r} in the stream.")
         if not saved["frames"]:
             return None
-        batch, sizes, dtype = saved["batch"], tuple(saved["sizes"]), getattr(torch, saved["dtype"])
+        if not {"batch", "sizes", "dtype", "tensors"} <= saved.keys():
+            raise OptionError("state_dict is not the state of a stream of attention.")
+        batch, sizes, dtype = saved["batch"], tuple(saved["sizes"]), getattr(torch, str(saved["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise OptionError(f"dtype is {saved['dtype']!r} in state_dict, which is no type of torch.")
         state = StreamState(batch, sizes, dtype, self._outline(batch, sizes, dtype))
         tensors = dict(saved["tensors"])
         held = saved["frames"] if self.window is None else min(self.window - 1, saved["frames"])

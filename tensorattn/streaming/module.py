@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -140,6 +139,8 @@ class ModuleStream:
             ShapeError: If a tensor in it has another shape than the state says.
         """
         try:
+            if not isinstance(state_dict, Mapping):
+                raise OptionError(f"state_dict must be a mapping, got {type(state_dict).__name__}.")
             if list(state_dict) != list(self._streams):
                 raise OptionError(
                     f"state_dict has the layers {list(state_dict)}, but the module has {list(self._streams)}."
@@ -193,9 +194,9 @@ class _Step:
         if path in self.streams:
             return _Layer(self, path)
         if isinstance(module, SinCosPositions | LearnedPositions) and module.axes.modes == self.modes:
-            return functools.partial(self._positions, module)
+            return _StandIn(module, self._positions)
         if isinstance(module, PatchEmbedding) and module.modes == self.modes:
-            return functools.partial(self._patches, module)
+            return _StandIn(module, self._patches)
         children = {
             name: child if child is None else self.twin(child, f"{path}.{name}" if path else name)
             for name, child in module._modules.items()
@@ -249,6 +250,19 @@ class _Step:
             rule = f"mode {self.modes.names[self.mode]!r} has size {size} in x, which patches of {part} do not divide."
             raise ShapeError(rule, hint="A stream cannot pad in the middle; give whole patches.").retold("ModuleStream")
         return module(x)
+
+
+class _StandIn:
+    """What stands in for a module during one step: another function with the attributes of the module."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+        self._module, self._function = module, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._function(self._module, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class _Layer:

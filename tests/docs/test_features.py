@@ -108,16 +108,27 @@ def causal(name: str) -> str:
 
 def stream(name: str) -> str:
     module, x = layer(name, causal=0), draw(2, *SIZES, 8)
-    state = ta.AttentionStream(module)
-    same(torch.cat([state(frame) for frame in x.split(1, 1)], 1), module(x))
+    lengths = [None, torch.tensor([2, 3]), None]
+    config = ta.TensorTransformerConfig(
+        modes=3, in_channels=8, embed_dim=8, depth=2, num_heads=2, operator=name, options={"causal": 0}
+    )
+    model = ta.TensorTransformer(config).double()
+    for whole, stream in ((module, ta.AttentionStream), (model, ta.ModuleStream)):
+        for chunk in (1, 3):
+            state = stream(whole)
+            same(torch.cat([state(frames) for frames in x.split(chunk, 1)], 1), whole(x))
+            state.reset()
+            frames = [state(frames, lengths=lengths) for frames in x.split(chunk, 1)]
+            same(torch.cat(frames, 1), whole(x, lengths=lengths))
     return YES
 
 
 def position_bias(name: str) -> str:
+    x, q = draw(2, *SIZES, 8), draw(2, 2, *SIZES, 4, seed=9)
+    for bias in (ta.RelativePositionBias(2, modes=3, max_distance=2).double(), ta.AxisWindow(modes=3, window=1)):
+        assert not torch.allclose(layer(name, position_bias=bias)(x), layer(name)(x))
     bias = ta.AlibiBias(2, modes=3).double()
-    module, x = layer(name, position_bias=bias), draw(2, *SIZES, 8)
-    assert not torch.allclose(module(x), layer(name)(x))
-    q = draw(2, 2, *SIZES, 4, seed=9)
+    assert not torch.allclose(layer(name, position_bias=bias)(x), layer(name)(x))
     if ta.Claim.EXACT_ON_ADDITIVE in ta.OPERATORS[name].claims(**ta.OPERATORS[name].with_defaults({})):
         k = ta.outer_sum([draw(2, 2, size, 4, seed=mode) for mode, size in enumerate(SIZES)])
         same(attend(name, q, k, k, bias=bias(SIZES)), attend("flattened", q, k, k, bias=bias(SIZES)))
@@ -132,7 +143,13 @@ def rotary(name: str) -> str:
 
 def context(name: str) -> str:
     module, x, other = layer(name, kdim=6, vdim=6), draw(2, *SIZES, 8), draw(2, 3, 4, 6, seed=1)
-    same(module(x, other), module(x, module.summarize(other)))
+    y = module(x, other)
+    same(y, module(x, module.summarize(other)))
+    q, k, v = (
+        linear(part).unflatten(-1, (2, -1)).movedim(-2, 1)
+        for linear, part in ((module.q_proj, x), (module.k_proj, other), (module.v_proj, other))
+    )
+    same(y, module.out_proj(ta.OPERATORS[name].function(q, k, v, order=2).movedim(1, -2).flatten(-2)))
     return YES
 
 
@@ -207,10 +224,13 @@ FEATURES: dict[str, Callable[[str], str]] = {
 
 
 def tried(feature: str, name: str) -> str:
-    """Try a feature with an operator."""
+    """Try a feature with an operator; it refuses one by an error of options, or of queries off the grid."""
     try:
         return FEATURES[feature](name)
-    except ta.TensorAttentionError:
+    except ta.OptionError:
+        return NO
+    except ta.ShapeError as error:
+        assert "query must be on the grid of key" in str(error)
         return NO
 
 

@@ -222,6 +222,16 @@ class TestPositionBias:
         with pytest.raises(ta.OptionError, match=message):
             layer("additive", 2, position_bias=bias)
 
+    @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 5), (4, 4)])
+    def test_a_bias_of_your_own_is_checked(self, shape):
+        class Mine(ta.PositionBias):
+            def bias(self, mode, size):
+                return None if mode == 0 else torch.zeros(shape)
+
+        module = layer("additive", 2, position_bias=Mine("h w"), modes="h w")
+        with pytest.raises(ta.ShapeError, match=r"Mine: the bias of mode 'w' has shape .*, but needs \(2, 4, 4\)"):
+            module(draw(2, 3, 4, 8))
+
     def test_neither_a_context_nor_a_stream_has_its_positions(self):
         module, x = layer("additive", 2, position_bias=ta.AlibiBias(2, modes=2)), draw(2, 3, 4, 8)
         with pytest.raises(ta.OptionError, match="context has no meaning with position_bias"):

@@ -265,7 +265,7 @@ def test_operators_that_average_turned_keys():
     rotary = ta.RotaryEmbedding(8, modes="h w")
     hint = "\n  Add positions instead, which keeps exactness: SinCosPositions or LearnedPositions."
     for operator in ("additive", "truncated", "kao_kv", "kao_qkv"):
-        told = f"it has no meaning for operator {operator!r}, which averages keys of different turns.{hint}"
+        told = f"rotary has no meaning for operator {operator!r}, which averages keys of different turns.{hint}"
         options = {"interaction_order": 1} if operator == "truncated" else {}
         refused(OptionError, f"RotaryEmbedding: {told}", rotary.check_operator, operator, **options)
     told = "RotaryEmbedding: operator 'axial' has no option 'pool'; its options are: none."

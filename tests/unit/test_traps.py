@@ -123,3 +123,12 @@ def test_more_elements_than_32_bits_count(operator):
     assert cost.flops > 1 << 40
     means = ta.mode_averages(x, order=3)
     assert ta.outer_sum(means).shape == x.shape
+
+
+@pytest.mark.parametrize("operator", [name for name in ta.OPERATORS if name not in ("flattened", "truncated", "axial")])
+def test_a_layer_over_more_positions_than_32_bits_count(operator):
+    """2³² positions of one sample, known by their shape alone: nothing is done for each slab of them."""
+    module = ta.TensorAttention(8, 2, modes=3, operator=operator, device="meta")
+    x = torch.empty(1, 1 << 12, 1 << 10, 1 << 10, 8, device="meta")
+    assert module(x).shape == x.shape
+    assert module(x, skip=x).numel() == 1 << 35
