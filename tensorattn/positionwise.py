@@ -50,8 +50,6 @@ def map_positions(
         The result: ``out``, or a new tensor that lies in memory as ``x`` does.
     """
     most = positions_at_a_time(math.prod(x.shape[:batch]), math.prod(x.shape[batch:-1]))
-    if x.is_meta:  # without values there is nothing to hold
-        most = math.prod(x.shape)
     slabs = [(*(slice(None),) * batch, *slab) for slab in slabs_of(x.shape[batch:-1], most)]
     if torch.compiler.is_compiling() or (len(slabs) == 1 and out is None):
         y = body(x, *tensors)

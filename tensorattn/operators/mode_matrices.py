@@ -101,10 +101,12 @@ def mode_matrices(
         if pool == "sum":
             count = _others(summary, mode)
             queries, keys = queries * count, keys * count
+        log_weight = _column_log_weight(summary, mode)
+        if log_weight is not None:  # an absent index may hold so much that its logits overflow
+            keys = keys.masked_fill((log_weight == -math.inf).unsqueeze(-1), 0.0)
         queries = queries if query_norm is None else query_norm(queries)
         keys = keys if key_norm is None else key_norm(keys)
         logits = (queries * scale) @ keys.mT
-        log_weight = _column_log_weight(summary, mode)
         if log_weight is None:
             matrix = torch.softmax(logits, -1)
             present = None
