@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from tensorattn import slabs
+from tensorattn.slabs import steps_of
+
 __all__ = ["ContractionTree", "Family", "Kept", "folding", "main_effects", "primitive_for"]
 
 Kept = tuple[int, ...]  # modes that a marginal mean keeps, ascending; the empty tuple is the grand mean
@@ -12,6 +15,7 @@ Family = tuple[Kept, ...]  # marginal means that are wanted together
 
 LONG = 2048  # elements of a row that a product reads at full speed
 LONG_ENOUGH = 512  # elements of a row that a product reads no slower than a sum
+ADDED = 4.0  # reads that it takes to add a slab to a sum of its size, which lies in memory
 LITTLE = 1 << 15  # elements that any operation reads in less time than it takes to call it
 
 
@@ -85,6 +89,10 @@ class ContractionTree:
 
     def __init__(self, memory: Sequence[tuple[int | None, int]], itemsize: int) -> None:
         self.memory = [axis for axis in memory if axis[0] is not None or axis[1] != 1]
+        sizes = [size for _, size in self.memory]
+        whole = itemsize >= 4 and math.prod(sizes) * itemsize <= slabs.CACHED  # half precision is copied slab by slab
+        cuts = [] if whole else steps_of(sizes, slabs.ELEMENTS)
+        self.slab = [(mode, step) for (mode, _), step in zip(self.memory, (*cuts, *sizes[len(cuts) :]), strict=True)]
         self.order = sum(mode is not None for mode, _ in memory)
         self.itemsize = itemsize
         self.found: dict[tuple[Kept, frozenset[Kept]], tuple[float, tuple[tuple[Kept, Kept], ...]]] = {}
@@ -113,7 +121,7 @@ class ContractionTree:
             below = frozenset(kept for kept in wanted if set(kept) <= set(child))
             cost_below, edges_below = self.best(child, below)
             cost_rest, edges_rest = self.best(node, wanted - below)
-            cost = self._seconds(*self.extents(node, reduced)) + cost_below + cost_rest
+            cost = self._seconds(node, reduced) + cost_below + cost_rest
             yield cost, ((node, reduced), *edges_below, *edges_rest)
 
     def _groups(self, node: Kept, first: Kept) -> set[Kept]:
@@ -126,23 +134,30 @@ class ContractionTree:
 
     def extents(self, node: Kept, reduced: Kept) -> tuple[int, int, int]:
         """Sizes of a node seen as ``(left, group, right)`` around the group that is averaged out."""
-        axes = [(mode, size) for mode, size in self.memory if mode is None or mode in node]
-        places = [place for place, (mode, _) in enumerate(axes) if mode in reduced]
-        sizes = [size for _, size in axes]
-        return (
-            math.prod(sizes[: places[0]]),
-            math.prod(sizes[places[0] : places[-1] + 1]),
-            math.prod(sizes[places[-1] + 1 :]),
-        )
+        return _around(self.memory, node, reduced)
 
-    def _seconds(self, left: int, group: int, right: int) -> float:
+    def _seconds(self, node: Kept, reduced: Kept) -> float:
         """Model the time of one contraction: bytes over bandwidth, and how much slower than one read it is."""
+        left, group, right = self.extents(node, reduced)
         slow = slowness(left, group, right)
+        if len(node) == self.order and self.slab != self.memory:
+            left_of_slab, group_of_slab, right_of_slab = _around(self.slab, node, reduced)
+            slow = slowness(left_of_slab, group_of_slab, right_of_slab) + ADDED / group_of_slab
         if slow == 0:
             return 0.0
         traffic = (left * group * right + left * right) * self.itemsize
         bandwidth = 12e9 if traffic > 32e6 else 25e9  # memory, last-level cache
         return 6e-6 + slow * traffic / bandwidth
+
+
+def _around(memory: Sequence[tuple[int | None, int]], node: Kept, reduced: Kept) -> tuple[int, int, int]:
+    """Sizes of axes in memory seen as ``(left, group, right)`` around the modes that are averaged out of a node."""
+    axes = [(mode, size) for mode, size in memory if mode is None or mode in node]
+    places = [place for place, (mode, _) in enumerate(axes) if mode in reduced]
+    sizes = [size for _, size in axes]
+    parts = sizes[: places[0]], sizes[places[0] : places[-1] + 1], sizes[places[-1] + 1 :]
+    left, group, right = map(math.prod, parts)
+    return left, group, right
 
 
 def _runs(items: Iterable[int | None]) -> Iterator[Kept]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tensorattn import slabs
-from tensorattn.contraction_tree import Kept, folding, primitive_for
+from tensorattn.contraction_tree import LONG, Kept, folding, primitive_for
 from tensorattn.planning import Plan, Step, order_of_strides
-from tensorattn.slabs import slabs_of, steps_of
+from tensorattn.slabs import steps_of
 from tensorattn.weights import Vector, accumulation_dtype
 
 __all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
@@ -32,24 +32,32 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tuple[Tensor, ...]:
-    """Execute a plan: in place where the tensor is dense, else slab by slab through a small dense copy.
+    """Execute a plan: at once where the tensor is small, else slab by slab, each read from memory once.
 
-    The copy also converts half precision to float32, and takes away what is not finite where a weight is zero.
+    A tensor that is not dense, or in half precision, is read through a small dense copy in float32, which also takes
+    away what is not finite where a weight is zero.
     """
     memory = tensor if plan.in_order else tensor.permute(plan.permutation)
     dtype, everything = accumulation_dtype(tensor.dtype), plan.everything
     weighted = any(vector is not None for vector in vectors)
     aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)] if weighted else vectors
+    dense = tensor.dtype == dtype and memory.is_contiguous()
     nodes: dict[Kept, Tensor] | None = None
-    if tensor.dtype == dtype and memory.is_contiguous() and (not weighted or _reads_in_place(plan, vectors)):
+    if dense and (_reads_in_place(plan, vectors) if weighted else not _reads_again(plan, tensor)):
         nodes = _reduce(plan, {everything: memory}, plan.steps, aligned, mean)
         if weighted and not _finite(nodes):
             nodes = None
     if nodes is None:
-        nodes = _run_by_slabs(plan, memory, aligned, mean, dtype)
+        nodes = _run_by_slabs(plan, memory, aligned, mean, copied=weighted or not dense)
     if everything in plan.family:
         nodes[everything] = memory.to(dtype)
     return tuple(_to_logical(nodes[kept], plan, kept) for kept in plan.family)
+
+
+def _reads_again(plan: Plan, tensor: Tensor) -> bool:
+    """Tell whether a tensor is read from memory more than once, unless it is read slab by slab."""
+    large = tensor.numel() * tensor.element_size() > slabs.CACHED
+    return large and not tensor.is_meta and len(plan.first) > 1
 
 
 def _reads_in_place(plan: Plan, vectors: Sequence[Vector]) -> bool:
@@ -59,29 +67,50 @@ def _reads_in_place(plan: Plan, vectors: Sequence[Vector]) -> bool:
 
 
 def _run_by_slabs(
-    plan: Plan, memory: Tensor, aligned: Sequence[Vector], mean: bool, dtype: torch.dtype
+    plan: Plan, memory: Tensor, aligned: Sequence[Vector], mean: bool, *, copied: bool
 ) -> dict[Kept, Tensor]:
-    """Execute a plan slab by slab, each copied to the same scratch memory.
+    """Execute a plan slab by slab, where all but the first reader of a slab find it in the cache.
 
     The tensor itself is only averaged into the first nodes of the tree, which add up over slabs; the rest of the tree
     is made of those.
     """
-    root = plan.everything
-    first = [step for step in plan.steps if step.source == root]
-    nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, memory.shape), dtype=dtype) for step in first}
-    parts = list(slabs_of(memory.shape, slabs.ELEMENTS))
-    scratch = memory.new_empty(max(memory[slab].numel() for slab in parts), dtype=dtype)
-    for slab in parts:
-        part = memory[slab]
-        block = scratch[: part.numel()].view(part.shape).copy_(part)
-        pieces = [None if vector is None else vector[_within(slab, vector)] for vector in aligned]
-        weights = [piece for piece in pieces if piece is not None]
-        found = _reduce(plan, {root: block}, first, pieces, mean)
-        if weights and not _finite(found):
-            found = _reduce(plan, {root: absent_as_zero(block, weights)}, first, pieces, mean)
-        for kept, node in nodes.items():
-            node[_within(slab, node)].add_(found[kept])
-    return _reduce(plan, nodes, [step for step in plan.steps if step.source != root], aligned, mean)
+    dtype, shape, root = accumulation_dtype(memory.dtype), memory.shape, plan.everything
+    nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, shape), dtype=dtype) for step in plan.first}
+    cuts = steps_of(shape, slabs.ELEMENTS)
+    parts, *into = (_pieces(tensor, shape, cuts) for tensor in (memory, *nodes.values()))
+    given = [None if vector is None else _pieces(vector, shape, cuts) for vector in aligned]
+    weighted, gone = any(vector is not None for vector in aligned), cuts.count(1)
+    scratch = memory.new_empty(parts[0].numel() if copied else 0, dtype=dtype)
+    for place, (part, *targets) in enumerate(zip(parts, *into, strict=True)):
+        block = scratch[: part.numel()].view(part.shape).copy_(part) if copied else part
+        if not weighted:
+            for step, target in zip(plan.first, targets, strict=True):
+                _add_sum(target, block, *(max(0, axis - gone) for axis in step.axes))
+            continue
+        block = block[(None,) * gone]
+        weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
+        found = _reduce(plan, {root: block}, plan.first, weights, mean)
+        if not _finite(found):
+            block = absent_as_zero(block, [weight for weight in weights if weight is not None])
+            found = _reduce(plan, {root: block}, plan.first, weights, mean)
+        for target, term in zip(targets, found.values(), strict=True):
+            target.add_(term.view(target.shape))
+    if mean and not weighted:
+        for step in plan.first:
+            nodes[step.target].mul_(1 / math.prod([plan.sizes[mode] for mode in step.reduced]))
+    return _reduce(plan, nodes, plan.further, aligned, mean)
+
+
+def _add_sum(target: Tensor, block: Tensor, first: int, last: int) -> None:
+    """Add the sum of a slab over the axes from one up to another to what is there."""
+    if first == last:
+        target.add_(block)
+        return
+    left, group, right, _, _ = _around(block.shape, first, last)
+    if left == 1 and right >= LONG:  # row by row: rows that lie a multiple of 4 KB apart would share cache lines
+        target.view(right).addmv_(block.view(group, right).t(), block.new_ones(group))
+    else:
+        target.add_(block.view(left, group, right).sum(1).view(target.shape))
 
 
 def _finite(nodes: dict[Kept, Tensor]) -> bool:
@@ -269,14 +298,25 @@ def _write_plainly(parts: Sequence[Tensor], result: Tensor) -> None:
 
 
 def _pieces(tensor: Tensor, shape: Sequence[int], steps: Sequence[int]) -> list[Tensor]:
-    """Cut a tensor that broadcasts to a shape into the slabs of that shape; dimensions of size 1 are taken whole."""
+    """Cut a tensor that broadcasts to a shape into the slabs of that shape; dimensions of size 1 are taken whole.
+
+    Dimensions of which a slab has one index only are gone.
+    """
     pieces = [tensor]
-    for dim, (size, step) in enumerate(zip(shape, steps, strict=False)):
-        if tensor.shape[dim] == 1:
+    for size, step in zip(shape, steps, strict=False):  # all steps but the last are 1: what is cut is first
+        if step == 1:
+            pieces = [part for piece in pieces for part in _single(piece, size)]
+        elif pieces[0].shape[0] == 1:
             pieces = [piece for piece in pieces for _ in range(0, size, step)]
         else:
-            pieces = [part for piece in pieces for part in piece.split(step, dim)]
+            pieces = [part for piece in pieces for part in piece.split(step)]
     return pieces
+
+
+def _single(piece: Tensor, size: int) -> Sequence[Tensor]:
+    """Take the indices of the first dimension one by one; of one index, as often as there should be."""
+    parts = piece.unbind()
+    return parts if len(parts) == size else parts * size
 
 
 def _aligned(vector: Vector, plan: Plan, mode: int) -> Vector:

@@ -135,6 +135,23 @@ class Plan:
         """Position in memory order of each dimension of the tensor."""
         return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
+    @functools.cached_property
+    def first(self) -> tuple[Step, ...]:
+        """Steps that read the tensor itself; the one that reads the longest stretches of memory comes first."""
+        shape = (*self.batch, *self.sizes, self.dim)
+        memory = [shape[d] for d in self.permutation]
+
+        def behind(step: Step) -> int:
+            return math.prod(memory[step.axes[1] :])
+
+        found = [step for step in self.steps if step.source == self.everything]
+        return tuple(sorted(found, key=lambda step: (behind(step) > 1, -behind(step))))
+
+    @functools.cached_property
+    def further(self) -> tuple[Step, ...]:
+        """Steps that read what others made."""
+        return tuple(step for step in self.steps if step.source != self.everything)
+
     @retells
     def execute(self, array: Any, weights: Sequence[Any] | None = None) -> tuple[Any, ...]:
         """Compute the marginal means of an array of any library that opt_einsum dispatches to.

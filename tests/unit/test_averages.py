@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import tensorattn as ta
 from tensorattn import reference, slabs
 from tensorattn.contraction_tree import folding
+from tensorattn.planning import make_plan
 
 ORDERS = range(1, 9)
 LARGEST = {1: 9, 2: 7, 3: 5, 4: 4, 5: 4, 6: 3, 7: 3, 8: 2}
@@ -90,12 +91,18 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["whole", "slabs"])
+@pytest.fixture(params=[None, 7, 1 << 14], ids=["whole", "slabs", "long slabs"])
 def slab(request, monkeypatch):
-    """Read tensors that are copied in one slab, and in slabs of a few elements."""
-    if request.param == "slabs":
-        monkeypatch.setattr(slabs, "ELEMENTS", 7)
-        monkeypatch.setattr(slabs, "WRITTEN", 7)
+    """Read and write tensors at once, or in slabs of a few elements, or in slabs of a few long rows."""
+    if request.param is not None:
+        monkeypatch.setattr(slabs, "CACHED", 0)
+        monkeypatch.setattr(slabs, "ELEMENTS", request.param)
+        monkeypatch.setattr(slabs, "WRITTEN", request.param)
+        make_plan.cache_clear()  # plans know which tensors are read slab by slab
+        yield
+        make_plan.cache_clear()
+    else:
+        yield
 
 
 class TestMeans:
@@ -127,13 +134,14 @@ class TestMeans:
         x = draw(*grid(3, batch))
         close(ta.mode_averages(x, order=3), plain(x, 3))
 
+    @pytest.mark.parametrize("slab", [None, 1 << 14], indirect=True, ids=["whole", "long slabs"])
     @pytest.mark.parametrize("dim", [1, 2, 17])
     @pytest.mark.parametrize(
         "sizes",
         [(1,), (1, 1, 1), (40,), (33, 1), (1, 33), (17, 18), (2, 33, 3), (33, 2, 20), (90, 200), (30, 4200), (4200, 9)],
         ids=str,
     )
-    def test_sizes_on_both_sides_of_every_choice(self, sizes, dim):
+    def test_sizes_on_both_sides_of_every_choice(self, sizes, dim, slab):
         """Short and long groups, rows of one element, few and many: each primitive in turn."""
         x = draw(2, *sizes, dim)
         for layout in LAYOUTS.values():
