@@ -25,7 +25,7 @@ __all__ = ["register"]
 
 SHAPES = ("1,96,96,64", "1,16,40,40,64")  # an image and a video
 CUBES = (8, 16, 24, 32, 48, 64)
-SCALED = ("kao_qkv", "kao_kv", "additive", "axial by SDPA", "flattened SDPA")
+SCALED = ("kao_qkv", "kao_kv", "additive", "axial by SDPA", "flattened SDPA")  # and a copy beside them
 MOST_THREADS = 256
 
 DESCRIPTION = """\
@@ -167,6 +167,7 @@ def _run_shapes(asked: _Asked, out: Path) -> int:
     where = machine()
     cubes = scaling.cubes(CUBES, layout="channels_last" if asked.layout == "both" else asked.layout)
     names = [name for name in SCALED if any(each.name == name for each in asked.contenders)]
+    names += ["fresh copy"] if names else []
     count = len(asked.works) * (len(asked.contenders) + 2) + len(cubes) * (len(names) + 2)
     with progress(count, unit="step") as started:
         found = [

@@ -17,7 +17,7 @@ __all__ = ["LAST", "SETTING", "Curve", "cubes", "curves", "measure_scaling", "pl
 
 CHANNELS = 32
 SETTING = "order 3, equal modes, 32 channels, 4 heads, float32, forward"
-LAST = 4  # sizes that an exponent is fitted to
+LAST = 3  # sizes that an exponent is fitted to
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # for the colour-blind
 
 
