@@ -270,7 +270,7 @@ def _write(terms: Sequence[Term], result: Tensor) -> None:
     if all(weight is None and part.dtype == result.dtype for part, weight in terms):
         _write_plainly([part for part, _ in terms], result)
         return
-    steps = steps_of(result.shape, slabs.WRITTEN)
+    steps = steps_of(result.shape, slabs.ELEMENTS)
     dtype = accumulation_dtype(result.dtype)
     tensors = (result, *(tensor for term in terms for tensor in term if tensor is not None))
     for target, *pieces in zip(*(_pieces(tensor, result.shape, steps) for tensor in tensors), strict=True):
@@ -289,7 +289,7 @@ def _write_plainly(parts: Sequence[Tensor], result: Tensor) -> None:
     if not others:
         result.copy_(first)
         return
-    steps = [] if len(others) == 1 or result.is_meta else steps_of(result.shape, slabs.WRITTEN)
+    steps = [] if len(others) == 1 or result.is_meta else steps_of(result.shape, slabs.ELEMENTS)
     tensors = (result, first.expand(result.shape), *others)
     for target, one, two, *rest in zip(*(_pieces(tensor, result.shape, steps) for tensor in tensors), strict=True):
         torch.add(one, two, out=target)

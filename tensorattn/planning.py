@@ -3,7 +3,8 @@
 All marginal means of a tensor share partial averages. A plan is a tree: the root is the tensor, a node is the
 tensor averaged over some of its modes, and a step averages one group of modes, adjacent in memory, out of a node.
 Every tree reads the tensor at least twice, since no single partial average serves all modes; a good tree reads it
-no more often, and never reduces modes that are apart in memory, which would cost several reads.
+no more often, and never reduces modes that are apart in memory, which would cost several reads. A tensor that is larger
+than the caches is read slab by slab, by all steps at its root in turn: from memory once, and from the cache after that.
 
 A plan knows sizes, memory order and element size, and no tensor. opt_einsum supplies the equations, counts
 the operations, and executes the plan on NumPy and JAX arrays; `tensorattn.averages` executes it on PyTorch tensors.

@@ -6,11 +6,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-__all__ = ["CACHED", "ELEMENTS", "POSITIONS", "WRITTEN", "positions_at_a_time", "slabs_of", "steps_of"]
+__all__ = ["CACHED", "ELEMENTS", "POSITIONS", "positions_at_a_time", "slabs_of", "steps_of"]
 
-ELEMENTS = 1 << 19  # elements that are read more than once, or copied before that, so that they stay in the cache
+ELEMENTS = 1 << 19  # elements that are read or written more than once, so that they stay in the cache
 CACHED = 1 << 25  # bytes of a tensor that is read as a whole, however often: it may stay in the last-level cache
-WRITTEN = 1 << 18  # elements that are written in more than one pass, so that they stay in the nearest large cache
 POSITIONS = 1 << 12  # that are projected, attended from and projected back at a time, of all batch entries together
 
 

@@ -34,7 +34,7 @@ def averages(tape: Tape, case: Case, tensor: Value, family: Family) -> dict[Kept
     plan = case.plan(smaller)
     means = {kept: Value(case.batch * case.dim * case.tokens((kept,)), case.accumulated) for kept in smaller}
     read, written = plan.read * case.itemsize, plan.written * case.accumulated
-    scratch = _converted(case, tensor, slabs.ELEMENTS) + max(0, written - sum(mean.bytes for mean in means.values()))
+    scratch = _converted(case, tensor) + max(0, written - sum(mean.bytes for mean in means.values()))
     tape.steps.append(
         Step(
             (tensor,),
@@ -50,9 +50,9 @@ def averages(tape: Tape, case: Case, tensor: Value, family: Family) -> dict[Kept
     return {kept: means.get(kept, tensor) for kept in family}
 
 
-def _converted(case: Case, tensor: Value, slab: int) -> int:
+def _converted(case: Case, tensor: Value) -> int:
     """Bytes of the part of a half-precision tensor that is held in float32 at a time."""
-    return min(slab, tensor.elements) * case.accumulated if case.itemsize < case.accumulated else 0
+    return min(slabs.ELEMENTS, tensor.elements) * case.accumulated if case.itemsize < case.accumulated else 0
 
 
 def _expand_flops(plan: Plan) -> int:
@@ -87,9 +87,9 @@ def outer_sum(tape: Tape, case: Case, vectors: Sequence[Value], *, skip: Value |
             (Part("outer sum", FORWARD, flops, reads, result.bytes),),
             (Part("outer sum", BACKWARD, plan.flops, read, written),),
             passes=passed,
-            scratch=_converted(case, result, slabs.WRITTEN),
-            saving_scratch=_converted(case, result, slabs.WRITTEN),
-            backward_scratch=_converted(case, result, slabs.WRITTEN),
+            scratch=_converted(case, result),
+            saving_scratch=_converted(case, result),
+            backward_scratch=_converted(case, result),
         )
     )
     return result

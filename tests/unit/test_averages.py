@@ -97,7 +97,6 @@ def slab(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr(slabs, "CACHED", 0)
         monkeypatch.setattr(slabs, "ELEMENTS", request.param)
-        monkeypatch.setattr(slabs, "WRITTEN", request.param)
         make_plan.cache_clear()  # plans know which tensors are read slab by slab
         yield
         make_plan.cache_clear()
