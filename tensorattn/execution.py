@@ -80,12 +80,13 @@ def _run_by_slabs(
     parts, *into = (_pieces(tensor, shape, cuts) for tensor in (memory, *nodes.values()))
     given = [None if vector is None else _pieces(vector, shape, cuts) for vector in aligned]
     weighted, gone = any(vector is not None for vector in aligned), cuts.count(1)
+    axes = [tuple(max(0, axis - gone) for axis in step.axes) for step in plan.first]
     scratch = memory.new_empty(parts[0].numel() if copied else 0, dtype=dtype)
     for place, (part, *targets) in enumerate(zip(parts, *into, strict=True)):
         block = scratch[: part.numel()].view(part.shape).copy_(part) if copied else part
         if not weighted:
-            for step, target in zip(plan.first, targets, strict=True):
-                _add_sum(target, block, *(max(0, axis - gone) for axis in step.axes))
+            for summed, target in zip(axes, targets, strict=True):
+                _add_sum(target, block, *summed)
             continue
         block = block[(None,) * gone]
         weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
