@@ -122,17 +122,16 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
     if choices > 1:
         queries = queries.contiguous()  # they are read once a set, and faster so
     for tokens in sets:
-        key, value = tokens.key.to(dtype), tokens.value.to(dtype)
-        bias, alive = None, None
+        key, value, bias = tokens.key.to(dtype), tokens.value.to(dtype), None
         if tokens.log_weight is not None:
             bias = tokens.log_weight.unsqueeze(-2).to(dtype)
             alive = bias.amax(-1, keepdim=True) > -math.inf
-            bias = torch.where(alive, bias, 0.0)  # a softmax over nothing would be NaN
+            bias = torch.where(alive, bias, 0.0)  # a softmax over nothing would be NaN: here over zeros
+            value = torch.where(alive, value, 0.0)
         if key.shape[-2] == 1 and choices:
             part = value  # whatever the query, which other sets lead to
         else:
             part = fused_attention(queries, key, value, bias, scale)
-        part = part if alive is None else part * alive
         if total is None:
             total = part if tokens.coefficient == 1 else part * tokens.coefficient
         else:

@@ -69,6 +69,10 @@ class Summary:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that it holds."""
+        return self._tensors()
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """List them; a kind of summary may hold more."""
         of_modes = () if self.mode_weights is None else self.mode_weights
         parts = (*self.keys, *self.values, *self.weights, *of_modes, self.covariance, self.key_covariance)
         return tuple(part for part in parts if part is not None)

@@ -12,6 +12,8 @@ from tensorattn.planning import Plan, make_plan
 
 __all__ = ["Case"]
 
+WIDE = 64  # channels from which on one head absorbs its maps
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,6 +31,7 @@ class Case:
         skip: Whether the module adds a skip connection.
         out: Whether the module writes into a tensor that the caller holds.
         mode_projections: Whether the module has linear maps of its own for each mode.
+        backward: Whether the backward pass is part of it.
         options: Options of the operator, complete.
     """
 
@@ -43,6 +46,7 @@ class Case:
     skip: bool
     out: bool
     mode_projections: bool
+    backward: bool
     options: Mapping[str, Any]
 
     @property
@@ -74,6 +78,11 @@ class Case:
     def heads_interleaved(self) -> bool:
         """Whether heads lie beside each other at each position, as in the module."""
         return self.module and self.heads > 1
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the module absorbs its maps where it knows nothing but averages: one wide head, without gradients."""
+        return self.module and self.heads == 1 and self.dim >= WIDE and not self.backward
 
     @property
     def scattered(self) -> bool:

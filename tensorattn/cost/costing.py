@@ -180,6 +180,7 @@ def cost(
         skip=skip,
         out=out,
         mode_projections=mode_projections,
+        backward=backward,
         options={**formula.options, **options},
     )
     layer = Layer(case)

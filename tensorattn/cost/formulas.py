@@ -78,14 +78,15 @@ def _from_positions(softmaxes_of: Callable[[Case], list[Family]]) -> Callable[[L
         kept = tuple(subset for family in softmaxes for subset in family)
         family = (*kept, ()) if corrected and () not in kept else kept
         means = layer.summary(family, second_moment=corrected)
+        absorbed = case.absorbs and not own and not corrected and tuple(range(case.order)) not in kept
+        means = layer.absorbed(means) if absorbed else means
         groups = [means.tokens(case, together) for together in softmaxes]
 
         def attend(tape: Tape, positions: Sequence[Value], count: int) -> Value:
             query, *own_token = positions
-            copies = query.bytes if case.scattered else 0
-            output = attention(
-                tape, query, groups, case.head_dim, written_out=own, copies=copies, chunked=case.scattered
-            )
+            scattered = case.scattered or (absorbed and case.channels_first)
+            copies = query.bytes if scattered else 0
+            output = attention(tape, query, groups, case.head_dim, written_out=own, copies=copies, chunked=scattered)
             if corrected:
                 output = _corrected(case, tape, query, output, means, kept, count)
             if not own:
@@ -93,7 +94,7 @@ def _from_positions(softmaxes_of: Callable[[Case], list[Family]]) -> Callable[[L
             values = (output, query, *own_token)
             return elementwise(tape, *values, flops=4, keeps=values, scratch=5 * output.bytes // 2)
 
-        return layer.attended(attend, with_own_token=own)
+        return layer.attended(attend, with_own_token=own, absorbed=absorbed)
 
     return steps
 

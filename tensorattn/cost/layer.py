@@ -96,6 +96,10 @@ class Layer:
         moments = () if moment is None else tuple(self._projected_moment(moment) for _ in range(2))
         return Means(means, self.projected_means(means), self.projected_means(means), moments)
 
+    def absorbed(self, means: Means) -> Means:
+        """Absorb the maps of queries and outputs in the means of one head."""
+        return means._replace(keys=self.projected_means(means.keys), values=self.projected_means(means.values))
+
     def _moment(self, tensors: tuple[Value, ...]) -> Value:
         """Take the second moment of two tensors, or of one with itself, in each head of the functional form."""
         case = self.case
@@ -119,15 +123,16 @@ class Layer:
         keys, others = self.projected_means(means), {kept: means[kept] for kept in family[1:] if case.mode_projections}
         return self.mapped(means), {**keys, **self.mapped(others)}
 
-    def attended(self, attend: Attend, *, with_own_token: bool = False) -> Value:
+    def attended(self, attend: Attend, *, with_own_token: bool = False, absorbed: bool = False) -> Value:
         """Attend from every query; the module projects, attends and projects back a slab of positions at a time.
 
         Args:
             attend: Adds the steps from queries to output.
             with_own_token: Whether key and value at the position of each query are needed too.
+            absorbed: Whether the module attends from its input itself, and adds a bias to what comes out.
         """
         case = self.case
-        maps = 3 if with_own_token else 1
+        maps = 0 if absorbed else 3 if with_own_token else 1
         if not case.module:
             return attend(self.tape, (self.query, self.key, self.value)[:maps], 1)
         size, count = _largest_slab(case)
@@ -144,7 +149,8 @@ class Layer:
     def _position_by_position(self, tape: Tape, part: Value, attend: Attend, maps: int, count: int) -> Value:
         """Project some positions, attend, project back, and add the skip connection."""
         positions = [self.projected(part, tape) for _ in range(maps)]
-        output = linear(tape, attend(tape, positions, count), self._weight(), self.case.dim)
+        output = attend(tape, positions or [part], count)
+        output = linear(tape, output, self._weight(), self.case.dim) if maps else elementwise(tape, output)
         return elementwise(tape, output, part) if self.case.skip else output
 
     def finished(self, output: Value, *, joined: bool) -> Value:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.causal import causal_summary
@@ -16,6 +15,7 @@ from tensorattn.contraction import expand
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import OptionError, ShapeError, TensorAttentionError
 from tensorattn.modes import GridShape, ModeSpec, mode_subsets
+from tensorattn.nn.absorption import absorbed, absorbs
 from tensorattn.nn.context import check_crossing
 from tensorattn.nn.position_bias import PositionBias
 from tensorattn.nn.projections import (
@@ -24,6 +24,7 @@ from tensorattn.nn.projections import (
     apply_norm,
     check_heads,
     join_heads,
+    mapped,
     project_summary,
     rows_of,
     split_heads,
@@ -42,6 +43,8 @@ from tensorattn.summary import Summary, joined_linear
 from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, beside
 
 __all__ = ["AttentionCore"]
+
+Map = tuple[Tensor | None, Tensor | None]  # weight and bias of a linear map; without a weight, the identity
 
 
 class AttentionCore(nn.Module):
@@ -367,23 +370,24 @@ class AttentionCore(nn.Module):
         settings = self._settings()
         operator, batch = get_operator(self.operator), len(summary.batch)
         summary = self._project(summary)
+        maps: list[Map] = [(self.q_proj.weight, self.q_proj.bias), (self.out_proj.weight, self.out_proj.bias)]
+        if absorbs(operator, self.options, self.modes.order, self.num_heads, self.q_proj):
+            summary = absorbed(summary, self.q_proj, self.out_proj, settings["scale"])
+            maps = [(None, None), (None, self.out_proj.bias)]
+        elif self.options.get("include_self"):
+            maps += [(self.k_proj.weight, self.k_proj.bias), (self.v_proj.weight, self.v_proj.bias)]
         held, gain = summary.tensors, self._gain()
-        maps = [self.q_proj, self.out_proj, *((self.k_proj, self.v_proj) if self.options.get("include_self") else ())]
-        matrices = [tensor for linear in maps for tensor in (linear.weight, linear.bias) if tensor is not None]
+        parameters = [tensor for each in maps for tensor in each if tensor is not None]
 
         def attend(part: Tensor, *tensors: Tensor) -> Tensor:
-            given, rest = summary.with_tensors(tensors), iter(tensors[len(held) :])
-            pairs = [(next(rest), None if linear.bias is None else next(rest)) for linear in maps]
-            query, *own = (
-                self._heads(F.linear(part, *pair), batch)
-                for pair, linear in zip(pairs, maps, strict=True)
-                if linear is not self.out_proj
-            )
+            given, rest = summary.with_tensors(tensors[: len(held)]), iter(tensors[len(held) :])
+            inward, outward, *own_maps = (tuple(None if each is None else next(rest) for each in pair) for pair in maps)
+            query, *own = (self._heads(mapped(part, *each), batch) for each in (inward, *own_maps))
             extra = {**dict(zip(gain, rest, strict=True)), **({"own": tuple(own)} if own else {})}
             output = operator.attend(query, given, **settings, **extra).output
-            return F.linear(join_heads(output, batch), *pairs[1])
+            return mapped(join_heads(output, batch), *outward)
 
-        tensors = (*held, *matrices, *gain.values())
+        tensors = (*held, *parameters, *gain.values())
         random = settings["dropout_p"] > 0
         return map_positions(attend, x, tensors, batch=batch, random=random, skip=skip, out=out)
 

@@ -18,6 +18,7 @@ __all__ = [
     "apply_norm",
     "check_heads",
     "join_heads",
+    "mapped",
     "project_summary",
     "rows_of",
     "split_heads",
@@ -101,6 +102,19 @@ def project_summary(summary: Summary, k_proj: nn.Linear, v_proj: nn.Linear, num_
         alone = (*nothing[:place], summary.keys[place], *nothing[place + 1 :])
         keys[place] = projected(dataclasses.replace(summary, keys=alone, values=nothing), mode).keys[place]
     return dataclasses.replace(first, keys=tuple(keys))
+
+
+def mapped(tensor: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Apply a linear map.
+
+    Args:
+        tensor: What is mapped.
+        weight: Its matrix; None for the identity.
+        bias: Its bias, or None.
+    """
+    if weight is not None:
+        return F.linear(tensor, weight, bias)
+    return tensor if bias is None else tensor + bias
 
 
 def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,8 +16,9 @@ import tensorattn as ta
 from tensorattn import contraction, slabs, softmax
 from tensorattn.bench.peak import peaks
 from tensorattn.bench.workload import Workload
-from tensorattn.cost import FORMULAS, products, steps
+from tensorattn.cost import FORMULAS, case, products, steps
 from tensorattn.cost.tape import Step, Tape, Value
+from tensorattn.nn import absorption
 from tensorattn.testing.variants import Variant, variants
 
 BATCH, HEADS, DIM = 2, 3, 12
@@ -52,11 +53,13 @@ def empty(sizes: tuple[int, ...], *batch: int, dim: int, layout: str) -> Tensor:
     return torch.empty(*batch, *sizes, dim, device="meta")
 
 
-def module_call(variant: Variant, sizes: tuple[int, ...], layout: str, **given: Any) -> Callable[[Tensor], Tensor]:
+def module_call(
+    variant: Variant, sizes: tuple[int, ...], layout: str, dim: int, heads: int, **given: Any
+) -> Callable[[Tensor], Tensor]:
     """The module as a function of its input, channels last in its shape."""
     first = layout == "channels_first"
     module = ta.TensorAttention(
-        DIM, HEADS, modes=len(sizes), operator=variant.name, channels_first=first, device="meta", **variant.options
+        dim, heads, modes=len(sizes), operator=variant.name, channels_first=first, device="meta", **variant.options
     )
     return lambda x: module(x.movedim(-1, 1) if first else x, **given)
 
@@ -77,19 +80,20 @@ def fits(variant: Variant, sizes: tuple[int, ...]) -> bool:
 
 
 @pytest.mark.usefixtures("uncounted_averages", "small_slabs")
+@pytest.mark.parametrize(("dim", "heads"), [(DIM, HEADS), (DIM, 1), (64, 1)])
 @pytest.mark.parametrize("layout", GRIDS)
 @pytest.mark.parametrize("variant", variants(), ids=str)
-def test_products_are_those_that_are_counted(variant: Variant, layout: str) -> None:
+def test_products_are_those_that_are_counted(variant: Variant, layout: str, dim: int, heads: int) -> None:
     for sizes in (sizes for sizes in GRIDS[layout] if fits(variant, sizes)):
-        given = {"dim": DIM, "batch": BATCH, "num_heads": HEADS, "layout": layout, **variant.options}
+        given = {"dim": dim, "batch": BATCH, "num_heads": heads, "layout": layout, **variant.options}
         for backward in (False, True):
-            x = empty(sizes, BATCH, dim=DIM, layout=layout)
-            expected = counted(module_call(variant, sizes, layout), x, backward=backward)
+            x = empty(sizes, BATCH, dim=dim, layout=layout)
+            expected = counted(module_call(variant, sizes, layout, dim, heads), x, backward=backward)
             found = ta.cost(variant.name, sizes, backward=backward, **given)
             assert found.product_flops == expected, f"{found}\nbut {expected:,} are counted"
-            heads = [empty(sizes, BATCH, HEADS, dim=DIM // HEADS, layout=layout) for _ in range(3)]
+            split = [empty(sizes, BATCH, heads, dim=dim // heads, layout=layout) for _ in range(3)]
             call = functools.partial(variant.function, order=len(sizes))
-            expected = counted(call, *heads, backward=backward)
+            expected = counted(call, *split, backward=backward)
             found = ta.cost(variant.name, sizes, module=False, backward=backward, **given)
             assert found.product_flops == expected, f"{found}\nbut {expected:,} are counted"
 
@@ -133,6 +137,10 @@ def test_logits_are_those_of_the_code() -> None:
     assert products.LOGITS == softmax.CHUNK
 
 
+def test_one_head_is_as_wide_as_in_the_layer() -> None:
+    assert case.WIDE == absorption.WIDE
+
+
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
@@ -171,12 +179,14 @@ MEASURED = [
     ("kao_kv", {"backward": True, "skip": True}),
     ("kao_qkv", {"backward": True, "skip": True, "layout": "channels_first"}),
     ("kronecker_sum", {}),
+    ("kao_kv", {"sizes": (50, 72, 72), "heads": 1, "layout": "channels_first"}),
 ]
 
 
 def test_the_peak_is_close_to_what_is_measured() -> None:
     """Within a tenth, from 64 MB on; each in a process of its own."""
-    jobs = [(name, Workload(1, (24, 72, 72), 64, **given)) for name, given in MEASURED]
+    usual = {"batch": 1, "sizes": (24, 72, 72), "dim": 64}
+    jobs = [(name, Workload(**{**usual, **given})) for name, given in MEASURED]
     for (name, work), peak in zip(jobs, peaks(jobs), strict=True):
         assert peak is not None
         if peak.bytes is None:
