@@ -80,13 +80,17 @@ def _run_by_slabs(
     parts, *into = (_pieces(tensor, shape, cuts) for tensor in (memory, *nodes.values()))
     given = [None if vector is None else _pieces(vector, shape, cuts) for vector in aligned]
     weighted, gone = any(vector is not None for vector in aligned), cuts.count(1)
-    axes = [tuple(max(0, axis - gone) for axis in step.axes) for step in plan.first]
+    axes = [tuple(range(max(0, first - gone), max(0, last - gone))) for first, last in (s.axes for s in plan.first)]
+    cut = [step.axes[0] < len(cuts) for step in plan.first]
     scratch = memory.new_empty(parts[0].numel() if copied else 0, dtype=dtype)
     for place, (part, *targets) in enumerate(zip(parts, *into, strict=True)):
         block = scratch[: part.numel()].view(part.shape).copy_(part) if copied else part
         if not weighted:
-            for summed, target in zip(axes, targets, strict=True):
-                _add_sum(target, block, *summed)
+            for summed, adds_up, target in zip(axes, cut, targets, strict=True):
+                if adds_up:
+                    _add_sum(target, block, summed)
+                else:
+                    torch.sum(block, summed, keepdim=True, out=target)
             continue
         block = block[(None,) * gone]
         weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
@@ -102,16 +106,16 @@ def _run_by_slabs(
     return _reduce(plan, nodes, plan.further, aligned, mean)
 
 
-def _add_sum(target: Tensor, block: Tensor, first: int, last: int) -> None:
-    """Add the sum of a slab over the axes from one up to another to what is there."""
-    if first == last:
+def _add_sum(target: Tensor, block: Tensor, axes: tuple[int, ...]) -> None:
+    """Add the sum of a slab over some of its first axes to what is there."""
+    if not axes:
         target.add_(block)
         return
-    left, group, right, _, _ = _around(block.shape, first, last)
+    left, group, right, _, _ = _around(block.shape, axes[0], axes[-1] + 1)
     if left == 1 and right >= LONG:  # row by row: rows that lie a multiple of 4 KB apart would share cache lines
         target.view(right).addmv_(block.view(group, right).t(), block.new_ones(group))
     else:
-        target.add_(block.view(left, group, right).sum(1).view(target.shape))
+        target.add_(block.sum(axes, keepdim=True))
 
 
 def _finite(nodes: dict[Kept, Tensor]) -> bool:
