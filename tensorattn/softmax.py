@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
 from tensorattn.fused import fused_attention, is_differentiated
-from tensorattn.weights import accumulation_dtype
+from tensorattn.weights import accumulation_dtype, in_type
 
 __all__ = ["TokenSet", "attend_tokens", "join_sets", "join_tokens", "merge_attention"]
 
@@ -81,7 +81,7 @@ def attend_tokens(
 
     def attend(start: int) -> tuple[Tensor, ...]:
         """Attend from one chunk; output, log-sum-exp and attention weights as far as they are asked for."""
-        chunk = query[..., start : start + step, :]
+        chunk = query if step >= length else query[..., start : start + step, :]
         if fused:
             return (_fused(chunk, sets, scale),)
         output, lse, weights = _explicit(chunk, sets, start, scale, dropout_p, return_lse)
@@ -117,12 +117,12 @@ def _in_chunks(attend: Callable[[int], tuple[Tensor, ...]], length: int, step: i
 def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
     """Add up what the fused kernel gives for each set."""
     dtype = query.dtype if len(sets) == 1 else accumulation_dtype(query.dtype)
-    queries, total = query.to(dtype), None
+    queries, total = in_type(query, dtype), None
     choices = sum(tokens.key.shape[-2] > 1 for tokens in sets)
     if choices > 1:
         queries = queries.contiguous()  # they are read once a set, and faster so
     for tokens in sets:
-        key, value = tokens.key.to(dtype), tokens.value.to(dtype)
+        key, value = in_type(tokens.key, dtype), in_type(tokens.value, dtype)
         bias, alive = None, None
         if tokens.log_weight is not None:
             bias = tokens.log_weight.unsqueeze(-2).to(dtype)
@@ -138,7 +138,7 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
         else:
             total = total.add(part, alpha=tokens.coefficient)
     assert total is not None
-    return total.expand(*query.shape[:-1], -1).to(query.dtype)
+    return in_type(total, query.dtype)
 
 
 def _explicit(
@@ -182,7 +182,7 @@ def join_tokens(parts: Sequence[Tensor]) -> Tensor:
     Args:
         parts: Tokens.
     """
-    return torch.cat(list(parts), -2)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
 
 
 def join_sets(sets: Sequence[TokenSet]) -> TokenSet:
