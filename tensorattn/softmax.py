@@ -76,8 +76,9 @@ def attend_tokens(
     fused = fusible and not (return_lse or return_attention or dropout_p > 0)
     held = query.shape[-1] if fused else sum(tokens.key.shape[-2] for tokens in sets)
     step = length
-    if not torch.compiler.is_compiling() and not query.is_meta and not (fused and _runs_whole(query, sets)):
-        step = max(64, CHUNK // max(1, batch * held))
+    if not torch.compiler.is_compiling() and not query.is_meta:
+        most = max(64, CHUNK // max(1, batch * held))
+        step = length if length <= most or (fused and _runs_whole(query, sets)) else most
 
     def attend(start: int) -> tuple[Tensor, ...]:
         """Attend from one chunk; output, log-sum-exp and attention weights as far as they are asked for."""
