@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.execution import absent_as_zero, memory_order, run, run_backwards, split_shape
-from tensorattn.fused import is_differentiated, is_transformed
+from tensorattn.fused import is_differentiated, is_transformed, positional
 from tensorattn.handover import take_over
 from tensorattn.modes import GridShape
 from tensorattn.planning import make_plan
@@ -119,6 +119,7 @@ class _Contract(torch.autograd.Function):
     """Marginal means, or plain sums, as a linear function of the tensor, and the tensor; the weights are constants."""
 
     @staticmethod
+    @positional
     def forward(tensor: Tensor, family: Family, mean: bool, *vectors: Vector) -> tuple[Tensor, ...]:
         grid = GridShape(*split_shape(tensor, len(vectors)))
         plan = make_plan(*grid, memory_order(tensor), tensor.dtype.itemsize, family)
@@ -162,6 +163,7 @@ class _Expand(torch.autograd.Function):
     """The transpose of `_Contract`, as a linear function of its parts and of `skip`; the weights are constants."""
 
     @staticmethod
+    @positional
     def forward(
         family: Family,
         grid: GridShape,

@@ -25,7 +25,7 @@ def main_effects(order: int) -> Family:
     Args:
         order: Number of modes N.
     """
-    return tuple((mode,) for mode in range(order))
+    return tuple(zip(range(order), strict=True))
 
 
 def primitive_for(left: int, group: int, right: int) -> str:

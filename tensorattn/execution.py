@@ -13,7 +13,7 @@ from tensorattn import slabs
 from tensorattn.contraction_tree import LONG, Kept, folding, primitive_for
 from tensorattn.planning import Plan, Step, order_of_strides
 from tensorattn.slabs import steps_of
-from tensorattn.weights import Vector, accumulation_dtype
+from tensorattn.weights import Vector, accumulation_dtype, in_type
 
 __all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
 
@@ -150,14 +150,15 @@ def _reduce(
     nodes = dict(nodes)
     for step in steps:
         node = nodes[step.source]
-        plain = [mode for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod([plan.sizes[mode] for mode in plain]) if mean else 1.0
+        plain = [plan.sizes[mode] for mode in step.reduced if aligned[mode] is None]
+        factor = 1 / math.prod(plain) if mean else 1.0
         if len(plain) == len(step.reduced):
             nodes[step.target] = _reduce_plainly(node, *step.axes, factor)
         else:
             weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
             nodes[step.target] = _reduce_by_weights(node, *step.axes, weights, factor)
-    return {kept: node for kept, node in nodes.items() if len(kept) < len(plan.sizes)}
+    nodes.pop(plan.everything, None)
+    return nodes
 
 
 def _reduce_plainly(node: Tensor, first: int, last: int, factor: float) -> Tensor:
@@ -166,7 +167,8 @@ def _reduce_plainly(node: Tensor, first: int, last: int, factor: float) -> Tenso
     if primitive == "view":
         return node.view(reduced) if factor == 1 else node.view(reduced) * factor
     if primitive == "sum":
-        return node.view(left, group, right).sum(1).mul_(factor).view(reduced)
+        total = node.view(left, group, right).sum(1).view(reduced)
+        return total if factor == 1 else total.mul_(factor)
     if primitive == "mv":
         matrix = node.view(left, group) if right == 1 else node.view(group, right).t()
         return torch.mv(matrix, node.new_full((group,), factor)).view(reduced)
@@ -237,11 +239,11 @@ def run_backwards(
     What is to be added on top (`skip`) joins in the same pass, and the result goes to `out` where it is given.
     """
     aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
-    shape = [(*plan.batch, *plan.sizes, plan.dim)[d] for d in plan.permutation]
-    root = plan.everything
+    shape, root = plan.memory_shape, plan.everything
     terms: dict[Kept, list[Term]] = {}
     for kept, part in zip(plan.family, parts, strict=True):
-        part = _to_memory(part.to(accumulation_dtype(part.dtype)), plan, kept)  # sums of small parts are not rounded
+        part = in_type(part, accumulation_dtype(part.dtype))  # sums of small parts are not rounded
+        part = _to_memory(part, plan, kept)
         terms.setdefault(kept, []).append((part, None))
     for step in reversed(plan.steps):
         plain = [mode for mode in step.reduced if aligned[mode] is None]
@@ -291,11 +293,12 @@ def _write(terms: Sequence[Term], result: Tensor) -> None:
 def _write_plainly(parts: Sequence[Tensor], result: Tensor) -> None:
     """Write a sum of broadcast tensors of its type, the full-sized ones first."""
     first, *others = sorted(parts, key=lambda part: -part.numel())
-    if not others:
-        result.copy_(first)
+    first = first.expand(result.shape)
+    if len(others) < 2:
+        torch.add(first, others[0], out=result) if others else result.copy_(first)
         return
-    steps = [] if len(others) == 1 or result.is_meta else steps_of(result.shape, slabs.ELEMENTS)
-    tensors = (result, first.expand(result.shape), *others)
+    steps = [] if result.is_meta else steps_of(result.shape, slabs.ELEMENTS)
+    tensors = (result, first, *others)
     for target, one, two, *rest in zip(*(_pieces(tensor, result.shape, steps) for tensor in tensors), strict=True):
         torch.add(one, two, out=target)
         for part in rest:
@@ -342,14 +345,13 @@ def _kept_shape(plan: Plan, kept: Kept, shape: Sequence[int]) -> list[int]:
 
 def _to_logical(node: Tensor, plan: Plan, kept: Kept) -> Tensor:
     """Bring a node from memory order to ``(*batch, *kept sizes, D)``."""
-    reduced = tuple(len(plan.batch) + mode for mode in range(len(plan.sizes)) if mode not in kept)
-    return (node if plan.in_order else node.permute(plan.inverse)).squeeze(reduced)
+    return (node if plan.in_order else node.permute(plan.inverse)).squeeze(plan.missing[kept])
 
 
 def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
     """Bring ``(*batch, *kept sizes, D)`` to memory order, with reduced modes of size 1."""
-    if len(kept) < len(plan.sizes):
-        part = part[(..., *(slice(None) if mode in kept else None for mode in range(len(plan.sizes))), slice(None))]
+    for dim in plan.missing[kept]:
+        part = part.unsqueeze(dim)
     return (part if plan.in_order else part.permute(plan.permutation)).contiguous()
 
 

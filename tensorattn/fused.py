@@ -6,14 +6,19 @@ operations, only where they are asked for.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-__all__ = ["fused_attention", "is_differentiated", "is_transformed"]
+__all__ = ["fused_attention", "is_differentiated", "is_transformed", "positional"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -57,11 +62,27 @@ def is_transformed(*tensors: Tensor) -> bool:
     return active is None or active() or is_differentiated(*tensors)
 
 
+def positional(forward: Callable[P, R]) -> Callable[P, R]:
+    """Make the ``forward`` of an autograd function one that takes everything by position, and fills nothing in.
+
+    PyTorch reads the signature of ``forward`` at every call to fill in defaults, which takes it longer than to compute
+    with small tensors; this signature is read at once.
+
+    Args:
+        forward: The function, which has no defaults.
+    """
+    everything = inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)
+    vars(forward)["__signature__"] = inspect.Signature([everything])
+    return forward
+
+
 def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Call the kernel, which is fused for exactly two batch dimensions and contiguous channels alone."""
     batch = query.shape[:-2]
 
     def four(tensor: Tensor) -> Tensor:
+        if len(batch) == 2:
+            return tensor
         if len(batch) > 2:
             return tensor.expand(*batch, *tensor.shape[-2:]).flatten(0, -4)
         return tensor.reshape(*(1,) * (2 - len(batch)), *tensor.shape)
@@ -69,7 +90,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     mask = None if bias is None else four(bias)
     output = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask=mask, scale=scale)
-    return output.reshape(*batch, *output.shape[-2:])
+    return output if len(batch) == 2 else output.reshape(*batch, *output.shape[-2:])
 
 
 class _Recorded(NamedTuple):
@@ -83,6 +104,7 @@ class _Fused(torch.autograd.Function):
     """The kernel; its own backward pass for first derivatives, plain operations for second ones."""
 
     @staticmethod
+    @positional
     def forward(
         query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, record: bool
     ) -> tuple[Tensor, _Recorded | None]:

@@ -137,13 +137,23 @@ class Plan:
         return tuple(self.permutation.index(d) for d in range(len(self.permutation)))
 
     @functools.cached_property
+    def memory_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in memory order."""
+        shape = (*self.batch, *self.sizes, self.dim)
+        return tuple(shape[d] for d in self.permutation)
+
+    @functools.cached_property
+    def missing(self) -> dict[Kept, tuple[int, ...]]:
+        """For each kept subset of the family, the dimensions of the tensor that its mean does not have."""
+        batch, modes = len(self.batch), self.everything
+        return {kept: tuple(batch + mode for mode in modes if mode not in kept) for kept in self.family}
+
+    @functools.cached_property
     def first(self) -> tuple[Step, ...]:
         """Steps that read the tensor itself; the one that reads the longest stretches of memory comes first."""
-        shape = (*self.batch, *self.sizes, self.dim)
-        memory = [shape[d] for d in self.permutation]
 
         def behind(step: Step) -> int:
-            return math.prod(memory[step.axes[1] :])
+            return math.prod(self.memory_shape[step.axes[1] :])
 
         found = [step for step in self.steps if step.source == self.everything]
         return tuple(sorted(found, key=lambda step: (behind(step) > 1, -behind(step))))
@@ -343,7 +353,8 @@ def plan(
     return make_plan(batch, sizes, dim, order, ITEM_SIZES[dtype], family, spec.names)
 
 
-def order_of_strides(strides: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=4096)
+def order_of_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
     """Return dimensions from the outermost to the innermost in memory; expanded ones count as outermost.
 
     Args:

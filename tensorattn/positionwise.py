@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.fused import is_transformed
+from tensorattn.fused import is_transformed, positional
 from tensorattn.handover import hand_over
 from tensorattn.slabs import positions_at_a_time, slabs_of
 from tensorattn.weights import accumulation_dtype
@@ -136,6 +136,7 @@ class _Mapped(torch.autograd.Function):
     """All slabs, each computed again for its derivatives; written out at once where these are differentiated too."""
 
     @staticmethod
+    @positional
     def forward(run: _Run, x: Tensor, skip: Tensor | None, *tensors: Tensor) -> Tensor:
         return _write(run.body, run.slabs, x, skip, tensors, None)
 

@@ -85,6 +85,8 @@ def check_presence(
         ShapeError: If the mask or lengths do not fit the grid.
     """
     order = len(grid.sizes)
+    if weights is None and mask is None and lengths is None:
+        return Presence((None,) * order, None, True)
     spec = ModeSpec.parse(order) if modes is None else modes
     shown = None if mask is None else _check_mask(mask, grid, like, spec, of)
     seen: Sequence[Vector] = [None] * order if lengths is None else _check_lengths(lengths, grid, like, spec)

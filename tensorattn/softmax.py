@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
 from tensorattn.fused import fused_attention, is_differentiated
-from tensorattn.weights import accumulation_dtype
+from tensorattn.weights import accumulation_dtype, in_type
 
 __all__ = ["TokenSet", "attend_tokens", "join_sets", "join_tokens", "merge_attention"]
 
@@ -76,12 +76,13 @@ def attend_tokens(
     fused = fusible and not (return_lse or return_attention or dropout_p > 0)
     held = query.shape[-1] if fused else sum(tokens.key.shape[-2] for tokens in sets)
     step = length
-    if not torch.compiler.is_compiling() and not query.is_meta and not (fused and _runs_whole(query, sets)):
-        step = max(64, CHUNK // max(1, batch * held))
+    if not torch.compiler.is_compiling() and not query.is_meta:
+        most = max(64, CHUNK // max(1, batch * held))
+        step = length if length <= most or (fused and _runs_whole(query, sets)) else most
 
     def attend(start: int) -> tuple[Tensor, ...]:
         """Attend from one chunk; output, log-sum-exp and attention weights as far as they are asked for."""
-        chunk = query[..., start : start + step, :]
+        chunk = query if step >= length else query[..., start : start + step, :]
         if fused:
             return (_fused(chunk, sets, scale),)
         output, lse, weights = _explicit(chunk, sets, start, scale, dropout_p, return_lse)
@@ -117,12 +118,12 @@ def _in_chunks(attend: Callable[[int], tuple[Tensor, ...]], length: int, step: i
 def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
     """Add up what the fused kernel gives for each set."""
     dtype = query.dtype if len(sets) == 1 else accumulation_dtype(query.dtype)
-    queries, total = query.to(dtype), None
+    queries, total = in_type(query, dtype), None
     choices = sum(tokens.key.shape[-2] > 1 for tokens in sets)
     if choices > 1:
         queries = queries.contiguous()  # they are read once a set, and faster so
     for tokens in sets:
-        key, value, bias = tokens.key.to(dtype), tokens.value.to(dtype), None
+        key, value, bias = in_type(tokens.key, dtype), in_type(tokens.value, dtype), None
         if tokens.log_weight is not None:
             bias = tokens.log_weight.unsqueeze(-2).to(dtype)
             alive = bias.amax(-1, keepdim=True) > -math.inf
@@ -137,7 +138,7 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
         else:
             total = total.add(part, alpha=tokens.coefficient)
     assert total is not None
-    return total.expand(*query.shape[:-1], -1).to(query.dtype)
+    return in_type(total, query.dtype)
 
 
 def _explicit(
@@ -181,7 +182,7 @@ def join_tokens(parts: Sequence[Tensor]) -> Tensor:
     Args:
         parts: Tokens.
     """
-    return torch.cat(list(parts), -2)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
 
 
 def join_sets(sets: Sequence[TokenSet]) -> TokenSet:

@@ -185,13 +185,16 @@ def _assemble(
         covariance = _covariance(value, key, values[()], keys[()], shares, grid)
         key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], shares, grid)
     mode_weights: Vectors | None = None
+    counts: tuple[Tensor | None, ...]
     if isinstance(weights, GridWeights):
         family = family if everything in family or not needs.position_weights else (*family, everything)
-        counts: tuple[Tensor | None, ...] = position_counts(weights, family)
+        counts = position_counts(weights, family)
+    elif all(vector is None for vector in weights):
+        mode_weights, counts = weights, (None,) * len(family)
     else:
         mode_weights = tuple(_with_batch(vector, grid) for vector in weights)
         counts = tuple(_marginal_weight(kept, mode_weights, grid) for kept in family)
-    weight = dict(zip(family, counts, strict=True)).get(everything)
+    weight = counts[family.index(everything)] if everything in family else None
     if weight is not None:  # what an absent position holds must not even meet a zero: it may be NaN
         for means in (keys, values):
             if everything in means:

@@ -22,10 +22,12 @@ from tensorattn.contraction_tree import Family, Kept
 from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec
 from tensorattn.options import check_count
-from tensorattn.softmax import TokenSet
-from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, log_weights
+from tensorattn.softmax import TokenSet, join_tokens
+from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, in_type, log_weights
 
-__all__ = ["Summary", "joined_linear"]
+__all__ = ["Summary", "apply_linear", "joined_linear", "projected", "split_heads"]
+
+Map = tuple[Tensor, Tensor | None]  # the matrix of a linear map, and its bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,19 +155,12 @@ class Summary:
             coefficient: How often the set enters a sum over sets.
         """
         place = self.place(kept)
-        batch, weight = len(self.batch), self.weights[place]
-        key, value = self.key(kept), self.value(kept)
-        if not kept:
-            key, value = key.unsqueeze(-2), value.unsqueeze(-2)
-            weight = None if weight is None else weight.unsqueeze(-1)
+        key, value, weight = self.key(kept), self.value(kept), self.weights[place]
+        batch = key.dim() - len(kept) - 1
+        if weight is not None:
+            weight = log_weights(weight.flatten(batch) if kept else weight.unsqueeze(-1)).to(key.dtype)
         outside = [size for mode, size in enumerate(self.sizes) if mode not in kept]
-        return TokenSet(
-            key.flatten(batch, -2),
-            value.flatten(batch, -2),
-            None if weight is None else log_weights(weight.flatten(batch)).to(key.dtype),
-            math.prod(outside),
-            coefficient,
-        )
+        return TokenSet(_in_a_row(key, batch), _in_a_row(value, batch), weight, math.prod(outside), coefficient)
 
     def mode_log_weight(self, mode: int) -> Tensor | None:
         """Return the logarithm of the weights of the indices of a mode; of zeros where no position is present.
@@ -245,47 +240,7 @@ class Summary:
             True
         """
         self._check_projectable(key_weight, value_weight, key_bias, value_bias, num_heads)
-        batch = len(self.batch)
-
-        def linear(means: tuple[Tensor | None, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-            """Map all means in one product, but the tensor itself, which nothing is joined to."""
-            held = [
-                mean for mean, kept in zip(means, self.kept, strict=True) if mean is not None and len(kept) < self.order
-            ]
-            rows = iter(joined_linear(held, batch, weight, bias) if held else ())
-            mapped = [
-                None if mean is None else next(rows) if len(kept) < self.order else _linear(mean, weight, bias)
-                for mean, kept in zip(means, self.kept, strict=True)
-            ]
-            return tuple(
-                mean if mean is None or num_heads is None else mean.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
-                for mean in mapped
-            )
-
-        def bilinear(moment: Tensor | None, left: Tensor, right: Tensor) -> Tensor | None:
-            if moment is None:
-                return None
-            left, right = left.to(moment.dtype), right.to(moment.dtype)
-            if num_heads is not None:
-                left, right = left.unflatten(0, (num_heads, -1)), right.unflatten(0, (num_heads, -1))
-                moment = moment.unsqueeze(-3)
-            return left @ moment @ right.mT
-
-        keys, values = linear(self.keys, key_weight, key_bias), linear(self.values, value_weight, value_bias)
-        weights, mode_weights = self.weights, self.mode_weights
-        if num_heads is not None:
-            weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
-            if mode_weights is not None:
-                mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
-        return dataclasses.replace(
-            self,
-            keys=keys,
-            values=values,
-            weights=weights,
-            mode_weights=mode_weights,
-            covariance=bilinear(self.covariance, value_weight, key_weight),
-            key_covariance=bilinear(self.key_covariance, key_weight, key_weight),
-        )
+        return projected(self, (key_weight, key_bias), (value_weight, value_bias), num_heads)
 
     def _check_projectable(
         self,
@@ -456,28 +411,119 @@ class Summary:
         )
 
 
-def _linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a linear map to means in their own type."""
-    return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | None) -> Summary:
+    """Project a summary as `Summary.project` does, unchecked.
+
+    Args:
+        summary: The summary.
+        of_keys: Linear map of the keys.
+        of_values: Linear map of the values.
+        num_heads: Heads that they are split into, or None.
+    """
+    batch, order = len(summary.batch), summary.order
+
+    def linear(means: tuple[Tensor | None, ...], *maps: Map) -> list[tuple[Tensor | None, ...]]:
+        """Map all means in one product a map, but the tensor itself, which nothing is joined to."""
+        pairs = list(zip(means, summary.kept, strict=True))
+        held = [mean for mean, kept in pairs if mean is not None and len(kept) < order]
+        mapped = joined_linear(held, batch, maps, num_heads) if held else [()] * len(maps)
+        return [
+            tuple(
+                None if mean is None else next(rows) if len(kept) < order else _to_heads(mean, batch, to, num_heads)
+                for mean, kept in pairs
+            )
+            for to, rows in zip(maps, map(iter, mapped), strict=True)
+        ]
+
+    def bilinear(moment: Tensor | None, left: Tensor, right: Tensor) -> Tensor | None:
+        if moment is None:
+            return None
+        left, right = left.to(moment.dtype), right.to(moment.dtype)
+        if num_heads is not None:
+            left, right = left.unflatten(0, (num_heads, -1)), right.unflatten(0, (num_heads, -1))
+            moment = moment.unsqueeze(-3)
+        return left @ moment @ right.mT
+
+    if all(key is value for key, value in zip(summary.keys, summary.values, strict=True)):
+        keys, values = linear(summary.keys, of_keys, of_values)
+    else:
+        (keys,), (values,) = linear(summary.keys, of_keys), linear(summary.values, of_values)
+    weights, mode_weights = summary.weights, summary.mode_weights
+    if num_heads is not None:
+        weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
+        if mode_weights is not None:
+            mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
+    return Summary(
+        summary.sizes,
+        summary.kept,
+        keys,
+        values,
+        weights,
+        mode_weights,
+        bilinear(summary.covariance, of_values[0], of_keys[0]),
+        bilinear(summary.key_covariance, of_keys[0], of_keys[0]),
+    )
 
 
-def joined_linear(means: Sequence[Tensor], batch: int, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """Apply a linear map to several means in one product.
+def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
+    """Split channels into heads, the last batch dimension: ``(*batch, *, C)`` to ``(*batch, H, *, D)``.
+
+    Args:
+        tensor: Projected tensor.
+        num_heads: Heads H.
+        batch: Number of batch dimensions.
+    """
+    return tensor.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+
+
+def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear map to averages in their own type.
+
+    Args:
+        mean: Averages.
+        weight: Its matrix.
+        bias: Its bias, or None.
+    """
+    return F.linear(mean, in_type(weight, mean.dtype), None if bias is None else in_type(bias, mean.dtype))
+
+
+def _to_heads(mean: Tensor, batch: int, to: Map, num_heads: int | None) -> Tensor:
+    """Apply a linear map, and split what it gives into heads if there are any."""
+    mapped = apply_linear(mean, *to)
+    return mapped if num_heads is None else split_heads(mapped, num_heads, batch)
+
+
+def joined_linear(
+    means: Sequence[Tensor], batch: int, maps: Sequence[Map], num_heads: int | None
+) -> list[tuple[Tensor, ...]]:
+    """Apply linear maps to several means, each in one product.
 
     Args:
         means: Tensors ``(*batch, *sizes, D)``.
         batch: Number of batch dimensions.
-        weight: The matrix.
-        bias: The bias, or None.
+        maps: The maps.
+        num_heads: Heads that the channels are split into, as the last batch dimension; or None.
+
+    Returns:
+        For each map what it makes of each mean.
     """
     grids = [mean.shape[batch:-1] for mean in means]
-    tokens = [
-        mean.reshape(*mean.shape[:batch], math.prod(grid), mean.shape[-1])
-        for mean, grid in zip(means, grids, strict=True)
+    tokens = [_in_a_row(mean, batch) for mean in means]
+    joined, lengths = join_tokens(tokens), [part.shape[-2] for part in tokens]
+    mapped = [_to_heads(joined, batch, to, num_heads).split_with_sizes(lengths, -2) for to in maps]
+    return [
+        tuple(
+            part if len(grid) == 1 else part.reshape(*part.shape[:-2], *grid, part.shape[-1])
+            for part, grid in zip(parts, grids, strict=True)
+        )
+        for parts in mapped
     ]
-    mapped = _linear(tokens[0] if len(tokens) == 1 else torch.cat(tokens, -2), weight, bias)
-    parts = mapped.split([part.shape[-2] for part in tokens], -2)
-    return [part.reshape(*part.shape[:batch], *grid, part.shape[-1]) for part, grid in zip(parts, grids, strict=True)]
+
+
+def _in_a_row(mean: Tensor, batch: int) -> Tensor:
+    """View means ``(*batch, *sizes, D)`` as tokens ``(*batch, S, D)``."""
+    further = mean.dim() - batch - 1
+    return mean if further == 1 else mean.flatten(batch, -2) if further else mean.unsqueeze(-2)
 
 
 def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor | float:

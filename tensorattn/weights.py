@@ -25,6 +25,7 @@ __all__ = [
     "check_weight_values",
     "check_weights",
     "counting_dtype",
+    "in_type",
     "log_weights",
     "normalized",
     "real_tensor",
@@ -184,6 +185,16 @@ def check_weight_values(weights: Tensor, what: str, noun: str, *, may_vanish: bo
         raise WeightsError(f"{what} must not be negative, got {lowest:g}.")
     if highest == 0 and not may_vanish:
         raise WeightsError(f"{what} are all zero, so no {noun} takes part.")
+
+
+def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring a tensor to a type, at no cost where it has it: `Tensor.to` takes its time to find that out.
+
+    Args:
+        tensor: The tensor.
+        dtype: The type.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

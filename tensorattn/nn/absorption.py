@@ -97,11 +97,9 @@ def absorbed(summary: Summary, q_proj: nn.Linear, out_proj: nn.Linear, scale: fl
     keys, values = ([of(kept) for kept in summary.kept] for of in (summary.key, summary.value))
     batch, bias = len(summary.batch), q_proj.bias
     offsets = () if bias is None else tuple((key * (bias.to(key.dtype) * scale)).sum(-1) for key in keys)
-    mapped = dataclasses.replace(
-        summary,
-        keys=tuple(joined_linear(keys, batch, q_proj.weight.mT, None)),
-        values=tuple(joined_linear(values, batch, out_proj.weight, None)),
-    )
+    (keys_to_inputs,) = joined_linear(keys, batch, [(q_proj.weight.mT, None)], None)
+    (outputs,) = joined_linear(values, batch, [(out_proj.weight, None)], None)
+    mapped = dataclasses.replace(summary, keys=keys_to_inputs, values=outputs)
     return _extended(mapped, offsets)
 
 

@@ -146,7 +146,8 @@ class TensorAttention(AttentionCore):
             grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
             check_parameters(x, self.q_proj.weight)
             if skip is not None or out is not None:
-                check_whole(x.shape, (x, *self.parameters()), skip, out)
+                sources = (x,) if out is None else (x, *self.parameters())  # only out asks for their derivatives
+                check_whole(x.shape, sources, skip, out)
             last = channels_last(x, self.channels_first)
             given, summary = self._read(x, grid, context, weights=weights, mask=mask, lengths=lengths)
         except TensorAttentionError as cause:
@@ -311,7 +312,7 @@ class TensorAttention(AttentionCore):
                 f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x has "
                 f"{self.embed_dim}."
             )
-        given = check_layer_presence(grid, channels_last(x, self.channels_first), self.modes, **spoken)
+        given = check_layer_presence(grid, x, self.modes, **spoken)
         check_grid_weights(get_operator(self.operator), self.options, given)
         return given, None
 

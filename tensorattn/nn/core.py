@@ -20,14 +20,12 @@ from tensorattn.nn.context import check_crossing
 from tensorattn.nn.position_bias import PositionBias
 from tensorattn.nn.projections import (
     added,
-    apply_linear,
     apply_norm,
     check_heads,
     join_heads,
     mapped,
     project_summary,
     rows_of,
-    split_heads,
 )
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.operators import get_operator
@@ -38,13 +36,14 @@ from tensorattn.operators.spreading import place_on
 from tensorattn.options import check_count, check_probability, check_switch
 from tensorattn.positionwise import map_positions
 from tensorattn.running import Past, continued_frames, continued_summary
+from tensorattn.softmax import join_tokens
 from tensorattn.summarizing import self_summary
-from tensorattn.summary import Summary, joined_linear
-from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, beside
+from tensorattn.summary import Summary, apply_linear, joined_linear, split_heads
+from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, beside, in_type
 
 __all__ = ["AttentionCore"]
 
-Map = tuple[Tensor | None, Tensor | None]  # weight and bias of a linear map; without a weight, the identity
+WeightAndBias = tuple[Tensor | None, Tensor | None]  # weight and bias of a linear map; without a weight, the identity
 
 
 class AttentionCore(nn.Module):
@@ -370,7 +369,7 @@ class AttentionCore(nn.Module):
         settings = self._settings()
         operator, batch = get_operator(self.operator), len(summary.batch)
         summary = self._project(summary)
-        maps: list[Map] = [(self.q_proj.weight, self.q_proj.bias), (self.out_proj.weight, self.out_proj.bias)]
+        maps: list[WeightAndBias] = [(self.q_proj.weight, self.q_proj.bias), (self.out_proj.weight, self.out_proj.bias)]
         if absorbs(operator, self.options, self.modes.order, self.num_heads, self.q_proj):
             summary = absorbed(summary, self.q_proj, self.out_proj, settings["scale"])
             maps = [(None, None), (None, self.out_proj.bias)]
@@ -407,10 +406,11 @@ class AttentionCore(nn.Module):
         means = [summary.key(subset) for subset in kept]
         if self.mode_projections:
             maps = (rows_of(self.q_proj, mode, self.embed_dim) for mode in range(len(kept)))
-            rows = [apply_linear(mean, *each) for mean, each in zip(means, maps, strict=True)]
+            rows = (apply_linear(mean, *each) for mean, each in zip(means, maps, strict=True))
+            queries = tuple(self._heads(part, 1) for part in rows)
         else:
-            rows = joined_linear(means, 1, self.q_proj.weight, self.q_proj.bias)
-        queries = tuple(self._heads(part, 1) for part in rows)
+            q_proj = self.q_proj
+            (queries,) = joined_linear(means, 1, [(q_proj.weight, q_proj.bias)], self.num_heads)
         projected = self._project(summary)
         if self.rotary is not None:
             queries = tuple(self.rotary.rotate_mode(part, mode) for mode, part in enumerate(queries))
@@ -422,9 +422,10 @@ class AttentionCore(nn.Module):
 
     def _project_parts(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Project an output that is an outer sum in S rows; its bias counts once."""
-        first, *others = joined_linear([join_heads(part, 1) for part in parts], 1, self.out_proj.weight, None)
-        bias = self.out_proj.bias
-        return (first if bias is None else first + bias.to(first.dtype)), *others
+        out_proj, sizes = self.out_proj, [part.shape[-2] for part in parts]
+        rows = apply_linear(join_heads(join_tokens(parts), 1), out_proj.weight, None)
+        first, *others = rows.split_with_sizes(sizes, -2)
+        return (first if out_proj.bias is None else first + in_type(out_proj.bias, first.dtype)), *others
 
     def _project(self, summary: Summary) -> Summary:
         """Project a summary of the input to that of keys and values, with heads as last batch dimension."""

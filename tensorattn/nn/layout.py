@@ -145,10 +145,10 @@ def check_parameters(x: Tensor, parameter: Tensor, argument: str = "x") -> None:
     Raises:
         DtypeError: If it does not.
     """
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if x.dtype != parameter.dtype and not casts:
-        raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
+    if x.dtype != parameter.dtype:
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
     if x.device != parameter.device:
         raise DtypeError(f"the device is {x.device} in {argument} but {parameter.device} in the parameters.")
 

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from tensorattn.errors import OptionError
 from tensorattn.options import check_count
-from tensorattn.summary import Summary
+from tensorattn.summary import Summary, projected
 
 __all__ = [
     "added",
-    "apply_linear",
     "apply_norm",
     "check_heads",
     "join_heads",
     "mapped",
     "project_summary",
     "rows_of",
-    "split_heads",
 ]
 
 
@@ -41,17 +39,6 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
         raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
     if embed_dim % num_heads:
         raise OptionError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.")
-
-
-def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
-    """Split channels into heads, the last batch dimension: ``(B, *, C)`` to ``(B, H, *, D)``.
-
-    Args:
-        tensor: Projected tensor.
-        num_heads: Heads H.
-        batch: Number of batch dimensions.
-    """
-    return tensor.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
 
 
 def join_heads(tensor: Tensor, batch: int) -> Tensor:
@@ -86,21 +73,17 @@ def project_summary(summary: Summary, k_proj: nn.Linear, v_proj: nn.Linear, num_
         v_proj: Linear map to values.
         num_heads: Heads.
     """
-    rows = v_proj.out_features
-
-    def projected(of: Summary, mode: int) -> Summary:
-        weight, bias = rows_of(k_proj, mode, rows)
-        return of.project(weight, v_proj.weight, key_bias=bias, value_bias=v_proj.bias, num_heads=num_heads)
-
-    first = projected(summary, 0)
+    rows, of_values = v_proj.out_features, (v_proj.weight, v_proj.bias)
     if k_proj.out_features == rows:
-        return first
+        return projected(summary, (k_proj.weight, k_proj.bias), of_values, num_heads)
+    first = projected(summary, rows_of(k_proj, 0, rows), of_values, num_heads)
     nothing = (None,) * len(summary.kept)
     keys = list(first.keys)
     for mode in range(1, summary.order):
         place = summary.place((mode,))
         alone = (*nothing[:place], summary.keys[place], *nothing[place + 1 :])
-        keys[place] = projected(dataclasses.replace(summary, keys=alone, values=nothing), mode).keys[place]
+        part = dataclasses.replace(summary, keys=alone, values=nothing)
+        keys[place] = projected(part, rows_of(k_proj, mode, rows), of_values, num_heads).keys[place]
     return dataclasses.replace(first, keys=tuple(keys))
 
 
@@ -115,17 +98,6 @@ def mapped(tensor: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     if weight is not None:
         return F.linear(tensor, weight, bias)
     return tensor if bias is None else tensor + bias
-
-
-def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a linear map to averages in their own type.
-
-    Args:
-        mean: Averages.
-        weight: Its matrix.
-        bias: Its bias, or None.
-    """
-    return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
 
 
 def apply_norm(norm: nn.LayerNorm, pooled: Tensor) -> Tensor:

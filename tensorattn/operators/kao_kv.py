@@ -23,9 +23,9 @@ __all__ = ["OPERATOR", "joint_set", "kao_kv"]
 def joint_set(summary: Summary, bias: Bias | None = None, positions: Sequence[int] = ()) -> TokenSet:
     """Return the averages of all modes as one set of tokens, each counted as often as its index."""
     sets = []
-    for mode in range(summary.order):
-        tokens = summary.tokens((mode,))._replace(log_weight=summary.mode_log_weight(mode), multiplicity=1)
-        sets.append(biased(tokens, (mode,), bias, positions, summary.sizes))
+    for mode, kept in enumerate(main_effects(summary.order)):
+        tokens = TokenSet(summary.key(kept), summary.value(kept), summary.mode_log_weight(mode))
+        sets.append(biased(tokens, kept, bias, positions, summary.sizes))
     return join_sets(sets)
 
 

@@ -68,7 +68,7 @@ def _attend_from_means(
     else:
         sets, queries, sizes = [joint_set(summary)], join_tokens(means[:order]), summary.sizes
     output, lse, attention = attend_tokens(queries, sets, return_attention=return_attention, **settings)
-    outputs, lses = list(output.split(sizes, -2)), None if lse is None else list(lse.split(sizes, -1))
+    outputs, lses = list(output.split_with_sizes(sizes, -2)), None if lse is None else list(lse.split(sizes, -1))
     if centered:
         outputs[0] = outputs[0] - (order - 1) * outputs.pop()
         if lses is not None:

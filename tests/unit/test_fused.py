@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from tensorattn.fused import fused_attention, is_differentiated
+from tensorattn import contraction, positionwise
+from tensorattn import fused as kernel
+from tensorattn.fused import fused_attention, is_differentiated, positional
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 BATCHES = [(), (2,), (2, 3), (2, 1, 3)]
@@ -100,3 +104,24 @@ def test_what_is_differentiated():
         assert not is_differentiated(leaf)
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
         assert is_differentiated(torch.autograd.forward_ad.make_dual(plain, plain))
+
+
+FUNCTIONS = [
+    function
+    for module in (contraction, kernel, positionwise)
+    for function in vars(module).values()
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function)
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_no_signature_is_looked_into_at_every_call(function):
+    assert str(inspect.signature(function.forward)) == "(*arguments)"
+
+
+def test_a_positional_function_is_what_it_was():
+    def forward(one, two):
+        return one - two
+
+    assert positional(forward) is forward
+    assert forward(5, 3) == 2

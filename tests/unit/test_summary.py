@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -264,6 +265,19 @@ class TestProject:
             summary,
             ta.summarize(key, value, order=2, kept=subsets(2), weights=WEIGHTS[kind](sizes, batch), second_moment=True),
         )
+
+    @pytest.mark.parametrize("place", [None, 0, 1])
+    def test_means_that_keys_and_values_share(self, place):
+        x, to_key, to_value = draw(2, 3, 4, 5), draw(6, 5, seed=1), draw(6, 5, seed=2)
+        summary = ta.summarize(x, x, order=2, kept=[(0,), (1,)])
+        others = list(summary.values)
+        if place is not None:
+            others[place] = others[place] + 1
+        summary = dataclasses.replace(summary, values=tuple(others))
+        late = summary.project(to_key, to_value, num_heads=2)
+        for key, value, mean, other in zip(late.keys, late.values, summary.keys, others, strict=True):
+            torch.testing.assert_close(key.movedim(1, -2).flatten(-2), mean @ to_key.T, **CLOSE)
+            torch.testing.assert_close(value.movedim(1, -2).flatten(-2), other @ to_value.T, **CLOSE)
 
     def test_weights_of_another_type(self):
         x = draw(3, 4, 5, dtype=torch.bfloat16)
