@@ -59,7 +59,7 @@ def folding(group: int, right: int) -> int:
         group: Number of rows.
         right: Length of a row.
     """
-    fold = math.ceil(LONG / right)
+    fold = math.ceil(LONG / max(1, right))
     if right >= LONG_ENOUGH:
         return max(1, min(fold, group // 8))
     return fold if group // fold >= (16 if right >= 64 else 32) else 1

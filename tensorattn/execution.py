@@ -74,7 +74,7 @@ def _run_by_slabs(
     The tensor itself is only averaged into the first nodes of the tree, which add up over slabs; the rest of the tree
     is made of those.
     """
-    dtype, shape, root = accumulation_dtype(memory.dtype), memory.shape, plan.everything
+    dtype, shape = accumulation_dtype(memory.dtype), memory.shape
     nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, shape), dtype=dtype) for step in plan.first}
     cuts = steps_of(shape, slabs.ELEMENTS)
     parts, *into = (_pieces(tensor, shape, cuts) for tensor in (memory, *nodes.values()))
@@ -85,21 +85,15 @@ def _run_by_slabs(
     scratch = memory.new_empty(parts[0].numel() if copied else 0, dtype=dtype)
     for place, (part, *targets) in enumerate(zip(parts, *into, strict=True)):
         block = scratch[: part.numel()].view(part.shape).copy_(part) if copied else part
-        if not weighted:
-            for summed, adds_up, target in zip(axes, cut, targets, strict=True):
-                if adds_up:
-                    _add_sum(target, block, summed)
-                else:
-                    torch.sum(block, summed, keepdim=True, out=target)
+        if weighted:
+            weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
+            _add_weighted(targets, plan, block[(None,) * gone], weights, mean)
             continue
-        block = block[(None,) * gone]
-        weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
-        found = _reduce(plan, {root: block}, plan.first, weights, mean)
-        if not _finite(found):
-            block = absent_as_zero(block, [weight for weight in weights if weight is not None])
-            found = _reduce(plan, {root: block}, plan.first, weights, mean)
-        for target, term in zip(targets, found.values(), strict=True):
-            target.add_(term.view(target.shape))
+        for summed, adds_up, target in zip(axes, cut, targets, strict=True):
+            if adds_up:
+                _add_sum(target, block, summed)
+            else:
+                torch.sum(block, summed, keepdim=True, out=target)
     if mean and not weighted:
         for step in plan.first:
             nodes[step.target].mul_(1 / math.prod([plan.sizes[mode] for mode in step.reduced]))
@@ -107,15 +101,25 @@ def _run_by_slabs(
 
 
 def _add_sum(target: Tensor, block: Tensor, axes: tuple[int, ...]) -> None:
-    """Add the sum of a slab over some of its first axes to what is there."""
+    """Add the sum of a slab over some of its first axes to what is there: no longer run of additions than a slab."""
     if not axes:
         target.add_(block)
         return
     left, group, right, _, _ = _around(block.shape, axes[0], axes[-1] + 1)
     if left == 1 and right >= LONG:  # row by row: rows that lie a multiple of 4 KB apart would share cache lines
-        target.view(right).addmv_(block.view(group, right).t(), block.new_ones(group))
+        target.add_(torch.mv(block.view(group, right).t(), block.new_ones(group)).view(target.shape))
     else:
         target.add_(block.sum(axes, keepdim=True))
+
+
+def _add_weighted(targets: Sequence[Tensor], plan: Plan, block: Tensor, weights: Sequence[Vector], mean: bool) -> None:
+    """Add the weighted sums of a slab to what is there."""
+    found = _reduce(plan, {plan.everything: block}, plan.first, weights, mean)
+    if not _finite(found):
+        block = absent_as_zero(block, [weight for weight in weights if weight is not None])
+        found = _reduce(plan, {plan.everything: block}, plan.first, weights, mean)
+    for target, term in zip(targets, found.values(), strict=True):
+        target.add_(term.view(target.shape))
 
 
 def _finite(nodes: dict[Kept, Tensor]) -> bool:
@@ -254,7 +258,8 @@ def run_backwards(
         weight = functools.reduce(torch.mul, weights) if weights else None
         terms.setdefault(step.source, []).append((scaled, weight))
     if skip is not None:
-        terms[root].append((skip.permute(plan.permutation), None))
+        # first among those of its size: it may be what is written to, and is read before that
+        terms[root].insert(0, (skip.permute(plan.permutation), None))
     if out is not None:
         result = out.permute(plan.permutation)
         _write(terms[root], result)
@@ -353,9 +358,3 @@ def _to_memory(part: Tensor, plan: Plan, kept: Kept) -> Tensor:
     for dim in plan.missing[kept]:
         part = part.unsqueeze(dim)
     return (part if plan.in_order else part.permute(plan.permutation)).contiguous()
-
-
-def _within(slab: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
-    """Restrict a slab to a tensor that broadcasts: dimensions of size 1 are taken whole."""
-    pairs = zip(slab, tensor.shape, strict=False)
-    return tuple(slice(None) if size == 1 else part for part, size in pairs)

@@ -37,7 +37,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
     tensors = (query, key, value) if bias is None else (query, key, value, bias)
     if torch.compiler.is_compiling() or not is_transformed(*tensors):
         return _kernel(query, key, value, bias, scale)
-    return _Fused.apply(query, key, value, bias, scale, is_differentiated(*tensors))[0]
+    record = is_differentiated(query, key, value) and (bias is None or not bias.requires_grad)
+    return _Fused.apply(query, key, value, bias, scale, record)[0]
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

@@ -211,7 +211,10 @@ def _backward_by_slabs(
                     continue
                 total = sums[number]
                 of_part = of_part.to(accumulation_dtype(of_part.dtype))
-                sums[number] = of_part if total is None else total.add_(of_part)
+                if total is None:  # in memory of its own: two leaves, or the gradient that was given, may share it
+                    sums[number] = of_part.clone()
+                else:
+                    total.add_(of_part)
     results: list[Tensor | None] = []
     for place, total in zip(places, sums, strict=True):
         results.append(of_x if place == 0 else None if total is None else total.to(sources[place].dtype))

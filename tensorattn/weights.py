@@ -25,6 +25,7 @@ __all__ = [
     "check_weight_values",
     "check_weights",
     "counting_dtype",
+    "in_autocast",
     "in_type",
     "log_weights",
     "normalized",
@@ -195,6 +196,16 @@ def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: The type.
     """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def in_autocast(tensor: Tensor) -> bool:
+    """Tell whether linear maps of a tensor choose a type of their own now.
+
+    Args:
+        tensor: The tensor; its device counts.
+    """
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+FEW = 4096  # positions of a small grid
 LAYOUTS = ("channels_last", "channels_first")
 
 
@@ -77,8 +78,12 @@ class Workload:
         return f"{shape} ({self.bytes / 1e6:.1f} MB), {self.dtype}, {', '.join(words)}"
 
     def smaller(self) -> Workload:
-        """Return the same on a small grid, which loads code and fills caches of plans without holding memory."""
-        return dataclasses.replace(self, batch=1, sizes=tuple(min(size, 4) for size in self.sizes))
+        """Return the same on a small grid, which loads the code that the large one takes without holding memory."""
+        sizes = list(self.sizes)
+        while math.prod(sizes) > FEW:
+            longest = sizes.index(max(sizes))
+            sizes[longest] = sizes[longest] // 2
+        return dataclasses.replace(self, batch=1, sizes=tuple(sizes))
 
     def tensor(self, seed: int = 0) -> Tensor:
         """Draw a tensor in its layout: noise about an outer sum, so that averages tell positions apart.

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tensorattn.absorbing import absorbing_pays
 from tensorattn.contraction_tree import Family
 from tensorattn.planning import Plan, make_plan
 
 __all__ = ["Case"]
-
-WIDE = 64  # channels from which on one head absorbs its maps
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,14 @@ class Case:
         """Whether heads lie beside each other at each position, as in the module."""
         return self.module and self.heads > 1
 
-    @property
-    def absorbs(self) -> bool:
-        """Whether the module absorbs its maps where it knows nothing but averages: one wide head, without gradients."""
-        return self.module and self.heads == 1 and self.dim >= WIDE and not self.backward
+    def absorbs(self, family: Family) -> bool:
+        """Tell whether the module absorbs its maps, which have biases: in one head, without gradients.
+
+        Args:
+            family: Kept mode subsets that it attends to.
+        """
+        one_head = self.module and self.heads == 1 and not self.backward and tuple(range(self.order)) not in family
+        return one_head and absorbing_pays(self.positions, self.tokens(family), self.dim, biased=True)
 
     @property
     def scattered(self) -> bool:

@@ -99,7 +99,10 @@ def cost(
     modes: int | str | Sequence[str] | None = None,
     **options: Any,
 ) -> Cost:
-    """Tell what an operator costs, without running it: without weights, position biases, causality or dropout.
+    """Tell what an operator costs, without running it: in its plain form.
+
+    That is without weights or masks, context, position biases, rotary embeddings, norms of queries and keys, causality
+    and dropout, and with biases in the linear maps, all of whose parameters are trained where there is a backward pass.
 
     Matrix products count two operations a multiply-add. Operations in averages, softmaxes, outer sums and elementwise
     functions are counted by formula: one an element read or written, five an element of a softmax. Bytes are those of

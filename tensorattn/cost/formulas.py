@@ -78,7 +78,7 @@ def _from_positions(softmaxes_of: Callable[[Case], list[Family]]) -> Callable[[L
         kept = tuple(subset for family in softmaxes for subset in family)
         family = (*kept, ()) if corrected and () not in kept else kept
         means = layer.summary(family, second_moment=corrected)
-        absorbed = case.absorbs and not own and not corrected and tuple(range(case.order)) not in kept
+        absorbed = case.absorbs(kept) and not own and not corrected
         means = layer.absorbed(means) if absorbed else means
         groups = [means.tokens(case, together) for together in softmaxes]
 

@@ -9,6 +9,7 @@ which is what a single head is; several would each attend from all channels.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorattn.absorbing import absorbing_pays
 from tensorattn.contraction_tree import Kept
 from tensorattn.operators.operator import Operator
 from tensorattn.softmax import TokenSet
 from tensorattn.summary import Summary, joined_linear
+from tensorattn.weights import in_autocast
 
 __all__ = ["absorbed", "absorbs"]
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Summary))
-WIDE = 64  # channels from which on two linear maps of a position take longer than a bias of its logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,25 +66,32 @@ class _Absorbed(Summary):
         return offset if log_weight is None else offset + log_weight
 
 
-def absorbs(operator: Operator, options: Mapping[str, Any], order: int, num_heads: int, q_proj: nn.Linear) -> bool:
+def absorbs(
+    operator: Operator, options: Mapping[str, Any], summary: Summary, x: Tensor, num_heads: int, q_proj: nn.Linear
+) -> bool:
     """Tell whether a layer absorbs its maps: one head that knows nothing but averages, and it pays.
 
-    A bias takes time in the softmax, which narrow maps do not, and has no gradient in the fused kernel.
+    With a bias it does so only where averages have no gradient: the fused kernel has none of a bias of logits, so that
+    all weights would be written out. Under autocast the maps make the type of the output.
 
     Args:
         operator: The operator.
         options: Its options.
-        order: Number of modes N.
+        summary: Means of projected keys and values.
+        x: Where queries are made of.
         num_heads: Number of heads.
         q_proj: Linear map to queries.
     """
     if num_heads > 1 or operator.query != "positions" or options.get("include_self") or options.get("interaction"):
         return False
-    if q_proj.bias is not None and (
-        q_proj.in_features < WIDE or (torch.is_grad_enabled() and q_proj.bias.requires_grad)
-    ):
+    if tuple(range(summary.order)) in summary.kept or in_autocast(x):
         return False
-    return tuple(range(order)) not in operator.needs(order, **options).kept
+    bias = q_proj.bias
+    if bias is not None and torch.is_grad_enabled() and any(part.requires_grad for part in (bias, *summary.tensors)):
+        return False
+    tokens = sum([math.prod([summary.sizes[mode] for mode in kept]) for kept in summary.kept])
+    positions = math.prod(x.shape[len(summary.batch) - 1 : -1])
+    return absorbing_pays(positions, tokens, x.shape[-1], biased=bias is not None)
 
 
 def absorbed(summary: Summary, q_proj: nn.Linear, out_proj: nn.Linear, scale: float) -> Summary:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tensorattn.errors import DtypeError, OptionError, ShapeError
@@ -15,7 +14,7 @@ from tensorattn.nn.layout import channels_last, check_input, check_layer_presenc
 from tensorattn.operators.operator import Needs, Operator, check_grid_weights
 from tensorattn.summarizing import attention_summary
 from tensorattn.summary import Summary
-from tensorattn.weights import accumulation_dtype, without_absent
+from tensorattn.weights import accumulation_dtype, in_autocast, without_absent
 
 __all__ = ["Context", "ContextReader", "check_crossing"]
 
@@ -161,8 +160,7 @@ class ContextReader:
                 "the summary of the context holds no second moments, but interaction='linear' needs them."
             )
         family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
-        device = x.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        casts = in_autocast(x)
         for kept in family:
             sides = ((summary.key(kept), self.dims[0], "kdim"), (summary.value(kept), self.dims[1], "vdim"))
             for mean, dim, called in sides:

@@ -370,7 +370,7 @@ class AttentionCore(nn.Module):
         operator, batch = get_operator(self.operator), len(summary.batch)
         summary = self._project(summary)
         maps: list[WeightAndBias] = [(self.q_proj.weight, self.q_proj.bias), (self.out_proj.weight, self.out_proj.bias)]
-        if absorbs(operator, self.options, self.modes.order, self.num_heads, self.q_proj):
+        if absorbs(operator, self.options, summary, x, self.num_heads, self.q_proj):
             summary = absorbed(summary, self.q_proj, self.out_proj, settings["scale"])
             maps = [(None, None), (None, self.out_proj.bias)]
         elif self.options.get("include_self"):

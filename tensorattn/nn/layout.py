@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tensorattn.errors import DtypeError, ModesError, ShapeError, describe
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.presence import Presence, check_presence
-from tensorattn.weights import check_floating
+from tensorattn.weights import check_floating, in_autocast
 
 __all__ = [
     "channels_last",
@@ -145,10 +144,8 @@ def check_parameters(x: Tensor, parameter: Tensor, argument: str = "x") -> None:
     Raises:
         DtypeError: If it does not.
     """
-    if x.dtype != parameter.dtype:
-        device = x.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
+    if x.dtype != parameter.dtype and not in_autocast(x):
+        raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
     if x.device != parameter.device:
         raise DtypeError(f"the device is {x.device} in {argument} but {parameter.device} in the parameters.")
 

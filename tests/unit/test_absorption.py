@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tensorattn as ta
+from tensorattn import absorbing
 from tensorattn.nn import absorption, core
 
 SIZES = (4, 5, 3)
@@ -30,6 +31,12 @@ def draw(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def small_savings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small grids pay."""
+    monkeypatch.setattr(absorption, "absorbing_pays", lambda *given, **more: True)
+
+
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """What absorbs, watched."""
@@ -40,12 +47,12 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 def both_ways(call: Any, spied: Mock, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """What a call returns with the maps absorbed, and without."""
-    absorbing = call()
+    one = call()
     assert spied.called
     with monkeypatch.context() as patch:
         patch.setattr(core, "absorbs", lambda *given: False)
         plain = call()
-    return absorbing, plain
+    return one, plain
 
 
 def presence(name: str) -> dict[str, Any]:
@@ -69,40 +76,38 @@ def test_equals_the_layer_that_maps_all_positions(operator, options, bias, first
     module = layer(operator, bias=bias, channels_first=first, **options)
     x = draw(2, 64, *SIZES) if first else draw(2, *SIZES, 64)
     with torch.no_grad():
-        absorbing, plain = both_ways(lambda: module(x, skip=x, **presence(said)), spied, monkeypatch)
-    torch.testing.assert_close(absorbing, plain, rtol=1e-11, atol=1e-11)
+        one, plain = both_ways(lambda: module(x, skip=x, **presence(said)), spied, monkeypatch)
+    torch.testing.assert_close(one, plain, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("operator", ["additive", "kao_kv"])
 def test_frames_see_the_past_alone(operator, spied, monkeypatch):
     module, x = layer(operator, bias=True, causal=0), draw(2, *SIZES, 64)
     with torch.no_grad():
-        absorbing, plain = both_ways(lambda: module(x), spied, monkeypatch)
-    torch.testing.assert_close(absorbing, plain, rtol=1e-11, atol=1e-11)
+        one, plain = both_ways(lambda: module(x), spied, monkeypatch)
+    torch.testing.assert_close(one, plain, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES, (1, 1, 60), (60, 1, 1)], ids=str)
 @pytest.mark.parametrize("operator", ["additive", "kao_kv"])
-def test_gradients_are_the_same(operator, frozen, spied, monkeypatch):
-    """Without a bias all of them; with one that is frozen, those of everything else."""
-    module, x = layer(operator, bias=frozen), draw(2, *SIZES, 64).requires_grad_()
-    if frozen:
-        module.q_proj.bias.requires_grad_(False)
-    wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+def test_gradients_are_the_same_slab_by_slab_too(operator, sizes, spied, monkeypatch):
+    monkeypatch.setattr("tensorattn.slabs.POSITIONS", 16)
+    module, x = layer(operator, bias=False), draw(2, *sizes, 64).requires_grad_()
+    wanted = [x, *module.parameters()]
 
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(module(x).square().sum(), wanted)
 
-    for absorbing, plain in zip(*both_ways(gradients, spied, monkeypatch), strict=True):
-        torch.testing.assert_close(absorbing, plain, rtol=1e-9, atol=1e-9)
+    for one, plain in zip(*both_ways(gradients, spied, monkeypatch), strict=True):
+        torch.testing.assert_close(one, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_slab_by_slab_too(spied, monkeypatch):
     monkeypatch.setattr("tensorattn.slabs.POSITIONS", 8)
     module, x = layer("additive", bias=True), draw(2, *SIZES, 64)
     with torch.no_grad():
-        absorbing, plain = both_ways(lambda: module(x, out=torch.empty_like(x)), spied, monkeypatch)
-    torch.testing.assert_close(absorbing, plain, rtol=1e-11, atol=1e-11)
+        one, plain = both_ways(lambda: module(x, out=torch.empty_like(x)), spied, monkeypatch)
+    torch.testing.assert_close(one, plain, rtol=1e-11, atol=1e-11)
 
 
 def test_it_compiles_in_one_piece():
@@ -117,15 +122,14 @@ def test_narrow_types_are_as_precise(dtype, spied, monkeypatch):
     module, x = layer("additive", bias=True), draw(2, *SIZES, 64)
     with torch.no_grad():
         exact = module(x)
-        absorbing, plain = both_ways(lambda: module.to(dtype)(x.to(dtype)), spied, monkeypatch)
-    assert (absorbing - exact).abs().max() <= 2 * (plain - exact).abs().max()
+        one, plain = both_ways(lambda: module.to(dtype)(x.to(dtype)), spied, monkeypatch)
+    assert (one - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 @pytest.mark.parametrize(
     ("operator", "given"),
     [
         ("additive", {"heads": 4}),
-        ("additive", {"dim": 32}),
         ("additive", {"interaction": "linear"}),
         ("additive", {"include_self": True}),
         ("flattened", {}),
@@ -140,8 +144,38 @@ def test_where_it_does_not_pay_or_apply(operator, given, spied):
     assert not spied.called
 
 
-def test_a_bias_that_is_trained_keeps_the_fused_kernel(spied):
-    layer("additive", bias=True)(draw(2, *SIZES, 64))
+def test_a_bias_of_logits_that_has_a_gradient_keeps_the_fused_kernel(spied):
+    module, x = layer("additive", bias=True), draw(2, *SIZES, 64)
+    module(x)
+    module.q_proj.bias.requires_grad_(False)
+    module(x)  # the keys that it meets have one
     assert not spied.called
-    layer("additive", bias=False)(draw(2, *SIZES, 64))
-    assert spied.called
+    for linear in (module.q_proj, module.k_proj, module.v_proj):
+        linear.requires_grad_(False)
+    module(x)
+    assert spied.call_count == 1
+    layer("additive", bias=False)(x)
+    assert spied.call_count == 2
+
+
+def test_autocast_makes_the_type_whether_it_absorbs_or_not(spied):
+    module, x = layer("additive", bias=False).float(), draw(2, *SIZES, 64).float()
+    several = layer("additive", bias=False, heads=4).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == several(x).dtype
+    assert not spied.called
+
+
+@pytest.mark.parametrize(
+    ("positions", "tokens", "dim", "biased", "pays"),
+    [
+        (4096, 200, 64, True, True),
+        (4096, 200, 32, True, False),  # a bias of logits takes longer than narrow maps
+        (8192, 200, 32, False, True),
+        (196, 28, 64, False, False),  # too few for the calls that it takes
+        (196, 28, 256, False, True),
+        (4, 200, 512, False, False),  # more averages than queries
+    ],
+)
+def test_where_it_pays(positions, tokens, dim, biased, pays):
+    assert absorbing.absorbing_pays(positions, tokens, dim, biased=biased) is pays

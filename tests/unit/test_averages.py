@@ -164,6 +164,22 @@ class TestMeans:
             "0 elements read and 0 written, 0.00 times one read of the tensor"
         )
 
+    @pytest.mark.parametrize("dim", [0, 5])
+    @pytest.mark.parametrize("batch", [(0,), (0, 2), (2, 0)], ids=str)
+    @pytest.mark.parametrize("place", range(5))
+    def test_nothing_at_all(self, place, batch, dim):
+        x = torch.empty(*batch, 3, 4, 5, dim)
+        for layout in (x, x.movedim(0, place).contiguous().movedim(place, 0)):
+            assert [r.shape for r in ta.mode_averages(layout, order=3)] == [(*batch, n, dim) for n in (3, 4, 5)]
+
+    def test_long_sums_are_added_up_in_parts(self, monkeypatch):
+        """One running total of thousands of rows would be off by 5e-5."""
+        monkeypatch.setattr(slabs, "CACHED", 0)
+        x = 0.1 + 1e-3 * torch.randn(4096, 32, 64, generator=torch.Generator().manual_seed(0))
+        exact = x.double().mean(0)
+        _, mean = ta.mode_averages(x, order=2)
+        assert ((mean - exact) / exact).abs().max() < 3e-6
+
     def test_expanded_tensors(self, slab):
         row = draw(2, 1, 5, 1)
         x = row.expand(2, 4, 5, 3)
@@ -341,6 +357,14 @@ class TestOuterSum:
             close([out], [expected])
         expected = plain + skip
         assert ta.outer_sum(vectors, skip=skip, out=skip) is skip
+        close([skip], [expected])
+
+    @pytest.mark.parametrize("sizes", [(1, 1), (1, 1, 5), (1, 5, 1), (5, 1, 1), (1, 1, 1)], ids=str)
+    def test_adds_in_place_whatever_else_is_as_large(self, sizes, slab):
+        vectors = [draw(2, n, 3, seed=k) for k, n in enumerate(sizes)]
+        skip = draw(2, *sizes, 3, seed=9)
+        expected = ta.outer_sum(vectors) + skip
+        ta.outer_sum(vectors, skip=skip, out=skip)
         close([skip], [expected])
 
     @pytest.mark.parametrize("dtype", HALVES)

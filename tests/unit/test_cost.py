@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import tensorattn as ta
-from tensorattn import contraction, slabs, softmax
+from tensorattn import absorbing, contraction, slabs, softmax
 from tensorattn.bench.peak import peaks
 from tensorattn.bench.workload import Workload
-from tensorattn.cost import FORMULAS, case, products, steps
+from tensorattn.cost import FORMULAS, products, steps
 from tensorattn.cost.tape import Step, Tape, Value
-from tensorattn.nn import absorption
 from tensorattn.testing.variants import Variant, variants
 
 BATCH, HEADS, DIM = 2, 3, 12
@@ -79,7 +78,13 @@ def fits(variant: Variant, sizes: tuple[int, ...]) -> bool:
     return max((mode for kept in variant.options.get("kept", ()) for mode in kept), default=0) < len(sizes)
 
 
-@pytest.mark.usefixtures("uncounted_averages", "small_slabs")
+@pytest.fixture
+def small_savings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one head absorb its maps in small grids too."""
+    monkeypatch.setattr(absorbing, "SAVED", 1)
+
+
+@pytest.mark.usefixtures("uncounted_averages", "small_slabs", "small_savings")
 @pytest.mark.parametrize(("dim", "heads"), [(DIM, HEADS), (DIM, 1), (64, 1)])
 @pytest.mark.parametrize("layout", GRIDS)
 @pytest.mark.parametrize("variant", variants(), ids=str)
@@ -135,10 +140,6 @@ def test_every_operator_has_a_formula_with_its_options() -> None:
 def test_logits_are_those_of_the_code() -> None:
     """The cost knows no tensor, so it has their number a second time."""
     assert products.LOGITS == softmax.CHUNK
-
-
-def test_one_head_is_as_wide_as_in_the_layer() -> None:
-    assert case.WIDE == absorption.WIDE
 
 
 # ---- memory --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ FLOORS = {
     "errors": 0,
     "modes": 1,
     "slabs": 1,
+    "absorbing": 1,
     "contraction_tree": 2,
     "planning": 2,
     "truncation": 2,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import tensorattn as ta
 from tensorattn import slabs
 from tensorattn.positionwise import map_positions
 
@@ -122,6 +123,21 @@ def test_the_same_random_numbers_are_drawn_again(small):
     torch.testing.assert_close(of_scale, y.sum((0, 1, 2)), **CLOSE)
     assert torch.equal(torch.get_rng_state(), state)
     assert 0.2 < y.eq(0).double().mean() < 0.8
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 1, 60), (1, 60, 1), (60, 1, 1)], ids=str)
+def test_gradients_that_share_memory_are_not_added_to(sizes, heads, monkeypatch):
+    """Values of two modes of size 1 have one gradient in common, and that of the output may be it."""
+    module = ta.TensorAttention(8, heads, modes=3, bias=heads > 1, dtype=torch.float64)
+    x, grad = draw(1, *sizes, 8).requires_grad_(), torch.ones(1, *sizes, 8, dtype=torch.float64)
+    wanted = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x), wanted, grad)
+    monkeypatch.setattr(slabs, "POSITIONS", 10)
+    found = torch.autograd.grad(module(x), wanted, grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert torch.equal(grad, torch.ones_like(grad))
 
 
 def test_types_are_chosen_again_as_they_were(small):
