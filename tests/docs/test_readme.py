@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 from test_floors import APART, FLOORS, read_package
@@ -25,6 +26,7 @@ from tensorattn.attend.command import PACKAGED
 from tensorattn.attend.embedding import embed
 from tensorattn.attend.job import QUERIES, Settings, prepare
 from tensorattn.attend.recordings import describe_sizes
+from tensorattn.bench.targets import GOALS
 from tensorattn.diagnose import additive_fraction, error_estimate, sample_positions
 from tensorattn.measuring import count_flops
 
@@ -87,6 +89,28 @@ def test_no_block_is_left_out() -> None:
         assert any(block.start() <= example.start < block.end() for example in examples), block.group()
     for language, text in BLOCKS:
         assert language != "bibtex" or text.count("{") == text.count("}")
+
+
+# ---- the goals -----------------------------------------------------------------------------------------------
+
+
+def test_the_goals_are_those_of_the_benchmark() -> None:
+    """Every goal is in the table with what is to be reached, whatever came out; and the plot is there."""
+    rows = [re.split(r"  +", line) for line in section("Speed and memory").splitlines()]
+    told = {(row[0], row[1][0], row[2].split()[-1]) for row in rows if len(row) > 4 and row[2][:2] in ("<=", ">=")}
+    limits = {(goal.title, str(n), f"{limit:g}") for goal in GOALS for n, limit in goal.limits.items()}
+    assert told == limits
+    (count,) = re.findall(r"^(\d+) of (\d+) reached", README, flags=re.MULTILINE)
+    reached = [row for row in rows if row[-1] in ("reached", "stretch")]
+    assert count == (str(len(reached)), str(len(limits)))
+
+
+@pytest.mark.skipif(not CI.exists(), reason="a source distribution has no pictures")
+def test_the_pictures_are_there() -> None:
+    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert named == [".assets/scaling.png"]
+    with Image.open(ROOT / named[0]) as picture:
+        picture.verify()
 
 
 # ---- commands ------------------------------------------------------------------------------------------------
