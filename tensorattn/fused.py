@@ -7,6 +7,7 @@ operations, only where they are asked for.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -16,6 +17,10 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 __all__ = ["fused_attention", "is_differentiated", "is_transformed", "positional"]
+
+LANES = 16  # exponentials that the kernel takes at once; it takes the rest one by one
+TAIL = 5  # of the rest, from which on it is worth adding tokens to fill up
+FEW = 128  # tokens from which on the rest is a small part
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,10 +93,27 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
             return tensor.expand(*batch, *tensor.shape[-2:]).flatten(0, -4)
         return tensor.reshape(*(1,) * (2 - len(batch)), *tensor.shape)
 
+    if _leaves_a_tail(query, key):
+        key, value, bias = _without_a_tail(key, value, bias)
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     mask = None if bias is None else four(bias)
     output = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask=mask, scale=scale)
     return output if len(batch) == 2 else output.reshape(*batch, *output.shape[-2:])
+
+
+def _leaves_a_tail(query: Tensor, key: Tensor) -> bool:
+    """Tell whether the kernel takes long over the tokens that fill no vector, for many queries to few tokens."""
+    length, size = query.shape[-2], key.shape[-2]
+    few = size < FEW and length >= max(FEW, 4 * size)
+    return few and size % LANES >= TAIL and not query.is_meta and not torch.compiler.is_compiling()
+
+
+def _without_a_tail(key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Add tokens that nothing attends to, so that all fill vectors."""
+    missing = -key.shape[-2] % LANES
+    bias = key.new_zeros(1, key.shape[-2]) if bias is None else bias
+    key, value = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (key, value))
+    return key, value, F.pad(bias, (0, missing), value=-math.inf)
 
 
 class _Recorded(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,9 +38,16 @@ def fused(query, key, value, bias, scale=0.3):
     return fused_attention(query, key, value, bias, scale)
 
 
+@pytest.fixture(params=[False, True], ids=["as they are", "filled up"])
+def filled(request, monkeypatch):
+    """Give the kernel tokens as they are, or filled up to whole vectors."""
+    monkeypatch.setattr(kernel, "_leaves_a_tail", lambda query, key: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_values(batch, biased):
+def test_values(batch, biased, filled):
     *tensors, bias = arguments(batch)
     bias = bias if biased else None
     torch.testing.assert_close(fused(*tensors, bias), written_out(*tensors, bias), **CLOSE)
@@ -49,7 +57,7 @@ def test_values(batch, biased):
 
 @forward_mode
 @pytest.mark.parametrize("biased", [False, True])
-def test_first_and_second_derivatives_in_both_directions(biased):
+def test_first_and_second_derivatives_in_both_directions(biased, filled):
     *tensors, bias = (tensor[:1, :3].requires_grad_() for tensor in arguments())
     inputs = (*tensors, bias[..., :3]) if biased else (*tensors, None)
     function = lambda q, k, v, b: fused(q, k, v, b)  # noqa: E731
@@ -73,7 +81,7 @@ def test_first_derivatives_are_those_of_the_kernel():
 
 
 @forward_mode
-def test_transforms():
+def test_transforms(filled):
     query, key, value, bias = arguments()
     queries = torch.stack([query, draw(*query.shape, seed=5), draw(*query.shape, seed=6)])
     results = []
@@ -125,3 +133,27 @@ def test_a_positional_function_is_what_it_was():
 
     assert positional(forward) is forward
     assert forward(5, 3) == 2
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "given"),
+    [
+        (128, 14, 16),
+        (4096, 28, 32),
+        (128, 32, 32),
+        (512, 100, 100),  # a rest of four is taken one by one
+        (512, 101, 112),
+        (4096, 200, 200),  # a small part
+        (100, 14, 14),  # few queries
+        (128, 56, 56),
+    ],
+)
+def test_tokens_are_filled_up_to_whole_vectors(length, size, given, monkeypatch):
+    seen = Mock(wraps=kernel.F.scaled_dot_product_attention)
+    monkeypatch.setattr(kernel.F, "scaled_dot_product_attention", seen)
+    query, key = draw(2, length, 4), draw(2, size, 4, seed=1)
+    hidden = torch.zeros(2, 1, size, dtype=torch.float64)
+    hidden[..., ::2] = -torch.inf
+    for bias in (None, hidden):
+        torch.testing.assert_close(fused(query, key, key, bias), written_out(query, key, key, bias), **CLOSE)
+        assert [part.shape[-2] for part in seen.call_args.args] == [length, given, given]
