@@ -103,9 +103,10 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
 
 def _leaves_a_tail(query: Tensor, key: Tensor) -> bool:
     """Tell whether the kernel takes long over the tokens that fill no vector, for many queries to few tokens."""
+    if torch.compiler.is_compiling() or query.is_meta:  # what is compiled should not depend on sizes
+        return False
     length, size = query.shape[-2], key.shape[-2]
-    few = size < FEW and length >= max(FEW, 4 * size)
-    return few and size % LANES >= TAIL and not query.is_meta and not torch.compiler.is_compiling()
+    return size < FEW and length >= max(FEW, 4 * size) and size % LANES >= TAIL
 
 
 def _without_a_tail(key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,9 +49,11 @@ def map_positions(
     Returns:
         The result: ``out``, or a new tensor that lies in memory as ``x`` does.
     """
-    most = positions_at_a_time(math.prod(x.shape[:batch]), math.prod(x.shape[batch:-1]))
-    slabs = [(*(slice(None),) * batch, *slab) for slab in slabs_of(x.shape[batch:-1], most)]
-    if torch.compiler.is_compiling() or (len(slabs) == 1 and out is None):
+    slabs: list[Slab] = []
+    if not torch.compiler.is_compiling():  # what is compiled should not depend on sizes
+        most = positions_at_a_time(math.prod(x.shape[:batch]), math.prod(x.shape[batch:-1]))
+        slabs = [(*(slice(None),) * batch, *slab) for slab in slabs_of(x.shape[batch:-1], most)]
+    if not slabs or (len(slabs) == 1 and out is None):
         y = body(x, *tensors)
         y = y if skip is None else y + skip
         return y if out is None else out.copy_(y)

@@ -72,7 +72,8 @@ def absorbs(
     """Tell whether a layer absorbs its maps: one head that knows nothing but averages, and it pays.
 
     With a bias it does so only where averages have no gradient: the fused kernel has none of a bias of logits, so that
-    all weights would be written out. Under autocast the maps make the type of the output.
+    all weights would be written out. Under autocast the maps make the type of the output. What is compiled does not
+    depend on sizes.
 
     Args:
         operator: The operator.
@@ -84,7 +85,7 @@ def absorbs(
     """
     if num_heads > 1 or operator.query != "positions" or options.get("include_self") or options.get("interaction"):
         return False
-    if tuple(range(summary.order)) in summary.kept or in_autocast(x):
+    if tuple(range(summary.order)) in summary.kept or in_autocast(x) or torch.compiler.is_compiling():
         return False
     bias = q_proj.bias
     if bias is not None and torch.is_grad_enabled() and any(part.requires_grad for part in (bias, *summary.tensors)):

@@ -110,11 +110,18 @@ def test_slab_by_slab_too(spied, monkeypatch):
     torch.testing.assert_close(one, plain, rtol=1e-11, atol=1e-11)
 
 
-def test_it_compiles_in_one_piece():
+def test_it_compiles_in_one_piece_and_exports_with_any_size(spied):
     module, x = layer("kao_kv", bias=True), draw(2, *SIZES, 64)
     with torch.no_grad():
+        expected = module(x)
+        assert spied.call_count == 1
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), module(x), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-11, atol=1e-11)
+        any_size = {place: torch.export.Dim(name, max=512) for place, name in ((0, "batch"), (2, "height"))}
+        exported = torch.export.export(module, (x,), dynamic_shapes={"x": any_size}).module()
+        torch.testing.assert_close(exported(x), expected, rtol=1e-11, atol=1e-11)
+        wide = draw(1, 4, 300, 3, 64)
+        torch.testing.assert_close(exported(wide), module(wide), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

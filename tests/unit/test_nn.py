@@ -556,8 +556,9 @@ class TestTools:
         program = torch.export.export(
             layer, (torch.randn(2, 5, 7, 8),), dynamic_shapes={"x": {0: batch, 1: height, 2: width}}
         )
-        x = draw(4, 20, 3, 8, dtype=torch.float32)
-        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-6)
+        for sizes in ((4, 20, 3), (1, 100, 60)):  # in one slab, and in several
+            x = draw(*sizes, 8, dtype=torch.float32)
+            torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-6)
 
     @every_operator
     @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # the fused kernel, sample by sample
