@@ -48,7 +48,12 @@ def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tu
         if weighted and not _finite(nodes):
             nodes = None
     if nodes is None:
-        nodes = _run_by_slabs(plan, memory, aligned, mean, copied=weighted or not dense)
+        try:
+            nodes = _run_by_slabs(plan, memory, aligned, mean, copied=weighted or not dense)
+        except RuntimeError:  # a batched backward pass, whose slabs do not go into nodes that are not batched
+            if weighted or not dense:
+                raise
+            nodes = _reduce(plan, {everything: memory}, plan.steps, aligned, mean)
     if everything in plan.family:
         nodes[everything] = memory.to(dtype)
     return tuple(_to_logical(nodes[kept], plan, kept) for kept in plan.family)
@@ -81,6 +86,7 @@ def _run_by_slabs(
     given = [None if vector is None else _pieces(vector, shape, cuts) for vector in aligned]
     weighted, gone = any(vector is not None for vector in aligned), cuts.count(1)
     axes = [tuple(range(max(0, first - gone), max(0, last - gone))) for first, last in (s.axes for s in plan.first)]
+    factors = [1 / math.prod([plan.sizes[k] for k in step.reduced]) if mean else 1.0 for step in plan.first]
     cut = [step.axes[0] < len(cuts) for step in plan.first]
     scratch = memory.new_empty(parts[0].numel() if copied else 0, dtype=dtype)
     for place, (part, *targets) in enumerate(zip(parts, *into, strict=True)):
@@ -89,27 +95,27 @@ def _run_by_slabs(
             weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
             _add_weighted(targets, plan, block[(None,) * gone], weights, mean)
             continue
-        for summed, adds_up, target in zip(axes, cut, targets, strict=True):
+        for summed, factor, adds_up, target in zip(axes, factors, cut, targets, strict=True):
             if adds_up:
-                _add_sum(target, block, summed)
+                _add_sum(target, block, summed, factor)
             else:
-                torch.sum(block, summed, keepdim=True, out=target)
-    if mean and not weighted:
-        for step in plan.first:
-            nodes[step.target].mul_(1 / math.prod([plan.sizes[mode] for mode in step.reduced]))
+                torch.sum(block, summed, keepdim=True, out=target).mul_(factor)
     return _reduce(plan, nodes, plan.further, aligned, mean)
 
 
-def _add_sum(target: Tensor, block: Tensor, axes: tuple[int, ...]) -> None:
-    """Add the sum of a slab over some of its first axes to what is there: no longer run of additions than a slab."""
+def _add_sum(target: Tensor, block: Tensor, axes: tuple[int, ...], factor: float) -> None:
+    """Add a multiple of the sum of a slab over some of its first axes to what is there.
+
+    Sums of slabs are made by themselves, so that there is no long run of additions to one total.
+    """
     if not axes:
-        target.add_(block)
+        target.add_(block, alpha=factor)
         return
     left, group, right, _, _ = _around(block.shape, axes[0], axes[-1] + 1)
     if left == 1 and right >= LONG:  # row by row: rows that lie a multiple of 4 KB apart would share cache lines
-        target.add_(torch.mv(block.view(group, right).t(), block.new_ones(group)).view(target.shape))
+        target.add_(torch.mv(block.view(group, right).t(), block.new_full((group,), factor)).view(target.shape))
     else:
-        target.add_(block.sum(axes, keepdim=True))
+        target.add_(block.sum(axes, keepdim=True), alpha=factor)
 
 
 def _add_weighted(targets: Sequence[Tensor], plan: Plan, block: Tensor, weights: Sequence[Vector], mean: bool) -> None:

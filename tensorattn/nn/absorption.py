@@ -83,7 +83,7 @@ def absorbs(
         num_heads: Number of heads.
         q_proj: Linear map to queries.
     """
-    if num_heads > 1 or operator.query != "positions" or options.get("include_self") or options.get("interaction"):
+    if num_heads > 1 or not operator.absorbs(**options):
         return False
     if tuple(range(summary.order)) in summary.kept or in_autocast(x) or torch.compiler.is_compiling():
         return False

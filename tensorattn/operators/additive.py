@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
+from tensorattn.operators.interaction import adds_softmaxes
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
 from tensorattn.operators.spreading import At, Base, geometric, weights_of
@@ -170,4 +171,5 @@ OPERATOR = Operator(
     claims,
     options={"interaction": None, "saturation": 1.0, "include_self": False},
     spread=spread,
+    absorbs=adds_softmaxes,
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,19 @@ from tensorattn.options import check_number
 from tensorattn.summary import Summary
 from tensorattn.weights import accumulation_dtype
 
-__all__ = ["check_interaction", "correct", "marginal_covariance", "missing_covariance", "saturated"]
+__all__ = ["adds_softmaxes", "check_interaction", "correct", "marginal_covariance", "missing_covariance", "saturated"]
 
 DEFAULT_SATURATION = 1.0  # of every operator that has an interaction
+
+
+def adds_softmaxes(*, interaction: str | None = None, include_self: bool = False, **_: Any) -> bool:
+    """Tell whether an operator is a sum of softmaxes over its tokens: without a correction, and without own tokens.
+
+    Args:
+        interaction: As in the operator.
+        include_self: As in the operator.
+    """
+    return interaction is None and not include_self
 
 
 def check_interaction(interaction: str | None, saturation: float | None) -> None:

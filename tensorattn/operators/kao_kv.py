@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tensorattn.contraction_tree import main_effects
 from tensorattn.errors import retells
+from tensorattn.operators.interaction import adds_softmaxes
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, attend_positions, run
 from tensorattn.operators.position import Bias, biased
 from tensorattn.operators.spreading import At, Base, mixture, weights_of
@@ -150,4 +151,13 @@ def counts_indices() -> bool:
     return True
 
 
-OPERATOR = Operator("kao_kv", kao_kv, needs, attend, claims, spread=spread, counts_indices=counts_indices)
+OPERATOR = Operator(
+    "kao_kv",
+    kao_kv,
+    needs,
+    attend,
+    claims,
+    spread=spread,
+    counts_indices=counts_indices,
+    absorbs=adds_softmaxes,
+)

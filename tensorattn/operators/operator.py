@@ -91,6 +91,8 @@ class Operator:
             maps of its own, and a norm.
         counts_indices: From the options to whether it counts how often each index of a mode is there, in a softmax over
             modes or a sum over positions, which weights of whole positions do not tell.
+        absorbs: From the options to whether its output is a sum of softmaxes of queries over `Summary.tokens` alone, so
+            that a layer of one head can absorb its linear maps in them.
         options: Names of its options with their defaults.
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
             and the options to weights over the grid; None if they have no such form.
@@ -106,6 +108,7 @@ class Operator:
     takes_means: Callable[..., bool] = _never
     pools: bool = False
     counts_indices: Callable[..., bool] = _never
+    absorbs: Callable[..., bool] = _never
     options: Mapping[str, Any] = field(default_factory=dict)
     spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)

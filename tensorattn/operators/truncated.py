@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import check_order, mode_parts, mode_subsets
+from tensorattn.operators.interaction import adds_softmaxes
 from tensorattn.operators.means import attend_to_means, means_claims, means_needs
 from tensorattn.operators.operator import AttentionResult, Claim, Operator, run
 from tensorattn.operators.spreading import At, Base, geometric, weights_of
@@ -212,4 +213,5 @@ OPERATOR = Operator(
     claims,
     options={"kept": None, "interaction_order": None, "interaction": None, "saturation": 1.0, "include_self": False},
     spread=spread,
+    absorbs=adds_softmaxes,
 )

@@ -151,6 +151,23 @@ def test_where_it_does_not_pay_or_apply(operator, given, spied):
     assert not spied.called
 
 
+def test_another_operator_has_to_say_that_it_can(spied):
+    """Cosine attention looks at its queries in a way of its own."""
+    additive = ta.get_operator("additive")
+
+    def attend(query: Tensor, summary: ta.Summary, **settings: Any) -> Any:
+        return additive.attend(torch.nn.functional.normalize(query, dim=-1), summary, **settings)
+
+    record = ta.Operator("cosine", additive.function, additive.needs, attend, additive.claims, options=additive.options)
+    ta.register_operator(record)
+    try:
+        with torch.no_grad():
+            layer("cosine", bias=True)(draw(2, *SIZES, 64))
+    finally:
+        del ta.OPERATORS["cosine"]
+    assert not spied.called
+
+
 def test_a_bias_of_logits_that_has_a_gradient_keeps_the_fused_kernel(spied):
     module, x = layer("additive", bias=True), draw(2, *SIZES, 64)
     module(x)

@@ -180,6 +180,20 @@ class TestMeans:
         _, mean = ta.mode_averages(x, order=2)
         assert ((mean - exact) / exact).abs().max() < 3e-6
 
+    def test_large_values_do_not_overflow_over_slabs(self, monkeypatch):
+        monkeypatch.setattr(slabs, "CACHED", 0)
+        monkeypatch.setattr(slabs, "ELEMENTS", 64)
+        x = torch.full((64, 64, 8), 1e37)
+        for mean in ta.mode_averages(x, order=2):
+            close([mean], [torch.full((64, 8), 1e37)], rtol=1e-5, atol=0)
+
+    def test_gradients_in_batches(self, slab):
+        x = draw(*grid(3)).requires_grad_()
+        means, cotangents = ta.mode_averages(x, order=3), draw(4, *grid(3), seed=5)
+        y = ta.outer_sum(means) * x
+        (found,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, retain_graph=True)
+        close(list(found), [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in cotangents])
+
     def test_expanded_tensors(self, slab):
         row = draw(2, 1, 5, 1)
         x = row.expand(2, 4, 5, 3)
