@@ -16,7 +16,7 @@ from torch import Tensor
 from tensorattn.fused import is_transformed, positional
 from tensorattn.handover import hand_over
 from tensorattn.slabs import positions_at_a_time, slabs_of
-from tensorattn.weights import accumulation_dtype
+from tensorattn.weights import accumulation_dtype, in_autocast
 
 __all__ = ["map_positions"]
 
@@ -102,8 +102,7 @@ class _Circumstances(NamedTuple):
     def here(cls, device: torch.device, random: bool) -> _Circumstances:
         """Note them down."""
         kind = device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
-        autocast = torch.get_autocast_dtype(kind) if enabled else None
+        autocast = torch.get_autocast_dtype(kind) if in_autocast(device) else None
         states = None
         if random:
             accelerator = (torch.get_device_module(kind).get_rng_state(device),) if kind != "cpu" else ()

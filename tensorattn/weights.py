@@ -198,14 +198,13 @@ def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def in_autocast(tensor: Tensor) -> bool:
-    """Tell whether linear maps of a tensor choose a type of their own now.
+def in_autocast(device: torch.device) -> bool:
+    """Tell whether linear maps on a device choose a type of their own now.
 
     Args:
-        tensor: The tensor; its device counts.
+        device: The device.
     """
-    kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # not on meta
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -85,7 +85,7 @@ def absorbs(
     """
     if num_heads > 1 or not operator.absorbs(**options):
         return False
-    if tuple(range(summary.order)) in summary.kept or in_autocast(x) or torch.compiler.is_compiling():
+    if tuple(range(summary.order)) in summary.kept or in_autocast(x.device) or torch.compiler.is_compiling():
         return False
     bias = q_proj.bias
     if bias is not None and torch.is_grad_enabled() and any(part.requires_grad for part in (bias, *summary.tensors)):

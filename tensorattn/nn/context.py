@@ -160,7 +160,7 @@ class ContextReader:
                 "the summary of the context holds no second moments, but interaction='linear' needs them."
             )
         family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
-        casts = in_autocast(x)
+        casts = in_autocast(x.device)
         for kept in family:
             sides = ((summary.key(kept), self.dims[0], "kdim"), (summary.value(kept), self.dims[1], "vdim"))
             for mean, dim, called in sides:

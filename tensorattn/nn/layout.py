@@ -144,7 +144,7 @@ def check_parameters(x: Tensor, parameter: Tensor, argument: str = "x") -> None:
     Raises:
         DtypeError: If it does not.
     """
-    if x.dtype != parameter.dtype and not in_autocast(x):
+    if x.dtype != parameter.dtype and not in_autocast(x.device):
         raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
     if x.device != parameter.device:
         raise DtypeError(f"the device is {x.device} in {argument} but {parameter.device} in the parameters.")
