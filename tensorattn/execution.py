@@ -99,7 +99,7 @@ def _run_by_slabs(
             if adds_up:
                 _add_sum(target, block, summed, factor)
             else:
-                torch.sum(block, summed, keepdim=True, out=target).mul_(factor)
+                (torch.mean if mean else torch.sum)(block, summed, keepdim=True, out=target)
     return _reduce(plan, nodes, plan.further, aligned, mean)
 
 
@@ -160,24 +160,31 @@ def _reduce(
     nodes = dict(nodes)
     for step in steps:
         node = nodes[step.source]
-        plain = [plan.sizes[mode] for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod(plain) if mean else 1.0
-        if len(plain) == len(step.reduced):
-            nodes[step.target] = _reduce_plainly(node, *step.axes, factor)
-        else:
-            weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
+        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
+        factor = _factor(plan, step, aligned) if mean else 1.0
+        if weights:
             nodes[step.target] = _reduce_by_weights(node, *step.axes, weights, factor)
+        else:
+            nodes[step.target] = _reduce_plainly(node, *step.axes, factor)
     nodes.pop(plan.everything, None)
     return nodes
+
+
+def _factor(plan: Plan, step: Step, aligned: Sequence[Vector]) -> float:
+    """What makes a mean of a sum over the modes of a step that have no weights."""
+    return 1 / math.prod([plan.sizes[mode] for mode in step.reduced if aligned[mode] is None])
 
 
 def _reduce_plainly(node: Tensor, first: int, last: int, factor: float) -> Tensor:
     """Sum the axes from one up to another, and multiply by a factor, with a view and one primitive."""
     left, group, right, reduced, primitive = _around(node.shape, first, last)
     if primitive == "view":
-        return node.view(reduced) if factor == 1 else node.view(reduced) * factor
+        return node if factor == 1 else node * factor
     if primitive == "sum":
-        total = node.view(left, group, right).sum(1).view(reduced)
+        axes = tuple(range(first, last))
+        if factor == 1 / group:
+            return node.mean(axes, True)
+        total = node.sum(axes, True)
         return total if factor == 1 else total.mul_(factor)
     if primitive == "mv":
         matrix = node.view(left, group) if right == 1 else node.view(group, right).t()
@@ -256,8 +263,7 @@ def run_backwards(
         part = _to_memory(part, plan, kept)
         terms.setdefault(kept, []).append((part, None))
     for step in reversed(plan.steps):
-        plain = [mode for mode in step.reduced if aligned[mode] is None]
-        factor = 1 / math.prod([plan.sizes[mode] for mode in plain]) if mean else 1.0
+        factor = _factor(plan, step, aligned) if mean else 1.0
         weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
         grad = _add_up(terms[step.target])
         scaled = grad if factor == 1 else grad * factor

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
 from tensorattn.fused import fused_attention, is_differentiated
+from tensorattn.tokens import join_tokens
 from tensorattn.weights import accumulation_dtype, in_type
 
-__all__ = ["TokenSet", "attend_tokens", "join_sets", "join_tokens", "merge_attention"]
+__all__ = ["TokenSet", "attend_tokens", "join_sets", "merge_attention"]
 
 CHUNK = 1 << 19  # logits held at a time by the explicit path: 2 MB in float32
 
@@ -174,15 +175,6 @@ def _explicit(
         lse = None if lse is None else torch.where(alive, lse, -math.inf)
         weights = [weight * alive for weight in weights]
     return output.to(query.dtype), lse, weights
-
-
-def join_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate tokens ``(*batch, S_i, D)``.
-
-    Args:
-        parts: Tokens.
-    """
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
 
 
 def join_sets(sets: Sequence[TokenSet]) -> TokenSet:

@@ -13,19 +13,21 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.contraction_tree import Family, Kept
+from tensorattn.contraction_tree import Family, Kept, main_effects
 from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec
 from tensorattn.options import check_count
-from tensorattn.softmax import TokenSet, join_tokens
+from tensorattn.softmax import TokenSet
+from tensorattn.tokens import join_tokens, split_tokens
 from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, in_type, log_weights
 
-__all__ = ["Summary", "apply_linear", "joined_linear", "projected", "split_heads"]
+__all__ = ["Summary", "apply_linear", "joined_linear", "picked", "projected", "projected_with_queries", "split_heads"]
 
 Map = tuple[Tensor, Tensor | None]  # the matrix of a linear map, and its bias
 
@@ -146,6 +148,15 @@ class Summary:
         if mean is None:
             raise OptionError(f"the summary does not hold the mean values of the kept modes {kept}.")
         return mean
+
+    def of_modes(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the mean keys and the mean values of every mode.
+
+        Raises:
+            OptionError: If some are not held.
+        """
+        effects = main_effects(self.order)
+        return picked(self.keys, self.kept, effects), picked(self.values, self.kept, effects)
 
     def tokens(self, kept: Kept, coefficient: int = 1) -> TokenSet:
         """Return the means of one kept subset as a set of tokens.
@@ -411,6 +422,31 @@ class Summary:
         )
 
 
+def picked(means: tuple[Tensor | None, ...], held: Family, kept: Family) -> tuple[Tensor, ...]:
+    """Return the means of some kept subsets; where they are all there are, as they are, since they may lie in a row.
+
+    Args:
+        means: One mean for each kept subset that is held, or None.
+        held: These subsets.
+        kept: The subsets that are wanted.
+
+    Raises:
+        OptionError: If one is not held.
+    """
+    if held == kept and _all_there(means):
+        return means
+    found = dict(zip(held, means, strict=True))
+    wanted = tuple(found.get(subset) for subset in kept)
+    if not _all_there(wanted):
+        raise OptionError(f"the summary does not hold all means of the kept modes {kept}.")
+    return wanted
+
+
+def _all_there(means: tuple[Tensor | None, ...]) -> TypeGuard[tuple[Tensor, ...]]:
+    """Tell whether no mean is missing."""
+    return all(mean is not None for mean in means)
+
+
 def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | None) -> Summary:
     """Project a summary as `Summary.project` does, unchecked.
 
@@ -420,6 +456,24 @@ def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | N
         of_values: Linear map of the values.
         num_heads: Heads that they are split into, or None.
     """
+    return projected_with_queries(summary, (), of_keys, of_values, num_heads)[0]
+
+
+def projected_with_queries(
+    summary: Summary, of_queries: Sequence[Map], of_keys: Map, of_values: Map, num_heads: int | None
+) -> tuple[Summary, tuple[Tensor | None, ...]]:
+    """Project a summary, and its mean keys to mean queries too, unchecked.
+
+    Args:
+        summary: The summary.
+        of_queries: Linear map of the queries, if any.
+        of_keys: Linear map of the keys.
+        of_values: Linear map of the values.
+        num_heads: Heads that they are split into, or None.
+
+    Returns:
+        The projected summary, and the mean queries of each kept subset; none without a map of theirs.
+    """
     batch, order = len(summary.batch), summary.order
 
     def linear(means: tuple[Tensor | None, ...], *maps: Map) -> list[tuple[Tensor | None, ...]]:
@@ -427,6 +481,8 @@ def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | N
         pairs = list(zip(means, summary.kept, strict=True))
         held = [mean for mean, kept in pairs if mean is not None and len(kept) < order]
         mapped = joined_linear(held, batch, maps, num_heads) if held else [()] * len(maps)
+        if len(held) == len(means):
+            return list(mapped)
         return [
             tuple(
                 None if mean is None else next(rows) if len(kept) < order else _to_heads(mean, batch, to, num_heads)
@@ -445,15 +501,15 @@ def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | N
         return left @ moment @ right.mT
 
     if all(key is value for key, value in zip(summary.keys, summary.values, strict=True)):
-        keys, values = linear(summary.keys, of_keys, of_values)
+        keys, values, *queries = linear(summary.keys, of_keys, of_values, *of_queries)
     else:
-        (keys,), (values,) = linear(summary.keys, of_keys), linear(summary.values, of_values)
+        (keys, *queries), (values,) = linear(summary.keys, of_keys, *of_queries), linear(summary.values, of_values)
     weights, mode_weights = summary.weights, summary.mode_weights
     if num_heads is not None:
         weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
         if mode_weights is not None:
             mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
-    return Summary(
+    found = Summary(
         summary.sizes,
         summary.kept,
         keys,
@@ -463,6 +519,7 @@ def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | N
         bilinear(summary.covariance, of_values[0], of_keys[0]),
         bilinear(summary.key_covariance, of_keys[0], of_keys[0]),
     )
+    return found, queries[0] if queries else ()
 
 
 def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
@@ -510,7 +567,9 @@ def joined_linear(
     grids = [mean.shape[batch:-1] for mean in means]
     tokens = [_in_a_row(mean, batch) for mean in means]
     joined, lengths = join_tokens(tokens), [part.shape[-2] for part in tokens]
-    mapped = [_to_heads(joined, batch, to, num_heads).split_with_sizes(lengths, -2) for to in maps]
+    mapped = [split_tokens(_to_heads(joined, batch, to, num_heads), lengths) for to in maps]
+    if all(len(grid) == 1 for grid in grids):
+        return mapped
     return [
         tuple(
             part if len(grid) == 1 else part.reshape(*part.shape[:-2], *grid, part.shape[-1])

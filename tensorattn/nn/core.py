@@ -24,8 +24,8 @@ from tensorattn.nn.projections import (
     check_heads,
     join_heads,
     mapped,
+    project_means,
     project_summary,
-    rows_of,
 )
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.operators import get_operator
@@ -36,9 +36,9 @@ from tensorattn.operators.spreading import place_on
 from tensorattn.options import check_count, check_probability, check_switch
 from tensorattn.positionwise import map_positions
 from tensorattn.running import Past, continued_frames, continued_summary
-from tensorattn.softmax import join_tokens
 from tensorattn.summarizing import self_summary
-from tensorattn.summary import Summary, apply_linear, joined_linear, split_heads
+from tensorattn.summary import Summary, apply_linear, split_heads
+from tensorattn.tokens import join_tokens
 from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype, beside, in_type
 
 __all__ = ["AttentionCore"]
@@ -397,21 +397,14 @@ class AttentionCore(nn.Module):
 
     def _attend_means(self, summary: Summary, settings: dict[str, Any]) -> AttentionResult:
         """Attend from averages: queries are projected in S rows."""
-        kept = [*main_effects(self.modes.order), *(() for _ in (0,) if () in summary.kept)]
+        kept = (*main_effects(self.modes.order), *((),) * (() in summary.kept))
         if self.q_norm is not None and self.k_norm is not None:
             settings |= {
                 "query_norm": functools.partial(apply_norm, self.q_norm),
                 "key_norm": functools.partial(apply_norm, self.k_norm),
             }
-        means = [summary.key(subset) for subset in kept]
-        if self.mode_projections:
-            maps = (rows_of(self.q_proj, mode, self.embed_dim) for mode in range(len(kept)))
-            rows = (apply_linear(mean, *each) for mean, each in zip(means, maps, strict=True))
-            queries = tuple(self._heads(part, 1) for part in rows)
-        else:
-            q_proj = self.q_proj
-            (queries,) = joined_linear(means, 1, [(q_proj.weight, q_proj.bias)], self.num_heads)
-        projected = self._project(summary)
+        maps = self.q_proj, self.k_proj, self.v_proj
+        queries, projected = project_means(summary, kept, *maps, self.num_heads)
         if self.rotary is not None:
             queries = tuple(self.rotary.rotate_mode(part, mode) for mode, part in enumerate(queries))
             keys = list(projected.keys)

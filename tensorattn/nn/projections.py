@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorattn.contraction_tree import Family
 from tensorattn.errors import OptionError
 from tensorattn.options import check_count
-from tensorattn.summary import Summary, projected
+from tensorattn.summary import Summary, apply_linear, picked, projected, projected_with_queries, split_heads
 
 __all__ = [
     "added",
@@ -18,8 +19,8 @@ __all__ = [
     "check_heads",
     "join_heads",
     "mapped",
+    "project_means",
     "project_summary",
-    "rows_of",
 ]
 
 
@@ -51,14 +52,8 @@ def join_heads(tensor: Tensor, batch: int) -> Tensor:
     return tensor.movedim(batch, -2).flatten(-2)
 
 
-def rows_of(linear: nn.Linear, mode: int, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the linear map of one mode, where each has its own; all rows where they share one.
-
-    Args:
-        linear: The maps of all modes, one below the other.
-        mode: The mode.
-        rows: Rows of one map.
-    """
+def _rows_of(linear: nn.Linear, mode: int, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the linear map of one mode, where each has its own; all rows where they share one."""
     start = mode * rows if (mode + 1) * rows <= linear.out_features else 0
     part = slice(start, start + rows)
     return linear.weight[part], None if linear.bias is None else linear.bias[part]
@@ -76,15 +71,38 @@ def project_summary(summary: Summary, k_proj: nn.Linear, v_proj: nn.Linear, num_
     rows, of_values = v_proj.out_features, (v_proj.weight, v_proj.bias)
     if k_proj.out_features == rows:
         return projected(summary, (k_proj.weight, k_proj.bias), of_values, num_heads)
-    first = projected(summary, rows_of(k_proj, 0, rows), of_values, num_heads)
+    first = projected(summary, _rows_of(k_proj, 0, rows), of_values, num_heads)
     nothing = (None,) * len(summary.kept)
     keys = list(first.keys)
     for mode in range(1, summary.order):
         place = summary.place((mode,))
         alone = (*nothing[:place], summary.keys[place], *nothing[place + 1 :])
         part = dataclasses.replace(summary, keys=alone, values=nothing)
-        keys[place] = projected(part, rows_of(k_proj, mode, rows), of_values, num_heads).keys[place]
+        keys[place] = projected(part, _rows_of(k_proj, mode, rows), of_values, num_heads).keys[place]
     return dataclasses.replace(first, keys=tuple(keys))
+
+
+def project_means(
+    summary: Summary, kept: Family, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, num_heads: int
+) -> tuple[tuple[Tensor, ...], Summary]:
+    """Project a summary of inputs as `project_summary` does, and its means to mean queries.
+
+    Args:
+        summary: Summary of the inputs.
+        kept: Kept subsets of the mean queries, those of one mode first.
+        q_proj: Linear map to queries, of all modes or of one mode below the other.
+        k_proj: Linear map to keys, likewise.
+        v_proj: Linear map to values.
+        num_heads: Heads.
+    """
+    rows = v_proj.out_features
+    if q_proj.out_features == rows:
+        of_queries, of_keys, of_values = ((linear.weight, linear.bias) for linear in (q_proj, k_proj, v_proj))
+        found, queries = projected_with_queries(summary, [of_queries], of_keys, of_values, num_heads)
+        return picked(queries, found.kept, kept), found
+    maps = (_rows_of(q_proj, mode, rows) for mode in range(len(kept)))
+    parts = (apply_linear(summary.key(subset), *to) for subset, to in zip(kept, maps, strict=True))
+    return tuple(split_heads(part, num_heads, 1) for part in parts), project_summary(summary, k_proj, v_proj, num_heads)
 
 
 def mapped(tensor: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

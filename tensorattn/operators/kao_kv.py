@@ -17,17 +17,21 @@ from tensorattn.presence import GivenWeights, Lengths, Mask
 from tensorattn.softmax import TokenSet, join_sets
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
+from tensorattn.tokens import join_tokens
 
 __all__ = ["OPERATOR", "joint_set", "kao_kv"]
 
 
 def joint_set(summary: Summary, bias: Bias | None = None, positions: Sequence[int] = ()) -> TokenSet:
     """Return the averages of all modes as one set of tokens, each counted as often as its index."""
-    sets = []
-    for mode, kept in enumerate(main_effects(summary.order)):
-        tokens = TokenSet(summary.key(kept), summary.value(kept), summary.mode_log_weight(mode))
-        sets.append(biased(tokens, kept, bias, positions, summary.sizes))
-    return join_sets(sets)
+    effects, log_weights = main_effects(summary.order), [summary.mode_log_weight(k) for k in range(summary.order)]
+    keys, values = summary.of_modes()
+    if bias is None and all(log_weight is None for log_weight in log_weights):
+        return TokenSet(join_tokens(keys), join_tokens(values))
+    sets = map(TokenSet, keys, values, log_weights)
+    return join_sets(
+        [biased(each, kept, bias, positions, summary.sizes) for each, kept in zip(sets, effects, strict=True)]
+    )
 
 
 def attend(query: Tensor, summary: Summary, *, bias: Bias | None = None, **settings: Any) -> AttentionResult:

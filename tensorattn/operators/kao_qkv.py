@@ -18,9 +18,10 @@ from tensorattn.operators.kao_kv import joint_set
 from tensorattn.operators.operator import SYMMETRIES, AttentionResult, Claim, Operator, run
 from tensorattn.operators.spreading import At, Base, geometric, mixture, place_on, weights_of
 from tensorattn.presence import GivenWeights, Lengths, Mask
-from tensorattn.softmax import attend_tokens, join_tokens
+from tensorattn.softmax import attend_tokens
 from tensorattn.summarizing import Needs
 from tensorattn.summary import Summary
+from tensorattn.tokens import join_tokens, split_tokens
 from tensorattn.truncation import counting_numbers
 from tensorattn.weighing import weighted_means
 
@@ -66,19 +67,23 @@ def _attend_from_means(
         sets = [summary.tokens(kept, count) for kept, count in counts.items() if count]
         queries, sizes = join_tokens([*means[:order], means[order].unsqueeze(-2)]), (*summary.sizes, 1)
     else:
-        sets, queries, sizes = [joint_set(summary)], join_tokens(means[:order]), summary.sizes
+        sets, queries, sizes = [joint_set(summary)], join_tokens(means), summary.sizes
     output, lse, attention = attend_tokens(queries, sets, return_attention=return_attention, **settings)
-    outputs, lses = list(output.split_with_sizes(sizes, -2)), None if lse is None else list(lse.split(sizes, -1))
+    outputs, lses = split_tokens(output, sizes), None if lse is None else lse.split(sizes, -1)
     if centered:
-        outputs[0] = outputs[0] - (order - 1) * outputs.pop()
-        if lses is not None:
-            lses[0] = lses[0] - (order - 1) * lses.pop()
+        outputs, lses = _less_grand_mean(outputs), None if lses is None else _less_grand_mean(lses)
     weights = None
     if attention is not None:
         columns = attention[:order] if centered else attention[0].split(summary.sizes, -1)
         rows = [column.split(sizes, -2) for column in columns]
         weights = tuple(tuple(row[place] for row in rows) for place in range(len(sizes)))
-    return AttentionResult(tuple(outputs), None if lses is None else tuple(lses), weights)
+    return AttentionResult(outputs, lses, weights)
+
+
+def _less_grand_mean(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Take what the grand mean gives N−1 times from what one of the N modes gives."""
+    first, *others, grand = parts
+    return first - len(others) * grand, *others
 
 
 def _correction(
