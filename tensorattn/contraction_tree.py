@@ -25,7 +25,7 @@ def main_effects(order: int) -> Family:
     Args:
         order: Number of modes N.
     """
-    return tuple(zip(range(order), strict=True))
+    return tuple(zip(range(order), strict=True))  # ((0,), (1,), …)
 
 
 def primitive_for(left: int, group: int, right: int) -> str:

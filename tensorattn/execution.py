@@ -18,6 +18,7 @@ from tensorattn.weights import Vector, accumulation_dtype, in_type
 __all__ = ["absent_as_zero", "memory_order", "run", "run_backwards", "split_shape"]
 
 Term = tuple[Tensor, Tensor | None]  # a part of a sum, and its weight
+Aligned = Sequence[Vector] | None  # weights of each mode, beside the tensor in memory order; None where none has any
 
 
 def split_shape(tensor: Tensor, order: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -39,8 +40,8 @@ def run(plan: Plan, tensor: Tensor, vectors: Sequence[Vector], mean: bool) -> tu
     """
     memory = tensor if plan.in_order else tensor.permute(plan.permutation)
     dtype, everything = accumulation_dtype(tensor.dtype), plan.everything
-    weighted = any(vector is not None for vector in vectors)
-    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)] if weighted else vectors
+    aligned = _all_aligned(vectors, plan)
+    weighted = aligned is not None
     dense = tensor.dtype == dtype and memory.is_contiguous()
     nodes: dict[Kept, Tensor] | None = None
     if dense and (_reads_in_place(plan, vectors) if weighted else not _reads_again(plan, tensor)):
@@ -71,9 +72,7 @@ def _reads_in_place(plan: Plan, vectors: Sequence[Vector]) -> bool:
     return plan.permutation[:batch] == tuple(range(batch)) or all(v is None or v.dim() == 1 for v in vectors)
 
 
-def _run_by_slabs(
-    plan: Plan, memory: Tensor, aligned: Sequence[Vector], mean: bool, *, copied: bool
-) -> dict[Kept, Tensor]:
+def _run_by_slabs(plan: Plan, memory: Tensor, aligned: Aligned, mean: bool, *, copied: bool) -> dict[Kept, Tensor]:
     """Execute a plan slab by slab, where all but the first reader of a slab find it in the cache.
 
     The tensor itself is only averaged into the first nodes of the tree, which add up over slabs; the rest of the tree
@@ -83,15 +82,15 @@ def _run_by_slabs(
     nodes = {step.target: memory.new_zeros(_kept_shape(plan, step.target, shape), dtype=dtype) for step in plan.first}
     cuts = steps_of(shape, slabs.ELEMENTS)
     parts, *into = (_pieces(tensor, shape, cuts) for tensor in (memory, *nodes.values()))
-    given = [None if vector is None else _pieces(vector, shape, cuts) for vector in aligned]
-    weighted, gone = any(vector is not None for vector in aligned), cuts.count(1)
+    given = [None if vector is None else _pieces(vector, shape, cuts) for vector in aligned or ()]
+    gone = cuts.count(1)
     axes = [tuple(range(max(0, first - gone), max(0, last - gone))) for first, last in (s.axes for s in plan.first)]
-    factors = [1 / math.prod([plan.sizes[k] for k in step.reduced]) if mean else 1.0 for step in plan.first]
+    factors = [1 / step.count if mean else 1.0 for step in plan.first]
     cut = [step.axes[0] < len(cuts) for step in plan.first]
     scratch = memory.new_empty(parts[0].numel() if copied else 0, dtype=dtype)
     for place, (part, *targets) in enumerate(zip(parts, *into, strict=True)):
         block = scratch[: part.numel()].view(part.shape).copy_(part) if copied else part
-        if weighted:
+        if aligned is not None:
             weights = [None if pieces is None else pieces[place][(None,) * gone] for pieces in given]
             _add_weighted(targets, plan, block[(None,) * gone], weights, mean)
             continue
@@ -151,7 +150,7 @@ def absent_as_zero(tensor: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _reduce(
-    plan: Plan, nodes: dict[Kept, Tensor], steps: Sequence[Step], aligned: Sequence[Vector], mean: bool
+    plan: Plan, nodes: dict[Kept, Tensor], steps: Sequence[Step], aligned: Aligned, mean: bool
 ) -> dict[Kept, Tensor]:
     """Execute steps on dense nodes in memory order, where reduced modes stay as dimensions of size 1.
 
@@ -160,8 +159,7 @@ def _reduce(
     nodes = dict(nodes)
     for step in steps:
         node = nodes[step.source]
-        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
-        factor = _factor(plan, step, aligned) if mean else 1.0
+        weights, factor = _weights(plan, step, aligned, mean)
         if weights:
             nodes[step.target] = _reduce_by_weights(node, *step.axes, weights, factor)
         else:
@@ -170,9 +168,12 @@ def _reduce(
     return nodes
 
 
-def _factor(plan: Plan, step: Step, aligned: Sequence[Vector]) -> float:
-    """What makes a mean of a sum over the modes of a step that have no weights."""
-    return 1 / math.prod([plan.sizes[mode] for mode in step.reduced if aligned[mode] is None])
+def _weights(plan: Plan, step: Step, aligned: Aligned, mean: bool) -> tuple[Sequence[Tensor], float]:
+    """Weights of the modes of a step, and what makes a mean of a sum over its other modes."""
+    if aligned is None:
+        return (), 1 / step.count if mean else 1.0
+    plain = math.prod([plan.sizes[mode] for mode in step.reduced if aligned[mode] is None])
+    return [w for mode in step.reduced if (w := aligned[mode]) is not None], 1 / plain if mean else 1.0
 
 
 def _reduce_plainly(node: Tensor, first: int, last: int, factor: float) -> Tensor:
@@ -255,7 +256,7 @@ def run_backwards(
 
     What is to be added on top (`skip`) joins in the same pass, and the result goes to `out` where it is given.
     """
-    aligned = [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
+    aligned = _all_aligned(vectors, plan)
     shape, root = plan.memory_shape, plan.everything
     terms: dict[Kept, list[Term]] = {}
     for kept, part in zip(plan.family, parts, strict=True):
@@ -263,8 +264,7 @@ def run_backwards(
         part = _to_memory(part, plan, kept)
         terms.setdefault(kept, []).append((part, None))
     for step in reversed(plan.steps):
-        factor = _factor(plan, step, aligned) if mean else 1.0
-        weights = [w for mode in step.reduced if (w := aligned[mode]) is not None]
+        weights, factor = _weights(plan, step, aligned, mean)
         grad = _add_up(terms[step.target])
         scaled = grad if factor == 1 else grad * factor
         weight = functools.reduce(torch.mul, weights) if weights else None
@@ -286,6 +286,8 @@ def run_backwards(
 
 def _add_up(terms: Sequence[Term]) -> Tensor:
     """Add weighted terms that broadcast against each other."""
+    if len(terms) == 1 and terms[0][1] is None:
+        return terms[0][0]
     return functools.reduce(torch.add, (part if weight is None else part * weight for part, weight in terms))
 
 
@@ -342,6 +344,13 @@ def _single(piece: Tensor, size: int) -> Sequence[Tensor]:
     """Take the indices of the first dimension one by one; of one index, as often as there should be."""
     parts = piece.unbind()
     return parts if len(parts) == size else parts * size
+
+
+def _all_aligned(vectors: Sequence[Vector], plan: Plan) -> Aligned:
+    """View the weights of all modes so; nothing where none has any."""
+    if all(vector is None for vector in vectors):
+        return None
+    return [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
 
 
 def _aligned(vector: Vector, plan: Plan, mode: int) -> Vector:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 __all__ = ["fused_attention", "is_differentiated", "is_transformed", "positional"]
 
@@ -52,8 +52,10 @@ def is_differentiated(*tensors: Tensor) -> bool:
     Args:
         *tensors: The tensors.
     """
-    backwards = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return backwards or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    level = getattr(forward_ad, "_current_level", 0)  # negative while no tensor has a forward derivative
+    return level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -84,21 +86,20 @@ def positional(forward: Callable[P, R]) -> Callable[P, R]:
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Call the kernel, which is fused for exactly two batch dimensions and contiguous channels alone."""
-    batch = query.shape[:-2]
+    if query.dim() != 4:
+        batch = query.shape[:-2]
 
-    def four(tensor: Tensor) -> Tensor:
-        if len(batch) == 2:
-            return tensor
-        if len(batch) > 2:
-            return tensor.expand(*batch, *tensor.shape[-2:]).flatten(0, -4)
-        return tensor.reshape(*(1,) * (2 - len(batch)), *tensor.shape)
+        def four(tensor: Tensor) -> Tensor:
+            if len(batch) > 2:
+                return tensor.expand(*batch, *tensor.shape[-2:]).flatten(0, -4)
+            return tensor.reshape(*(1,) * (2 - len(batch)), *tensor.shape)
 
+        output = _kernel(four(query), four(key), four(value), None if bias is None else four(bias), scale)
+        return output.reshape(*batch, *output.shape[-2:])
     if _leaves_a_tail(query, key):
         key, value, bias = _without_a_tail(key, value, bias)
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    mask = None if bias is None else four(bias)
-    output = F.scaled_dot_product_attention(four(query), four(key), four(value), attn_mask=mask, scale=scale)
-    return output if len(batch) == 2 else output.reshape(*batch, *output.shape[-2:])
+    query, key, value = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 def _leaves_a_tail(query: Tensor, key: Tensor) -> bool:

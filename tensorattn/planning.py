@@ -41,6 +41,7 @@ class Step:
         target: Modes that the node written still has.
         reduced: Modes averaged out, in memory order.
         axes: First of their axes in memory order, and the one behind the last.
+        count: Elements that are averaged to one.
         equation: The contraction over all axes in memory order, as opt_einsum writes it.
         read: Elements read.
         written: Elements written.
@@ -53,6 +54,7 @@ class Step:
     target: Kept
     reduced: Kept
     axes: tuple[int, int]
+    count: int
     equation: str
     read: int
     written: int
@@ -428,6 +430,7 @@ def make_plan(
                 target,
                 reduced,
                 (min(axes), max(axes) + 1),
+                group,
                 f"{inputs}->{output}",
                 left * group * right,
                 left * right,

@@ -72,14 +72,16 @@ def attend_tokens(
         The output ``(*batch, L, D_v)`` in the type of the query; if asked for, the sum over sets of coefficient
         times log-sum-exp ``(*batch, L)``; and the attention weights ``(*batch, L, S)`` of each set.
     """
-    length, batch = query.shape[-2], math.prod(query.shape[:-2])
-    fusible = all(tokens.bias is None and query.shape[-1] == tokens.value.shape[-1] for tokens in sets)
-    fused = fusible and not (return_lse or return_attention or dropout_p > 0)
-    held = query.shape[-1] if fused else sum(tokens.key.shape[-2] for tokens in sets)
+    *batch, length, dim = query.shape
+    fused = not (return_lse or return_attention or dropout_p > 0)
+    fused = fused and all([tokens.bias is None and dim == tokens.value.shape[-1] for tokens in sets])
     step = length
     if not torch.compiler.is_compiling() and not query.is_meta:
-        most = max(64, CHUNK // max(1, batch * held))
+        held = dim if fused else sum([tokens.key.shape[-2] for tokens in sets])
+        most = max(64, CHUNK // max(1, math.prod(batch) * held))
         step = length if length <= most or (fused and _runs_whole(query, sets)) else most
+    if fused and step == length:
+        return _fused(query, sets, scale), None, None
 
     def attend(start: int) -> tuple[Tensor, ...]:
         """Attend from one chunk; output, log-sum-exp and attention weights as far as they are asked for."""
@@ -120,7 +122,7 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
     """Add up what the fused kernel gives for each set."""
     dtype = query.dtype if len(sets) == 1 else accumulation_dtype(query.dtype)
     queries, total = in_type(query, dtype), None
-    choices = sum(tokens.key.shape[-2] > 1 for tokens in sets)
+    choices = sum([tokens.key.shape[-2] > 1 for tokens in sets])
     if choices > 1:
         queries = queries.contiguous()  # they are read once a set, and faster so
     for tokens in sets:

@@ -138,7 +138,8 @@ def attention_summary(key: Tensor, value: Tensor, needs: Needs, weights: Weights
     family, of_keys, of_values = _wanted(needs)
     keys = dict(zip(of_keys, weighted_means(key, of_keys, weights), strict=True))
     values = dict(zip(of_values, weighted_means(value, of_values, weights), strict=True))
-    return _assemble(key, value, keys, values, family, needs, weights)
+    held = tuple(map(keys.get, family)), tuple(map(values.get, family))
+    return _assemble(key, value, *held, family, needs, weights)
 
 
 def self_summary(x: Tensor, needs: Needs, weights: Weights) -> tuple[Summary, Tensor]:
@@ -153,10 +154,14 @@ def self_summary(x: Tensor, needs: Needs, weights: Weights) -> tuple[Summary, Te
         The summary, and the tensor; its further derivative joins that of the summary in one pass.
     """
     family, of_keys, of_values = _wanted(needs)
+    if of_keys is family and of_values is family:
+        means, x = weighted_means_through(x, family, weights)
+        return _assemble(x, x, means, means, family, needs, weights), x
     both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
-    found, x = weighted_means_through(x, both, weights)
-    means = dict(zip(both, found, strict=True))
-    keys, values = ({kept: means[kept] for kept in side} for side in (of_keys, of_values))
+    means, x = weighted_means_through(x, both, weights)
+    found = dict(zip(both, means, strict=True))
+    keys = tuple(found[kept] if kept in of_keys else None for kept in family)
+    values = tuple(found[kept] if kept in of_values else None for kept in family)
     return _assemble(x, x, keys, values, family, needs, weights), x
 
 
@@ -169,8 +174,8 @@ def _wanted(needs: Needs) -> tuple[Family, Family, Family]:
 def _assemble(
     key: Tensor,
     value: Tensor,
-    keys: dict[Kept, Tensor],
-    values: dict[Kept, Tensor],
+    keys: tuple[Tensor | None, ...],
+    values: tuple[Tensor | None, ...],
     family: Family,
     needs: Needs,
     weights: Weights,
@@ -178,37 +183,39 @@ def _assemble(
     """Put means, second moments and the weights behind them together."""
     order = order_of(weights)
     grid = GridShape(tuple(key.shape[: -order - 1]), tuple(key.shape[-order - 1 : -1]), key.shape[-1])
-    everything = tuple(range(order))
     covariance = key_covariance = None
     if needs.second_moment:
-        shares = _shares(weights)
-        covariance = _covariance(value, key, values[()], keys[()], shares, grid)
-        key_covariance = covariance if value is key else _covariance(key, key, keys[()], keys[()], shares, grid)
+        shares, place = _shares(weights), family.index(())
+        key_mean, value_mean = keys[place], values[place]
+        assert key_mean is not None and value_mean is not None
+        covariance = _covariance(value, key, value_mean, key_mean, shares, grid)
+        key_covariance = covariance if value is key else _covariance(key, key, key_mean, key_mean, shares, grid)
+    if not isinstance(weights, GridWeights) and all(vector is None for vector in weights):
+        counts: tuple[Tensor | None, ...] = (None,) * len(family)
+        return Summary(grid.sizes, family, keys, values, counts, weights, covariance, key_covariance)
+    everything = tuple(range(order))
     mode_weights: Vectors | None = None
-    counts: tuple[Tensor | None, ...]
     if isinstance(weights, GridWeights):
-        family = family if everything in family or not needs.position_weights else (*family, everything)
+        if needs.position_weights and everything not in family:
+            family, keys, values = (*family, everything), (*keys, None), (*values, None)
         counts = position_counts(weights, family)
-    elif all(vector is None for vector in weights):
-        mode_weights, counts = weights, (None,) * len(family)
     else:
         mode_weights = tuple(_with_batch(vector, grid) for vector in weights)
         counts = tuple(_marginal_weight(kept, mode_weights, grid) for kept in family)
     weight = counts[family.index(everything)] if everything in family else None
-    if weight is not None:  # what an absent position holds must not even meet a zero: it may be NaN
-        for means in (keys, values):
-            if everything in means:
-                means[everything] = absent_as_zero(means[everything], [weight.unsqueeze(-1)])
-    return Summary(
-        grid.sizes,
-        family,
-        tuple(keys.get(kept) for kept in family),
-        tuple(values.get(kept) for kept in family),
-        counts,
-        mode_weights,
-        covariance,
-        key_covariance,
-    )
+    if weight is not None:
+        same, hidden = keys is values, family.index(everything)
+        keys = _without_absent(keys, hidden, weight)
+        values = keys if same else _without_absent(values, hidden, weight)
+    return Summary(grid.sizes, family, keys, values, counts, mode_weights, covariance, key_covariance)
+
+
+def _without_absent(means: tuple[Tensor | None, ...], place: int, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Make zero of what absent positions hold, at the place of the tensor itself: not even a zero may meet a NaN."""
+    tensor = means[place]
+    if tensor is None:
+        return means
+    return *means[:place], absent_as_zero(tensor, [weight.unsqueeze(-1)]), *means[place + 1 :]
 
 
 def _with_batch(vector: Vector, grid: GridShape) -> Vector:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -25,7 +26,7 @@ from tensorattn.modes import ModeSpec
 from tensorattn.options import check_count
 from tensorattn.softmax import TokenSet
 from tensorattn.tokens import join_tokens, split_tokens
-from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, in_type, log_weights
+from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, log_weights
 
 __all__ = ["Summary", "apply_linear", "joined_linear", "picked", "projected", "projected_with_queries", "split_heads"]
 
@@ -500,12 +501,13 @@ def projected_with_queries(
             moment = moment.unsqueeze(-3)
         return left @ moment @ right.mT
 
-    if all(key is value for key, value in zip(summary.keys, summary.values, strict=True)):
+    means = summary.keys, summary.values
+    if means[0] is means[1] or all(key is value for key, value in zip(*means, strict=True)):
         keys, values, *queries = linear(summary.keys, of_keys, of_values, *of_queries)
     else:
         (keys, *queries), (values,) = linear(summary.keys, of_keys, *of_queries), linear(summary.values, of_values)
     weights, mode_weights = summary.weights, summary.mode_weights
-    if num_heads is not None:
+    if num_heads is not None and weights[0] is not None:
         weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
         if mode_weights is not None:
             mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
@@ -530,7 +532,7 @@ def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
         num_heads: Heads H.
         batch: Number of batch dimensions.
     """
-    return tensor.unflatten(-1, (num_heads, -1)).movedim(-2, batch)
+    return tensor.view(*tensor.shape[:-1], num_heads, tensor.shape[-1] // num_heads).movedim(-2, batch)
 
 
 def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -541,7 +543,9 @@ def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: Its matrix.
         bias: Its bias, or None.
     """
-    return F.linear(mean, in_type(weight, mean.dtype), None if bias is None else in_type(bias, mean.dtype))
+    if weight.dtype != mean.dtype:
+        weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
+    return F.linear(mean, weight, bias)
 
 
 def _to_heads(mean: Tensor, batch: int, to: Map, num_heads: int | None) -> Tensor:
@@ -564,16 +568,15 @@ def joined_linear(
     Returns:
         For each map what it makes of each mean.
     """
-    grids = [mean.shape[batch:-1] for mean in means]
     tokens = [_in_a_row(mean, batch) for mean in means]
     joined, lengths = join_tokens(tokens), [part.shape[-2] for part in tokens]
     mapped = [split_tokens(_to_heads(joined, batch, to, num_heads), lengths) for to in maps]
-    if all(len(grid) == 1 for grid in grids):
+    if all(map(operator.is_, means, tokens)):
         return mapped
     return [
         tuple(
-            part if len(grid) == 1 else part.reshape(*part.shape[:-2], *grid, part.shape[-1])
-            for part, grid in zip(parts, grids, strict=True)
+            part if mean is row else part.reshape(*part.shape[:-2], *mean.shape[batch:-1], part.shape[-1])
+            for part, mean, row in zip(parts, means, tokens, strict=True)
         )
         for parts in mapped
     ]

@@ -28,10 +28,8 @@ def joint_set(summary: Summary, bias: Bias | None = None, positions: Sequence[in
     keys, values = summary.of_modes()
     if bias is None and all(log_weight is None for log_weight in log_weights):
         return TokenSet(join_tokens(keys), join_tokens(values))
-    sets = map(TokenSet, keys, values, log_weights)
-    return join_sets(
-        [biased(each, kept, bias, positions, summary.sizes) for each, kept in zip(sets, effects, strict=True)]
-    )
+    sets = zip(effects, map(TokenSet, keys, values, log_weights), strict=True)
+    return join_sets([biased(tokens, kept, bias, positions, summary.sizes) for kept, tokens in sets])
 
 
 def attend(query: Tensor, summary: Summary, *, bias: Bias | None = None, **settings: Any) -> AttentionResult:
