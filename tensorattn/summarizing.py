@@ -154,7 +154,7 @@ def self_summary(x: Tensor, needs: Needs, weights: Weights) -> tuple[Summary, Te
         The summary, and the tensor; its further derivative joins that of the summary in one pass.
     """
     family, of_keys, of_values = _wanted(needs)
-    if of_keys is family and of_values is family:
+    if needs.keys is None and needs.values is None:
         means, x = weighted_means_through(x, family, weights)
         return _assemble(x, x, means, means, family, needs, weights), x
     both = tuple(kept for kept in family if kept in of_keys or kept in of_values)
@@ -204,9 +204,12 @@ def _assemble(
         counts = tuple(_marginal_weight(kept, mode_weights, grid) for kept in family)
     weight = counts[family.index(everything)] if everything in family else None
     if weight is not None:
-        same, hidden = keys is values, family.index(everything)
-        keys = _without_absent(keys, hidden, weight)
-        values = keys if same else _without_absent(values, hidden, weight)
+        place = family.index(everything)
+        same = keys[place] is values[place]
+        keys = _without_absent(keys, place, weight)
+        values = (
+            (*values[:place], keys[place], *values[place + 1 :]) if same else _without_absent(values, place, weight)
+        )
     return Summary(grid.sizes, family, keys, values, counts, mode_weights, covariance, key_covariance)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -501,8 +500,7 @@ def projected_with_queries(
             moment = moment.unsqueeze(-3)
         return left @ moment @ right.mT
 
-    means = summary.keys, summary.values
-    if means[0] is means[1] or all(key is value for key, value in zip(*means, strict=True)):
+    if all([key is value for key, value in zip(summary.keys, summary.values, strict=True)]):
         keys, values, *queries = linear(summary.keys, of_keys, of_values, *of_queries)
     else:
         (keys, *queries), (values,) = linear(summary.keys, of_keys, *of_queries), linear(summary.values, of_values)
@@ -571,7 +569,7 @@ def joined_linear(
     tokens = [_in_a_row(mean, batch) for mean in means]
     joined, lengths = join_tokens(tokens), [part.shape[-2] for part in tokens]
     mapped = [split_tokens(_to_heads(joined, batch, to, num_heads), lengths) for to in maps]
-    if all(map(operator.is_, means, tokens)):
+    if all([mean is row for mean, row in zip(means, tokens, strict=True)]):
         return mapped
     return [
         tuple(

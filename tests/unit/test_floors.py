@@ -41,6 +41,7 @@ FLOORS = {
     "averages": 3,
     "fused": 3,
     "positionwise": 3,
+    "tokens": 3,
     "softmax": 3,
     "summary": 4,
     "summarizing": 4,
