@@ -276,11 +276,7 @@ def run_backwards(
         result = out.permute(plan.permutation)
         _write(terms[root], result)
         return out
-    result = parts[0].new_empty(shape, dtype=dtype)
-    try:
-        _write(terms[root], result)
-    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
-        result = _add_up(terms[root]).expand(shape).to(dtype)
+    result = _written(terms[root], shape, dtype)
     return result if plan.in_order else result.permute(plan.inverse)
 
 
@@ -289,6 +285,20 @@ def _add_up(terms: Sequence[Term]) -> Tensor:
     if len(terms) == 1 and terms[0][1] is None:
         return terms[0][0]
     return functools.reduce(torch.add, (part if weight is None else part * weight for part, weight in terms))
+
+
+def _written(terms: Sequence[Term], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a sum of broadcast terms in memory of its own."""
+    if len(terms) == 2 and all([weight is None and part.dtype == dtype for part, weight in terms]):
+        result = torch.add(terms[0][0], terms[1][0])
+        if result.shape == shape and result.is_contiguous():
+            return result
+    result = terms[0][0].new_empty(shape, dtype=dtype)
+    try:
+        _write(terms, result)
+    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
+        result = _add_up(terms).expand(shape).to(dtype)
+    return result
 
 
 def _write(terms: Sequence[Term], result: Tensor) -> None:
@@ -348,7 +358,7 @@ def _single(piece: Tensor, size: int) -> Sequence[Tensor]:
 
 def _all_aligned(vectors: Sequence[Vector], plan: Plan) -> Aligned:
     """View the weights of all modes so; nothing where none has any."""
-    if all(vector is None for vector in vectors):
+    if all([vector is None for vector in vectors]):
         return None
     return [_aligned(vector, plan, mode) for mode, vector in enumerate(vectors)]
 

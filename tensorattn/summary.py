@@ -433,10 +433,7 @@ def picked(means: tuple[Tensor | None, ...], held: Family, kept: Family) -> tupl
     Raises:
         OptionError: If one is not held.
     """
-    if held == kept and _all_there(means):
-        return means
-    found = dict(zip(held, means, strict=True))
-    wanted = tuple(found.get(subset) for subset in kept)
+    wanted = means if held == kept else tuple(map(dict(zip(held, means, strict=True)).get, kept))
     if not _all_there(wanted):
         raise OptionError(f"the summary does not hold all means of the kept modes {kept}.")
     return wanted
@@ -444,7 +441,7 @@ def picked(means: tuple[Tensor | None, ...], held: Family, kept: Family) -> tupl
 
 def _all_there(means: tuple[Tensor | None, ...]) -> TypeGuard[tuple[Tensor, ...]]:
     """Tell whether no mean is missing."""
-    return all(mean is not None for mean in means)
+    return all([mean is not None for mean in means])
 
 
 def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | None) -> Summary:

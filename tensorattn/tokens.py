@@ -34,9 +34,6 @@ def split_tokens(whole: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
         whole: Tokens.
         lengths: Numbers of tokens S_i of the parts, which add up to S.
     """
-    parts = whole.split_with_sizes(lengths, -2)
-    if torch.compiler.is_compiling():  # which takes plain tuples alone
-        return tuple(parts)
-    found = _Parts(parts)
-    found.whole = whole
-    return found
+    parts = _Parts(whole.split_with_sizes(lengths, -2))
+    parts.whole = whole
+    return parts
