@@ -13,19 +13,22 @@ Weights are multiplicities :math:`w^m \ge 0` of the indices of a mode. Averages 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensorattn import slabs
 from tensorattn.contraction_tree import Family, Kept
 from tensorattn.execution import absent_as_zero, memory_order, run, run_backwards, split_shape
 from tensorattn.fused import is_differentiated, is_transformed, positional
 from tensorattn.handover import take_over
 from tensorattn.modes import GridShape
 from tensorattn.planning import make_plan
-from tensorattn.weights import Vector, Vectors, accumulation_dtype
+from tensorattn.weights import Vector, Vectors, accumulation_dtype, in_type
 
 __all__ = ["contract", "contract_through", "expand"]
 
@@ -64,6 +67,8 @@ def contract_through(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[
         means = _contract_plainly(tensor, smaller, vectors)
     elif not smaller:
         means = ()
+    elif tensor.numel() <= slabs.FEW and all([vector is None for vector in vectors]):
+        means = _contract_at_once(tensor, smaller, len(vectors))
     elif is_transformed(tensor):
         *means, passed = _Contract.apply(tensor, smaller, True, *vectors)
     else:
@@ -108,6 +113,8 @@ def expand(
     like = out if out is not None else skip if like is None else like
     if like is not None and 0 not in like.stride():
         memory = memory_order(like)
+    if math.prod(grid.batch) * math.prod(grid.sizes) * grid.dim <= slabs.FEW:
+        return _expand_at_once(parts, family, grid, memory, dtype, skip, out)
     vectors = (None,) * len(grid.sizes)
     if out is None and is_transformed(*parts, *(() if skip is None else (skip,))):
         return _Expand.apply(family, grid, memory, dtype, False, skip, *vectors, *parts)
@@ -266,19 +273,56 @@ def _contract_plainly(tensor: Tensor, family: Family, vectors: Vectors) -> tuple
     return tuple(found[kept].squeeze(gone[kept]) for kept in family)
 
 
+def _contract_at_once(tensor: Tensor, family: Family, order: int) -> tuple[Tensor, ...]:
+    """Compute plain marginal means of few elements, each by itself, which takes fewer calls than sharing work."""
+    dtype = accumulation_dtype(tensor.dtype)
+    gone = [[mode - order - 1 for mode in range(order) if mode not in kept] for kept in family]
+    return tuple([tensor.mean(dims, dtype=dtype) for dims in gone])
+
+
 def _beside(vector: Tensor, mode: int, order: int) -> Tensor:
     """View weights ``(*batch, n_mode)`` so that they broadcast to ``(*batch, n_1, …, n_N, D)``."""
     batch, size = vector.shape[:-1], vector.shape[-1]
     return vector.reshape(*batch, *(size if k == mode else 1 for k in range(order)), 1)
 
 
-def _expand_plainly(parts: Sequence[Tensor], family: Family, grid: GridShape) -> Tensor:
-    """Broadcast and add by plain operations."""
-    total = None
+def _expand_at_once(
+    parts: Sequence[Tensor],
+    family: Family,
+    grid: GridShape,
+    memory: tuple[int, ...],
+    dtype: torch.dtype,
+    skip: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Broadcast and add few elements by plain operations, into their order in memory."""
+    wide = [in_type(part, accumulation_dtype(part.dtype)) for part in parts]  # sums of small parts are not rounded
+    terms = [*_side_by_side(wide, family, grid), *(() if skip is None else (skip,))]
+    shape, inverse = (*grid.batch, *grid.sizes, grid.dim), [memory.index(dim) for dim in range(len(memory))]
+    in_order = inverse == sorted(inverse)
+    if out is None and (in_order or is_transformed(*terms)):
+        total = in_type(functools.reduce(torch.add, terms), dtype).expand(shape)
+        return total.contiguous() if in_order else total.permute(memory).contiguous().permute(inverse)
+    if out is None:
+        out = parts[0].new_empty([shape[dim] for dim in memory], dtype=dtype).permute(inverse)
+    *others, last = terms
+    if not others:
+        return out.copy_(last)
+    return torch.add(functools.reduce(torch.add, others), last.expand(shape), out=out)
+
+
+def _side_by_side(parts: Sequence[Tensor], family: Family, grid: GridShape) -> list[Tensor]:
+    """View parts so that they broadcast against each other."""
+    batch, viewed = len(grid.batch), []
     for kept, part in zip(family, parts, strict=True):
         for mode in range(len(grid.sizes)):
             if mode not in kept:
-                part = part.unsqueeze(len(grid.batch) + mode)
-        total = part if total is None else total + part
-    assert total is not None
+                part = part.unsqueeze(batch + mode)
+        viewed.append(part)
+    return viewed
+
+
+def _expand_plainly(parts: Sequence[Tensor], family: Family, grid: GridShape) -> Tensor:
+    """Broadcast and add by plain operations."""
+    total = functools.reduce(torch.add, _side_by_side(parts, family, grid))
     return total.expand(*grid.batch, *grid.sizes, grid.dim)

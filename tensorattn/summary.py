@@ -100,8 +100,10 @@ class Summary:
 
     def _any_mean(self) -> tuple[int, Tensor]:
         """Return one mean that is held, and its place."""
-        means = enumerate(self.keys + self.values)
-        return next((place % len(self.kept), mean) for place, mean in means if mean is not None)
+        for place, mean in enumerate(self.keys + self.values):
+            if mean is not None:
+                return place % len(self.kept), mean
+        raise OptionError("the summary holds no means.")
 
     @property
     def positions(self) -> int:
@@ -471,52 +473,52 @@ def projected_with_queries(
     Returns:
         The projected summary, and the mean queries of each kept subset; none without a map of theirs.
     """
-    batch, order = len(summary.batch), summary.order
-
-    def linear(means: tuple[Tensor | None, ...], *maps: Map) -> list[tuple[Tensor | None, ...]]:
-        """Map all means in one product a map, but the tensor itself, which nothing is joined to."""
-        pairs = list(zip(means, summary.kept, strict=True))
-        held = [mean for mean, kept in pairs if mean is not None and len(kept) < order]
-        mapped = joined_linear(held, batch, maps, num_heads) if held else [()] * len(maps)
-        if len(held) == len(means):
-            return list(mapped)
-        return [
-            tuple(
-                None if mean is None else next(rows) if len(kept) < order else _to_heads(mean, batch, to, num_heads)
-                for mean, kept in pairs
-            )
-            for to, rows in zip(maps, map(iter, mapped), strict=True)
-        ]
-
-    def bilinear(moment: Tensor | None, left: Tensor, right: Tensor) -> Tensor | None:
-        if moment is None:
-            return None
-        left, right = left.to(moment.dtype), right.to(moment.dtype)
-        if num_heads is not None:
-            left, right = left.unflatten(0, (num_heads, -1)), right.unflatten(0, (num_heads, -1))
-            moment = moment.unsqueeze(-3)
-        return left @ moment @ right.mT
-
     if all([key is value for key, value in zip(summary.keys, summary.values, strict=True)]):
-        keys, values, *queries = linear(summary.keys, of_keys, of_values, *of_queries)
+        keys, values, *queries = _map_means(summary, summary.keys, (of_keys, of_values, *of_queries), num_heads)
     else:
-        (keys, *queries), (values,) = linear(summary.keys, of_keys, *of_queries), linear(summary.values, of_values)
+        keys, *queries = _map_means(summary, summary.keys, (of_keys, *of_queries), num_heads)
+        (values,) = _map_means(summary, summary.values, (of_values,), num_heads)
     weights, mode_weights = summary.weights, summary.mode_weights
     if num_heads is not None and weights[0] is not None:
+        batch = len(summary.batch)
         weights = tuple(None if w is None else w.unsqueeze(batch) for w in weights)
         if mode_weights is not None:
             mode_weights = tuple(None if w is None else w.unsqueeze(batch) for w in mode_weights)
-    found = Summary(
-        summary.sizes,
-        summary.kept,
-        keys,
-        values,
-        weights,
-        mode_weights,
-        bilinear(summary.covariance, of_values[0], of_keys[0]),
-        bilinear(summary.key_covariance, of_keys[0], of_keys[0]),
-    )
+    covariance, key_covariance = summary.covariance, summary.key_covariance
+    if covariance is not None:
+        covariance = _map_moment(covariance, of_values[0], of_keys[0], num_heads)
+    if key_covariance is not None:
+        key_covariance = _map_moment(key_covariance, of_keys[0], of_keys[0], num_heads)
+    found = Summary(summary.sizes, summary.kept, keys, values, weights, mode_weights, covariance, key_covariance)
     return found, queries[0] if queries else ()
+
+
+def _map_means(
+    summary: Summary, means: tuple[Tensor | None, ...], maps: Sequence[Map], num_heads: int | None
+) -> list[tuple[Tensor | None, ...]]:
+    """Map all means of keys or values in one product a map, but the tensor itself, which nothing is joined to."""
+    batch, order = len(summary.batch), summary.order
+    pairs = list(zip(means, summary.kept, strict=True))
+    held = [mean for mean, kept in pairs if mean is not None and len(kept) < order]
+    mapped = joined_linear(held, batch, maps, num_heads) if held else [()] * len(maps)
+    if len(held) == len(means):
+        return list(mapped)
+    return [
+        tuple(
+            None if mean is None else next(rows) if len(kept) < order else _to_heads(mean, batch, to, num_heads)
+            for mean, kept in pairs
+        )
+        for to, rows in zip(maps, map(iter, mapped), strict=True)
+    ]
+
+
+def _map_moment(moment: Tensor, left: Tensor, right: Tensor, num_heads: int | None) -> Tensor:
+    """Map both sides of a second moment."""
+    left, right = left.to(moment.dtype), right.to(moment.dtype)
+    if num_heads is not None:
+        left, right = left.unflatten(0, (num_heads, -1)), right.unflatten(0, (num_heads, -1))
+        moment = moment.unsqueeze(-3)
+    return left @ moment @ right.mT
 
 
 def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
@@ -527,7 +529,9 @@ def split_heads(tensor: Tensor, num_heads: int, batch: int) -> Tensor:
         num_heads: Heads H.
         batch: Number of batch dimensions.
     """
-    return tensor.view(*tensor.shape[:-1], num_heads, tensor.shape[-1] // num_heads).movedim(-2, batch)
+    *places, channels = tensor.shape
+    heads = tensor.view(*places, num_heads, channels // num_heads)
+    return heads.transpose(batch, -2) if len(places) == batch + 1 else heads.movedim(-2, batch)
 
 
 def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -312,6 +312,8 @@ class TensorAttention(AttentionCore):
                 f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x has "
                 f"{self.embed_dim}."
             )
+        if all([each is None for each in spoken.values()]):
+            return Presence((None,) * self.modes.order, None, True), None
         given = check_layer_presence(grid, x, self.modes, **spoken)
         check_grid_weights(get_operator(self.operator), self.options, given)
         return given, None

@@ -97,7 +97,7 @@ def project_means(
     """
     rows = v_proj.out_features
     if q_proj.out_features == rows:
-        of_queries, of_keys, of_values = ((linear.weight, linear.bias) for linear in (q_proj, k_proj, v_proj))
+        of_queries, of_keys, of_values = [(linear.weight, linear.bias) for linear in (q_proj, k_proj, v_proj)]
         found, queries = projected_with_queries(summary, [of_queries], of_keys, of_values, num_heads)
         return picked(queries, found.kept, kept), found
     maps = (_rows_of(q_proj, mode, rows) for mode in range(len(kept)))

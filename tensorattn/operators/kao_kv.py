@@ -24,9 +24,10 @@ __all__ = ["OPERATOR", "joint_set", "kao_kv"]
 
 def joint_set(summary: Summary, bias: Bias | None = None, positions: Sequence[int] = ()) -> TokenSet:
     """Return the averages of all modes as one set of tokens, each counted as often as its index."""
-    effects, log_weights = main_effects(summary.order), [summary.mode_log_weight(k) for k in range(summary.order)]
+    order = summary.order
+    effects, log_weights = main_effects(order), [summary.mode_log_weight(mode) for mode in range(order)]
     keys, values = summary.of_modes()
-    if bias is None and all(log_weight is None for log_weight in log_weights):
+    if bias is None and all([log_weight is None for log_weight in log_weights]):
         return TokenSet(join_tokens(keys), join_tokens(values))
     sets = zip(effects, map(TokenSet, keys, values, log_weights), strict=True)
     return join_sets([biased(tokens, kept, bias, positions, summary.sizes) for kept, tokens in sets])
