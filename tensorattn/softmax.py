@@ -123,8 +123,8 @@ def _fused(query: Tensor, sets: Sequence[TokenSet], scale: float) -> Tensor:
     dtype = query.dtype if len(sets) == 1 else accumulation_dtype(query.dtype)
     queries, total = in_type(query, dtype), None
     choices = sum([tokens.key.shape[-2] > 1 for tokens in sets])
-    if choices > 1:
-        queries = queries.contiguous()  # they are read once a set, and faster so
+    if choices > 1 and queries.stride(-1) != 1:
+        queries = queries.contiguous()  # at once, and not for every set again
     for tokens in sets:
         key, value, bias = in_type(tokens.key, dtype), in_type(tokens.value, dtype), None
         if tokens.log_weight is not None:
