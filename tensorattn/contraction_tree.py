@@ -16,6 +16,7 @@ Family = tuple[Kept, ...]  # marginal means that are wanted together
 LONG = 2048  # elements of a row that a product reads at full speed
 LONG_ENOUGH = 512  # elements of a row that a product reads no slower than a sum
 ADDED = 4.0  # reads that it takes to add a slab to a sum of its size, which lies in memory
+LITTLE = 1 << 15  # elements that any operation reads in less time than it takes to call it
 
 
 def main_effects(order: int) -> Family:
@@ -43,7 +44,7 @@ def primitive_for(left: int, group: int, right: int) -> str:
         return "view"
     if right == 1:
         return "mv" if group >= 4096 and left >= 8 else "sum"
-    if right * folding(group, right) < LONG_ENOUGH or left * group * right < slabs.FEW:
+    if right * folding(group, right) < LONG_ENOUGH or left * group * right < LITTLE:
         return "sum"
     return "mv" if left == 1 else "matmul"
 

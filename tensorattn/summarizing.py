@@ -15,7 +15,7 @@ from tensorattn.execution import absent_as_zero
 from tensorattn.modes import GridShape, ModeSpec, grid_shape, mode_subsets
 from tensorattn.options import check_switch
 from tensorattn.presence import GivenWeights, Lengths, Mask, check_presence
-from tensorattn.summary import Summary
+from tensorattn.summary import Means, Summary
 from tensorattn.weighing import order_of, position_counts, weighted_means, weighted_means_through
 from tensorattn.weights import (
     GridWeights,
@@ -174,8 +174,8 @@ def _wanted(needs: Needs) -> tuple[Family, Family, Family]:
 def _assemble(
     key: Tensor,
     value: Tensor,
-    keys: tuple[Tensor | None, ...],
-    values: tuple[Tensor | None, ...],
+    keys: Means,
+    values: Means,
     family: Family,
     needs: Needs,
     weights: Weights,
@@ -213,7 +213,7 @@ def _assemble(
     return Summary(grid.sizes, family, keys, values, counts, mode_weights, covariance, key_covariance)
 
 
-def _without_absent(means: tuple[Tensor | None, ...], place: int, weight: Tensor) -> tuple[Tensor | None, ...]:
+def _without_absent(means: Means, place: int, weight: Tensor) -> Means:
     """Make zero of what absent positions hold, at the place of the tensor itself: not even a zero may meet a NaN."""
     tensor = means[place]
     if tensor is None:

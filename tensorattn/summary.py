@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,21 @@ from tensorattn.errors import DtypeError, OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec
 from tensorattn.options import check_count
 from tensorattn.softmax import TokenSet
-from tensorattn.tokens import join_tokens, split_tokens
+from tensorattn.tokens import Row, join_tokens, split_tokens
 from tensorattn.weights import GridWeights, Vector, Vectors, Weights, counting_dtype, log_weights
 
-__all__ = ["Summary", "apply_linear", "joined_linear", "picked", "projected", "projected_with_queries", "split_heads"]
+__all__ = [
+    "Means",
+    "Summary",
+    "apply_linear",
+    "joined_linear",
+    "picked",
+    "projected",
+    "projected_with_queries",
+    "split_heads",
+]
 
+Means = Sequence[Tensor | None]  # one a kept subset, or None where it is not held
 Map = tuple[Tensor, Tensor | None]  # the matrix of a linear map, and its bias
 
 
@@ -52,8 +61,8 @@ class Summary:
 
     sizes: tuple[int, ...]
     kept: Family
-    keys: tuple[Tensor | None, ...]
-    values: tuple[Tensor | None, ...]
+    keys: Means
+    values: Means
     weights: tuple[Tensor | None, ...]
     mode_weights: Vectors | None
     covariance: Tensor | None = None
@@ -67,8 +76,8 @@ class Summary:
     @property
     def batch(self) -> tuple[int, ...]:
         """Batch dimensions."""
-        place, mean = self._any_mean()
-        return tuple(mean.shape[: -len(self.kept[place]) - 1])
+        kept, mean = self._any_mean()
+        return tuple(mean.shape[: -len(kept) - 1])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -78,8 +87,9 @@ class Summary:
     def _tensors(self) -> tuple[Tensor, ...]:
         """List them; a kind of summary may hold more."""
         of_modes = () if self.mode_weights is None else self.mode_weights
-        parts = (*self.keys, *self.values, *self.weights, *of_modes, self.covariance, self.key_covariance)
-        return tuple(part for part in parts if part is not None)
+        keys, values = ((side.whole,) if isinstance(side, Row) else side for side in (self.keys, self.values))
+        parts = (*keys, *values, *self.weights, *of_modes, self.covariance, self.key_covariance)
+        return tuple([part for part in parts if part is not None])
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Summary:
         """Return the same summary with other tensors in place of its own.
@@ -89,21 +99,22 @@ class Summary:
         """
         given = iter(tensors)
 
-        def replaced(parts: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            return tuple(None if part is None else next(given) for part in parts)
+        def replaced(parts: Means) -> tuple[Tensor | None, ...]:
+            return tuple([None if part is None else next(given) for part in parts])
 
-        keys, values = replaced(self.keys), replaced(self.values)
+        keys, values = (
+            Row(next(given), side.lengths) if isinstance(side, Row) else replaced(side)
+            for side in (self.keys, self.values)
+        )
         weights = replaced(self.weights)
         mode_weights = None if self.mode_weights is None else replaced(self.mode_weights)
         moments = replaced((self.covariance, self.key_covariance))
         return Summary(self.sizes, self.kept, keys, values, weights, mode_weights, *moments)
 
-    def _any_mean(self) -> tuple[int, Tensor]:
-        """Return one mean that is held, and its place."""
-        for place, mean in enumerate(self.keys + self.values):
-            if mean is not None:
-                return place % len(self.kept), mean
-        raise OptionError("the summary holds no means.")
+    def _any_mean(self) -> tuple[Kept, Tensor]:
+        """Return one mean that is held, and what it keeps."""
+        means = zip((*self.kept, *self.kept), (*self.keys, *self.values), strict=True)
+        return next((kept, mean) for kept, mean in means if mean is not None)
 
     @property
     def positions(self) -> int:
@@ -151,7 +162,7 @@ class Summary:
             raise OptionError(f"the summary does not hold the mean values of the kept modes {kept}.")
         return mean
 
-    def of_modes(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def of_modes(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the mean keys and the mean values of every mode.
 
         Raises:
@@ -424,8 +435,8 @@ class Summary:
         )
 
 
-def picked(means: tuple[Tensor | None, ...], held: Family, kept: Family) -> tuple[Tensor, ...]:
-    """Return the means of some kept subsets; where they are all there are, as they are, since they may lie in a row.
+def picked(means: Means, held: Family, kept: Family) -> Sequence[Tensor]:
+    """Return the means of some kept subsets; those in a row stay in it where they are all there are.
 
     Args:
         means: One mean for each kept subset that is held, or None.
@@ -435,15 +446,13 @@ def picked(means: tuple[Tensor | None, ...], held: Family, kept: Family) -> tupl
     Raises:
         OptionError: If one is not held.
     """
-    wanted = means if held == kept else tuple(map(dict(zip(held, means, strict=True)).get, kept))
-    if not _all_there(wanted):
+    if isinstance(means, Row) and held == kept:
+        return means
+    found = dict(zip(held, means, strict=True))
+    wanted = [mean for subset in kept if (mean := found.get(subset)) is not None]
+    if len(wanted) < len(kept):
         raise OptionError(f"the summary does not hold all means of the kept modes {kept}.")
     return wanted
-
-
-def _all_there(means: tuple[Tensor | None, ...]) -> TypeGuard[tuple[Tensor, ...]]:
-    """Tell whether no mean is missing."""
-    return all([mean is not None for mean in means])
 
 
 def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | None) -> Summary:
@@ -460,7 +469,7 @@ def projected(summary: Summary, of_keys: Map, of_values: Map, num_heads: int | N
 
 def projected_with_queries(
     summary: Summary, of_queries: Sequence[Map], of_keys: Map, of_values: Map, num_heads: int | None
-) -> tuple[Summary, tuple[Tensor | None, ...]]:
+) -> tuple[Summary, Means]:
     """Project a summary, and its mean keys to mean queries too, unchecked.
 
     Args:
@@ -493,9 +502,7 @@ def projected_with_queries(
     return found, queries[0] if queries else ()
 
 
-def _map_means(
-    summary: Summary, means: tuple[Tensor | None, ...], maps: Sequence[Map], num_heads: int | None
-) -> list[tuple[Tensor | None, ...]]:
+def _map_means(summary: Summary, means: Means, maps: Sequence[Map], num_heads: int | None) -> list[Means]:
     """Map all means of keys or values in one product a map, but the tensor itself, which nothing is joined to."""
     batch, order = len(summary.batch), summary.order
     pairs = list(zip(means, summary.kept, strict=True))
@@ -555,7 +562,7 @@ def _to_heads(mean: Tensor, batch: int, to: Map, num_heads: int | None) -> Tenso
 
 def joined_linear(
     means: Sequence[Tensor], batch: int, maps: Sequence[Map], num_heads: int | None
-) -> list[tuple[Tensor, ...]]:
+) -> list[Sequence[Tensor]]:
     """Apply linear maps to several means, each in one product.
 
     Args:

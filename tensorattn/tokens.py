@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["join_tokens", "split_tokens"]
+__all__ = ["Row", "join_tokens", "split_tokens"]
 
 
-class _Parts(tuple[Tensor, ...]):
-    """Consecutive parts of a tensor along its tokens, and the tensor."""
+class Row(Sequence[Tensor]):
+    """Consecutive parts of a tensor along its tokens, cut whenever they are asked for.
 
-    whole: Tensor
+    They are not kept: parts that were cut while nothing is differentiated would have no derivatives later on.
+
+    Attributes:
+        whole: Tokens ``(*batch, S, D)``.
+        lengths: Numbers of tokens of the parts.
+    """
+
+    __slots__ = ("lengths", "whole")
+
+    def __init__(self, whole: Tensor, lengths: Sequence[int]) -> None:
+        self.whole, self.lengths = whole, lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.whole.split_with_sizes(self.lengths, -2)[place]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.whole.split_with_sizes(self.lengths, -2))
 
 
 def join_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate tokens ``(*batch, S_i, D)``; parts that `split_tokens` made need no copy.
+    """Concatenate tokens ``(*batch, S_i, D)``; those in a row need no copy.
 
     Args:
         parts: Tokens.
     """
-    if isinstance(parts, _Parts):
+    if isinstance(parts, Row):
         return parts.whole
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
 
 
-def split_tokens(whole: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+def split_tokens(whole: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
     """Split tokens ``(*batch, S, D)`` into consecutive parts.
 
     Args:
         whole: Tokens.
         lengths: Numbers of tokens S_i of the parts, which add up to S.
     """
-    parts = _Parts(whole.split_with_sizes(lengths, -2))
-    parts.whole = whole
-    return parts
+    if torch.compiler.is_compiling():  # which sees through tuples best
+        return whole.split_with_sizes(lengths, -2)
+    return Row(whole, lengths)

@@ -177,7 +177,7 @@ class AttentionCore(nn.Module):
             return self.attend_from(passed, summary, passed if skip is x else skip, out)
         result, passed = self._attend_at_once(x, weights)
         skip = passed if skip is x else skip
-        if isinstance(result.output, tuple):
+        if not isinstance(result.output, Tensor):
             effects = main_effects(self.modes.order)
             return expand(self._project_parts(result.output), effects, grid, dtype=x.dtype, skip=skip, out=out, like=x)
         return added(self.out_proj(join_heads(result.output, 1)), skip, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def project_summary(summary: Summary, k_proj: nn.Linear, v_proj: nn.Linear, num_
 
 def project_means(
     summary: Summary, kept: Family, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, num_heads: int
-) -> tuple[tuple[Tensor, ...], Summary]:
+) -> tuple[Sequence[Tensor], Summary]:
     """Project a summary of inputs as `project_summary` does, and its means to mean queries.
 
     Args:

@@ -27,7 +27,7 @@ from tensorattn.weighing import weighted_means
 
 __all__ = ["OPERATOR", "kao_qkv"]
 
-Query = Tensor | tuple[Tensor, ...]
+Query = Tensor | Sequence[Tensor]
 
 
 def attend(
@@ -42,7 +42,7 @@ def attend(
     **settings: Any,
 ) -> AttentionResult:
     """Attend from the mean queries of each mode; given means, return one output a mode for an outer sum."""
-    if isinstance(query, tuple):
+    if not isinstance(query, Tensor):
         return _attend_from_means(query, summary, centered, scale=scale, **settings)
     order, batch = summary.order, summary.batch
     means = weighted_means(query, _family(order, centered), summary.position_weights())
@@ -58,7 +58,7 @@ def attend(
 
 
 def _attend_from_means(
-    means: tuple[Tensor, ...], summary: Summary, centered: bool, *, return_attention: bool, **settings: Any
+    means: Sequence[Tensor], summary: Summary, centered: bool, *, return_attention: bool, **settings: Any
 ) -> AttentionResult:
     """Attend from the mean queries ``(*batch, n_m, D)`` of each mode and the grand mean ``(*batch, D)``."""
     order = summary.order
@@ -80,7 +80,7 @@ def _attend_from_means(
     return AttentionResult(outputs, lses, weights)
 
 
-def _less_grand_mean(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _less_grand_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Take what the grand mean gives N−1 times from what one of the N modes gives."""
     first, *others, grand = parts
     return first - len(others) * grand, *others
