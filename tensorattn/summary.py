@@ -76,8 +76,8 @@ class Summary:
     @property
     def batch(self) -> tuple[int, ...]:
         """Batch dimensions."""
-        kept, mean = self._any_mean()
-        return tuple(mean.shape[: -len(kept) - 1])
+        mean, modes = self._any_mean()
+        return tuple(mean.shape[: -modes - 1])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -111,10 +111,15 @@ class Summary:
         moments = replaced((self.covariance, self.key_covariance))
         return Summary(self.sizes, self.kept, keys, values, weights, mode_weights, *moments)
 
-    def _any_mean(self) -> tuple[Kept, Tensor]:
-        """Return one mean that is held, and what it keeps."""
-        means = zip((*self.kept, *self.kept), (*self.keys, *self.values), strict=True)
-        return next((kept, mean) for kept, mean in means if mean is not None)
+    def _any_mean(self) -> tuple[Tensor, int]:
+        """Return a mean that is held, and the number of modes that it keeps: one where means lie in a row."""
+        for side in (self.keys, self.values):
+            if isinstance(side, Row):
+                return side.whole, 1
+            for kept, mean in zip(self.kept, side, strict=True):
+                if mean is not None:
+                    return mean, len(kept)
+        raise OptionError("the summary holds no means.")
 
     @property
     def positions(self) -> int:
@@ -214,7 +219,7 @@ class Summary:
             return self.mode_weights
         weight = self.weights[self.place(tuple(range(self.order)))]
         assert weight is not None
-        return GridWeights(weight.to(self._any_mean()[1].dtype), self.order)
+        return GridWeights(weight.to(self._any_mean()[0].dtype), self.order)
 
     def slice_count(self, mode: int) -> Tensor:
         """Return the weight of the positions in each slice of a mode, ``(*batch, n_mode)``, where weights are held.
@@ -423,7 +428,7 @@ class Summary:
                 for w, n in zip(self.mode_weights, self.sizes, strict=True)
             ]
             return dataclasses.replace(self, mode_weights=tuple(written))
-        ones, (_, like) = [1] * len(self.batch), self._any_mean()
+        ones, (like, _) = [1] * len(self.batch), self._any_mean()
         counting = counting_dtype(like.device)
         grids = [[self.sizes[mode] for mode in kept] for kept in self.kept]
         return dataclasses.replace(
@@ -609,7 +614,7 @@ def _share(first: Summary, second: Summary, place: int | None = None) -> Tensor 
         if isinstance(fallback, Tensor):
             fallback = fallback.reshape([*fallback.shape, *(1 for _ in first.kept[place])])
     share = torch.where(total > 0, weights[1] / torch.where(total > 0, total, 1), fallback)
-    return share.to(first._any_mean()[1].dtype)
+    return share.to(first._any_mean()[0].dtype)
 
 
 def _sum(first: Vector, second: Vector) -> Vector:

@@ -43,8 +43,6 @@ from tensorattn.weights import GridWeights, Vectors, Weights, accumulation_dtype
 
 __all__ = ["AttentionCore"]
 
-WeightAndBias = tuple[Tensor | None, Tensor | None]  # weight and bias of a linear map; without a weight, the identity
-
 
 class AttentionCore(nn.Module):
     """Parameters of a layer, and what it does with inputs that are checked and have their channels last.
@@ -363,26 +361,33 @@ class AttentionCore(nn.Module):
         """
         settings = self._settings()
         operator, batch = get_operator(self.operator), len(summary.batch)
-        summary = self._project(summary)
-        maps: list[WeightAndBias] = [(self.q_proj.weight, self.q_proj.bias), (self.out_proj.weight, self.out_proj.bias)]
-        if absorbs(operator, self.options, summary, x, self.num_heads, self.q_proj):
-            summary = absorbed(summary, self.q_proj, self.out_proj, settings["scale"])
-            maps = [(None, None), (None, self.out_proj.bias)]
-        elif self.options.get("include_self"):
-            maps += [(self.k_proj.weight, self.k_proj.bias), (self.v_proj.weight, self.v_proj.bias)]
-        held, gain = summary.tensors, self._gain()
-        parameters = [tensor for each in maps for tensor in each if tensor is not None]
+        summary, owns = self._project(summary), bool(self.options.get("include_self"))
+        q_proj, out_proj = self.q_proj, self.out_proj
+        named: dict[str, Tensor | None] = {"bias of outputs": out_proj.bias, **self._gain()}
+        if absorbs(operator, self.options, summary, x, self.num_heads, q_proj):
+            summary = absorbed(summary, q_proj, out_proj, settings["scale"])
+        else:
+            named |= {"outputs": out_proj.weight, "queries": q_proj.weight, "bias of queries": q_proj.bias}
+        if owns:
+            for name, linear in (("keys", self.k_proj), ("values", self.v_proj)):
+                named |= {name: linear.weight, f"bias of {name}": linear.bias}
+        held, parameters = summary.tensors, {name: each for name, each in named.items() if each is not None}
 
         def attend(part: Tensor, *tensors: Tensor) -> Tensor:
-            given, rest = summary.with_tensors(tensors[: len(held)]), iter(tensors[len(held) :])
-            inward, outward, *own_maps = (tuple(None if each is None else next(rest) for each in pair) for pair in maps)
-            query, *own = (self._heads(mapped(part, *each), batch) for each in (inward, *own_maps))
-            extra = {**dict(zip(gain, rest, strict=True)), **({"own": tuple(own)} if own else {})}
-            output = operator.attend(query, given, **settings, **extra).output
-            return mapped(join_heads(output, batch), *outward)
+            given = summary.with_tensors(tensors[: len(held)])
+            here = dict(zip(parameters, tensors[len(held) :], strict=True))
 
-        tensors = (*held, *parameters, *gain.values())
-        random = settings["dropout_p"] > 0
+            def linear(tensor: Tensor, name: str) -> Tensor:
+                return mapped(tensor, here.get(name), here.get(f"bias of {name}"))
+
+            extra: dict[str, Any] = {"gain": here["gain"]} if "gain" in here else {}
+            if owns:
+                extra["own"] = tuple(self._heads(linear(part, name), batch) for name in ("keys", "values"))
+            query = self._heads(linear(part, "queries"), batch)
+            output = operator.attend(query, given, **settings, **extra).output
+            return linear(join_heads(output, batch), "outputs")
+
+        tensors, random = (*held, *parameters.values()), settings["dropout_p"] > 0
         return map_positions(attend, x, tensors, batch=batch, random=random, skip=skip, out=out)
 
     def _gain(self) -> dict[str, Tensor]:

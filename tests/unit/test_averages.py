@@ -91,10 +91,13 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=[None, 7, 1 << 14], ids=["whole", "slabs", "long slabs"])
+@pytest.fixture(params=[None, 7, 1 << 14, "few"], ids=["whole", "slabs", "long slabs", "few"])
 def slab(request, monkeypatch):
-    """Read and write tensors at once, or in slabs of a few elements, or in slabs of a few long rows."""
-    if request.param is not None:
+    """Read and write tensors at once, or in slabs of a few elements, or in slabs of a few long rows, or unplanned."""
+    if request.param == "few":
+        monkeypatch.setattr(slabs, "FEW", 1 << 15)
+        yield
+    elif request.param is not None:
         monkeypatch.setattr(slabs, "CACHED", 0)
         monkeypatch.setattr(slabs, "ELEMENTS", request.param)
         make_plan.cache_clear()  # plans know which tensors are read slab by slab
@@ -102,6 +105,12 @@ def slab(request, monkeypatch):
         make_plan.cache_clear()
     else:
         yield
+
+
+@pytest.fixture(params=[0, 1 << 15], ids=["planned", "few"])
+def few(request, monkeypatch):
+    """Take tensors for large ones, or for small ones that need no plan."""
+    monkeypatch.setattr(slabs, "FEW", request.param)
 
 
 class TestMeans:
@@ -282,6 +291,7 @@ class TestWeights:
         close([rows], [self.x.mean(3)])
 
 
+@pytest.mark.usefixtures("few")
 class TestTypes:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_single_precision(self, layout):
@@ -416,6 +426,7 @@ class TestOuterSum:
         torch.testing.assert_close(left, right, **DOUBLE)
 
 
+@pytest.mark.usefixtures("few")
 class TestAdditivePart:
     @pytest.mark.parametrize("order", range(1, 5))
     def test_against_the_oracle(self, order):
@@ -470,6 +481,7 @@ def functions(weights=None):
     }
 
 
+@pytest.mark.usefixtures("few")
 class TestDerivatives:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("order", ORDERS)
@@ -554,6 +566,7 @@ class TestDerivatives:
 
 
 @forward_mode
+@pytest.mark.usefixtures("few")
 class TestTransforms:
     x = draw(2, 3, 4, 5)
     weights = (positive(3), positive(2, 4))
@@ -660,6 +673,7 @@ class TestCompiled:
         close(compiled(x, order=2), [torch.full((1, 64, 2), 100.0, dtype=dtype)] * 2)
 
 
+@pytest.mark.usefixtures("few")
 class TestMeta:
     @pytest.mark.parametrize("order", ORDERS)
     def test_shapes_without_values(self, order):
