@@ -275,8 +275,8 @@ def _contract_plainly(tensor: Tensor, family: Family, vectors: Vectors) -> tuple
 
 def _contract_at_once(tensor: Tensor, family: Family, order: int) -> tuple[Tensor, ...]:
     """Compute plain marginal means of few elements, each by itself, which takes fewer calls than sharing work."""
-    dtype = accumulation_dtype(tensor.dtype)
-    gone = [[mode - order - 1 for mode in range(order) if mode not in kept] for kept in family]
+    dtype, batch = accumulation_dtype(tensor.dtype), tensor.dim() - order - 1
+    gone = [tuple([batch + mode for mode in range(order) if mode not in kept]) for kept in family]
     return tuple([tensor.mean(dims, dtype=dtype) for dims in gone])
 
 
@@ -298,11 +298,13 @@ def _expand_at_once(
     """Broadcast and add few elements by plain operations, into their order in memory."""
     wide = [in_type(part, accumulation_dtype(part.dtype)) for part in parts]  # sums of small parts are not rounded
     terms = [*_side_by_side(wide, family, grid), *(() if skip is None else (skip,))]
-    shape, inverse = (*grid.batch, *grid.sizes, grid.dim), [memory.index(dim) for dim in range(len(memory))]
-    in_order = inverse == sorted(inverse)
-    if out is None and (in_order or is_transformed(*terms)):
+    shape, dims = (*grid.batch, *grid.sizes, grid.dim), tuple(range(len(memory)))
+    if out is None and memory == dims:
+        return in_type(functools.reduce(torch.add, terms), dtype).expand(shape).contiguous()
+    inverse = [memory.index(dim) for dim in dims]
+    if out is None and is_transformed(*terms):
         total = in_type(functools.reduce(torch.add, terms), dtype).expand(shape)
-        return total.contiguous() if in_order else total.permute(memory).contiguous().permute(inverse)
+        return total.permute(memory).contiguous().permute(inverse)
     if out is None:
         out = parts[0].new_empty([shape[dim] for dim in memory], dtype=dtype).permute(inverse)
     *others, last = terms

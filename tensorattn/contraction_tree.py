@@ -17,6 +17,7 @@ LONG = 2048  # elements of a row that a product reads at full speed
 LONG_ENOUGH = 512  # elements of a row that a product reads no slower than a sum
 ADDED = 4.0  # reads that it takes to add a slab to a sum of its size, which lies in memory
 LITTLE = 1 << 15  # elements that any operation reads in less time than it takes to call it
+EFFECTS = tuple(tuple((mode,) for mode in range(order)) for order in range(17))  # the mode averages, by order
 
 
 def main_effects(order: int) -> Family:
@@ -25,7 +26,7 @@ def main_effects(order: int) -> Family:
     Args:
         order: Number of modes N.
     """
-    return tuple(zip(range(order), strict=True))  # ((0,), (1,), …)
+    return EFFECTS[order] if order < len(EFFECTS) else tuple((mode,) for mode in range(order))
 
 
 def primitive_for(left: int, group: int, right: int) -> str:

@@ -87,7 +87,7 @@ class Summary:
     def _tensors(self) -> tuple[Tensor, ...]:
         """List them; a kind of summary may hold more."""
         of_modes = () if self.mode_weights is None else self.mode_weights
-        keys, values = ((side.whole,) if isinstance(side, Row) else side for side in (self.keys, self.values))
+        keys, values = ((side.whole,) if type(side) is Row else side for side in (self.keys, self.values))
         parts = (*keys, *values, *self.weights, *of_modes, self.covariance, self.key_covariance)
         return tuple([part for part in parts if part is not None])
 
@@ -103,8 +103,7 @@ class Summary:
             return tuple([None if part is None else next(given) for part in parts])
 
         keys, values = (
-            Row(next(given), side.lengths) if isinstance(side, Row) else replaced(side)
-            for side in (self.keys, self.values)
+            Row(next(given), side.lengths) if type(side) is Row else replaced(side) for side in (self.keys, self.values)
         )
         weights = replaced(self.weights)
         mode_weights = None if self.mode_weights is None else replaced(self.mode_weights)
@@ -114,7 +113,7 @@ class Summary:
     def _any_mean(self) -> tuple[Tensor, int]:
         """Return a mean that is held, and the number of modes that it keeps: one where means lie in a row."""
         for side in (self.keys, self.values):
-            if isinstance(side, Row):
+            if type(side) is Row:
                 return side.whole, 1
             for kept, mean in zip(self.kept, side, strict=True):
                 if mean is not None:
@@ -451,7 +450,7 @@ def picked(means: Means, held: Family, kept: Family) -> Sequence[Tensor]:
     Raises:
         OptionError: If one is not held.
     """
-    if isinstance(means, Row) and held == kept:
+    if type(means) is Row and held == kept:
         return means
     found = dict(zip(held, means, strict=True))
     wanted = [mean for subset in kept if (mean := found.get(subset)) is not None]

@@ -177,7 +177,9 @@ class AttentionCore(nn.Module):
         skip = passed if skip is x else skip
         if not isinstance(result.output, Tensor):
             effects = main_effects(self.modes.order)
-            return expand(self._project_parts(result.output), effects, grid, dtype=x.dtype, skip=skip, out=out, like=x)
+            return expand(
+                self._project_parts(result.output, grid.sizes), effects, grid, dtype=x.dtype, skip=skip, out=out, like=x
+            )
         return added(self.out_proj(join_heads(result.output, 1)), skip, out)
 
     def attention_weights(self, x: Tensor, weights: Weights, summary: Summary | None) -> Any:
@@ -223,7 +225,8 @@ class AttentionCore(nn.Module):
     ) -> tuple[AttentionResult, Tensor]:
         """Attend from all positions at once, up to the heads; return the input passed through too."""
         operator, causal = get_operator(self.operator), self.causal
-        settings = {**self._settings(), "return_attention": return_attention}
+        settings = self._settings()
+        settings["return_attention"] = return_attention
         if operator.takes_means(**self.options):
             summary, passed = self_summary(x, self._needs, weights)
             return self._attend_means(summary, settings), passed
@@ -413,9 +416,9 @@ class AttentionCore(nn.Module):
             projected = dataclasses.replace(projected, keys=tuple(keys))
         return get_operator(self.operator).attend(queries, projected, **settings)
 
-    def _project_parts(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _project_parts(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """Project an output that is an outer sum in S rows; its bias counts once."""
-        out_proj, sizes = self.out_proj, [part.shape[-2] for part in parts]
+        out_proj = self.out_proj
         rows = apply_linear(join_heads(join_tokens(parts), 1), out_proj.weight, None)
         first, *others = rows.split_with_sizes(sizes, -2)
         return (first if out_proj.bias is None else first + in_type(out_proj.bias, first.dtype)), *others

@@ -142,7 +142,8 @@ def test_without_matplotlib_there_is_no_plot_and_it_says_so(capsys, tmp_path, mo
 
 def scaled(result: AttentionResult, factor: float) -> AttentionResult:
     output = result.output
-    return result._replace(output=tuple(p * factor for p in output) if isinstance(output, tuple) else output * factor)
+    product = output * factor if isinstance(output, torch.Tensor) else tuple(part * factor for part in output)
+    return result._replace(output=product)
 
 
 class Unseen(torch.autograd.Function):
