@@ -2,8 +2,8 @@ r"""The adjoint pair: marginal means read a tensor, broadcast sums write one.
 
 `contract` averages a tensor over modes along the tree of a plan; `expand` is its transpose along the same tree, run
 backwards. Each is therefore the backward pass of the other, and nothing of the size of the tensor is kept between
-them. While `torch.compile` or `torch.export` traces, and where gradients of the weights are asked for, the same
-means are written as plain operations.
+them. While `torch.compile` or `torch.export` traces, where gradients of the weights are asked for, and where there are
+few elements, the same means are written as plain operations.
 
 Weights are multiplicities :math:`w^m \ge 0` of the indices of a mode. Averages use them normalised,
 :math:`u^m = w^m / \sum_a w^m_a`, so the marginal mean over the modes outside a kept subset :math:`U` is
@@ -297,20 +297,18 @@ def _expand_at_once(
 ) -> Tensor:
     """Broadcast and add few elements by plain operations, into their order in memory."""
     wide = [in_type(part, accumulation_dtype(part.dtype)) for part in parts]  # sums of small parts are not rounded
-    terms = [*_side_by_side(wide, family, grid), *(() if skip is None else (skip,))]
-    shape, dims = (*grid.batch, *grid.sizes, grid.dim), tuple(range(len(memory)))
-    if out is None and memory == dims:
-        return in_type(functools.reduce(torch.add, terms), dtype).expand(shape).contiguous()
+    *others, last = [*_side_by_side(wide, family, grid), *(() if skip is None else (skip,))]
+    if not others:  # which is not to share memory with what is returned
+        others = [torch.zeros_like(last)]
+    total, shape, dims = functools.reduce(torch.add, others), (*grid.batch, *grid.sizes, grid.dim), range(len(memory))
+    if out is None and memory == tuple(dims):
+        return in_type(total + last, dtype).expand(shape).contiguous()
     inverse = [memory.index(dim) for dim in dims]
-    if out is None and is_transformed(*terms):
-        total = in_type(functools.reduce(torch.add, terms), dtype).expand(shape)
-        return total.permute(memory).contiguous().permute(inverse)
+    if out is None and is_transformed(total, last):
+        return in_type(total + last, dtype).expand(shape).permute(memory).contiguous().permute(inverse)
     if out is None:
         out = parts[0].new_empty([shape[dim] for dim in memory], dtype=dtype).permute(inverse)
-    *others, last = terms
-    if not others:
-        return out.copy_(last)
-    return torch.add(functools.reduce(torch.add, others), last.expand(shape), out=out)
+    return torch.add(total, last.expand(shape), out=out)
 
 
 def _side_by_side(parts: Sequence[Tensor], family: Family, grid: GridShape) -> list[Tensor]:

@@ -346,6 +346,7 @@ class TestTypes:
         close([part], [exact.to(dtype)], rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.usefixtures("few")
 class TestOuterSum:
     @pytest.mark.parametrize("order", ORDERS)
     def test_is_the_broadcast_sum(self, order):
