@@ -297,8 +297,8 @@ def _expand_at_once(
 ) -> Tensor:
     """Broadcast and add few elements by plain operations, into their order in memory."""
     wide = [in_type(part, accumulation_dtype(part.dtype)) for part in parts]  # sums of small parts are not rounded
-    *others, last = [*_side_by_side(wide, family, grid), *(() if skip is None else (skip,))]
-    if not others:  # which is not to share memory with what is returned
+    *others, last = _side_by_side(wide, family, grid) + ([] if skip is None else [skip])
+    if not others:  # what is returned shares no memory with what is given
         others = [torch.zeros_like(last)]
     total, shape, dims = functools.reduce(torch.add, others), (*grid.batch, *grid.sizes, grid.dim), range(len(memory))
     if out is None and memory == tuple(dims):
