@@ -85,6 +85,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--threads", type=_positive, help="threads (default 1)")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--skip", action="store_true", help="add the input to the output")
+    parser.add_argument("--compile", action="store_true", help="time each operator compiled by torch.compile too")
     parser.add_argument("--repeats", type=_positive, help="samples of each time (default 5)")
     parser.add_argument("--goals", action="store_true", help="the goals of this package, with verdicts (20 minutes)")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="directory of the files (bench-out)")
@@ -118,9 +119,12 @@ def _asked(arguments: argparse.Namespace) -> _Asked:
         for each in LAYOUTS if layout == "both" else (layout,):
             works.append(Workload(batch, sizes, dim, heads, dtype, each, arguments.backward, arguments.skip))
     names = OPERATORS if arguments.operator is None else arguments.operator
-    contenders = [operator_contender(choice) for choice in parse_choices(names)]
+    choices = parse_choices(names)
+    contenders = [operator_contender(choice) for choice in choices]
     for each, work in itertools.product(contenders, works):
         predicted(each, work)  # refuses options that have no meaning for the shape
+    if arguments.compile:
+        contenders += [operator_contender(choice, compiled=True) for choice in choices]
     if arguments.operator is None or arguments.peers:
         contenders += PEERS
     if arguments.operator is None and not arguments.backward:
@@ -142,7 +146,18 @@ def run(arguments: argparse.Namespace) -> int:
     """
     check_directory(arguments.out)
     if arguments.goals:
-        for name in ("shape", "operator", "peers", "heads", "dtype", "layout", "threads", "backward", "skip"):
+        for name in (
+            "shape",
+            "operator",
+            "peers",
+            "heads",
+            "dtype",
+            "layout",
+            "threads",
+            "backward",
+            "skip",
+            "compile",
+        ):
             if getattr(arguments, name):
                 raise OptionError(f"--{name} has no meaning with --goals, which has its own.")
         return _run_goals(arguments.out, 7 if arguments.repeats is None else arguments.repeats)

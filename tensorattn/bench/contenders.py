@@ -35,13 +35,15 @@ class Contender:
         name: What it is called.
         build: Sets it to work on a workload.
         absence: Why it has no place on a workload, or nothing.
-        choice: The operator, where it is a module of this package.
+        choice: The operator, where it is a module of this package that runs as it is.
+        weighed: Whether its memory is measured.
     """
 
     name: str
     build: Callable[[Workload, Tensor], Job]
     absence: Callable[[Workload], str] = _always
     choice: Choice | None = None
+    weighed: bool = True
 
 
 def _module(work: Workload, operator: str, **options: Any) -> TensorAttention:
@@ -57,11 +59,12 @@ def _module(work: Workload, operator: str, **options: Any) -> TensorAttention:
     return module
 
 
-def operator_contender(choice: Choice) -> Contender:
+def operator_contender(choice: Choice, *, compiled: bool = False) -> Contender:
     """Return the module with an operator.
 
     Args:
         choice: The operator with its options.
+        compiled: Whether it is compiled. Its memory is then not measured, as compiling takes more than running.
 
     Returns:
         The contender.
@@ -70,9 +73,12 @@ def operator_contender(choice: Choice) -> Contender:
 
     def build(work: Workload, x: Tensor) -> Job:
         expected = functools.partial(expected_of, name, work.heads, options)
-        return LayerJob(work, x, _module(work, name, **options), expected, fuses=True)
+        return LayerJob(work, x, _module(work, name, **options), expected, fuses=True, compiled=compiled)
 
-    return Contender(choice.label, build, _too_long if name == "flattened" else _always, choice)
+    absence = _too_long if name == "flattened" else _always
+    if compiled:
+        return Contender(f"{choice.label}, compiled", build, absence, weighed=False)
+    return Contender(choice.label, build, absence, choice)
 
 
 def _plain(operator: str, way: str) -> Callable[[Workload, Tensor], Job]:

@@ -133,7 +133,8 @@ def _checked(who: Contender, workload: Workload, x: torch.Tensor) -> tuple[Job |
 
 def _with_memory(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[Row]:
     """Add measured and predicted memory to the rows that have a time."""
-    measured = {row.name: row.workload for row in rows if row.timed is not None and row.share == 1}
+    weighed = {each.name for each in contenders if each.weighed}
+    measured = {row.name: row.workload for row in rows if row.timed and row.share == 1 and row.name in weighed}
     found = dict(zip(measured, peaks(list(measured.items())), strict=True))
     known = {each.name: predicted(each, measured[each.name]) for each in contenders if each.name in measured}
     return [replace(row, peak=found.get(row.name), predicted=known.get(row.name)) for row in rows]

@@ -207,11 +207,22 @@ class LayerJob(Job):
         layer: The layer.
         expected: Its definition.
         fuses: Whether the layer takes ``skip`` and ``out`` itself.
+        compiled: Whether the layer is compiled.
     """
 
-    def __init__(self, workload: Workload, x: Tensor, layer: nn.Module, expected: Expected, *, fuses: bool) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        x: Tensor,
+        layer: nn.Module,
+        expected: Expected,
+        *,
+        fuses: bool,
+        compiled: bool = False,
+    ) -> None:
         super().__init__(workload, x.detach().requires_grad_(workload.backward))
         self.layer, self.expected = layer.to(DTYPES[workload.dtype]), expected
+        self.call: Callable[..., Tensor] = torch.compile(self.layer) if compiled else self.layer
         self.extra: dict[str, Tensor] = {}
         if fuses and workload.skip:
             self.extra["skip"] = self.x
@@ -229,7 +240,7 @@ class LayerJob(Job):
         self.x.grad = None
         self.layer.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(self.workload.backward):
-            y: Tensor = self.layer(self.x, **self.extra)
+            y = self.call(self.x, **self.extra)
             y = y + self.x if self.adds else y
             if self.workload.backward:
                 y.backward(gradient)

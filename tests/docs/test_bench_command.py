@@ -122,6 +122,26 @@ def test_training_in_both_layouts_with_peers(tmp_path):
 
 
 @pytest.mark.usefixtures("no_memory")
+def test_compiled_operators_stand_beside_the_others(tmp_path, monkeypatch):
+    calls: list[Any] = []
+    right = torch.compile
+
+    def counted(layer):
+        calls.append(layer)
+        return right(layer, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", counted)
+    words = (*SMALL, "--operator", "kao_qkv", "--operator", "additive", "--backward", "--skip", "--compile")
+    assert bench(*words, "--out", tmp_path) == 0
+    rows = rows_of(tmp_path / "bench.csv")
+    assert list(rows)[:4] == ["kao_qkv", "additive", "kao_qkv, compiled", "additive, compiled"]
+    assert len(calls) == 2
+    for name in list(rows)[:4]:
+        assert float(rows[name]["seconds"]) > 0 and float(rows[name]["parity_error"]) < 1e-5
+        assert bool(rows[name]["extra_bytes"]) == (not name.endswith("compiled"))
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_without_matplotlib_there_is_no_plot_and_it_says_so(capsys, tmp_path, monkeypatch):
     def without(module, **how):
         if module.startswith(("matplotlib", "tqdm")):
@@ -427,6 +447,7 @@ def test_losses_are_told():
             "interaction_order must be an integer between 1 and order 2, got 3.",
         ),
         (("--goals", "--backward"), "--backward has no meaning with --goals, which has its own."),
+        (("--goals", "--compile"), "--compile has no meaning with --goals, which has its own."),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(capsys, tmp_path, words, line):
