@@ -67,7 +67,7 @@ def contract_through(tensor: Tensor, family: Family, vectors: Vectors) -> tuple[
         means = _contract_plainly(tensor, smaller, vectors)
     elif not smaller:
         means = ()
-    elif tensor.numel() <= slabs.FEW and all([vector is None for vector in vectors]):
+    elif tensor.numel() <= slabs.SMALL and all([v is None for v in vectors]) and _needs_no_function(tensor):
         means = _contract_at_once(tensor, smaller, len(vectors))
     elif is_transformed(tensor):
         *means, passed = _Contract.apply(tensor, smaller, True, *vectors)
@@ -113,7 +113,10 @@ def expand(
     like = out if out is not None else skip if like is None else like
     if like is not None and 0 not in like.stride():
         memory = memory_order(like)
-    if math.prod(grid.batch) * math.prod(grid.sizes) * grid.dim <= slabs.FEW:
+    if out is not None:  # what is read is not to be written over
+        memory_of_out = out.untyped_storage().data_ptr()
+        parts = [part.clone() if part.untyped_storage().data_ptr() == memory_of_out else part for part in parts]
+    if math.prod(grid.batch) * math.prod(grid.sizes) * grid.dim <= slabs.SMALL:
         return _expand_at_once(parts, family, grid, memory, dtype, skip, out)
     vectors = (None,) * len(grid.sizes)
     if out is None and is_transformed(*parts, *(() if skip is None else (skip,))):
@@ -271,6 +274,12 @@ def _contract_plainly(tensor: Tensor, family: Family, vectors: Vectors) -> tuple
     descend(absent_as_zero(root, list(aligned.values())) if aligned else root, tuple(range(order)), family)
     gone = {kept: [mode - order - 1 for mode in range(order) if mode not in kept] for kept in family}
     return tuple(found[kept].squeeze(gone[kept]) for kept in family)
+
+
+def _needs_no_function(tensor: Tensor) -> bool:
+    """Tell whether plain operations do what `_Contract` does: derivatives are rounded once, and lie as the tensor."""
+    wide = tensor.dtype == accumulation_dtype(tensor.dtype)
+    return (wide and tensor.is_contiguous()) or not is_transformed(tensor)
 
 
 def _contract_at_once(tensor: Tensor, family: Family, order: int) -> tuple[Tensor, ...]:

@@ -289,10 +289,10 @@ def _add_up(terms: Sequence[Term]) -> Tensor:
 
 def _written(terms: Sequence[Term], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a sum of broadcast terms in memory of its own."""
-    if len(terms) == 2 and all([weight is None and part.dtype == dtype for part, weight in terms]):
-        result = torch.add(terms[0][0], terms[1][0])
-        if result.shape == shape and result.is_contiguous():
-            return result
+    if len(terms) == 2 and all([w is None and part.dtype == dtype and part.is_contiguous() for part, w in terms]):
+        (first, _), (second, _) = terms
+        if tuple(map(max, first.shape, second.shape)) == shape:
+            return torch.add(first, second).contiguous()
     result = terms[0][0].new_empty(shape, dtype=dtype)
     try:
         _write(terms, result)

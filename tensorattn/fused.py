@@ -54,7 +54,7 @@ def is_differentiated(*tensors: Tensor) -> bool:
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    level = getattr(forward_ad, "_current_level", 0)  # negative while no tensor has a forward derivative
+    level = getattr(forward_ad, "_current_level", 0)  # negative while no tensor has a forward derivative; else look
     return level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 

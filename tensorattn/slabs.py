@@ -6,9 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-__all__ = ["CACHED", "ELEMENTS", "FEW", "POSITIONS", "positions_at_a_time", "slabs_of", "steps_of"]
+__all__ = ["CACHED", "ELEMENTS", "POSITIONS", "SMALL", "positions_at_a_time", "slabs_of", "steps_of"]
 
-FEW = 1 << 15  # elements of a tensor that takes less time to be read several times than a plan does
+SMALL = 1 << 15  # elements of a tensor that takes less time to be read several times than a plan does
 ELEMENTS = 1 << 19  # elements that are read or written more than once, so that they stay in the cache
 CACHED = 1 << 25  # bytes of a tensor that is read as a whole, however often: it may stay in the last-level cache
 POSITIONS = 1 << 12  # that are projected, attended from and projected back at a time, of all batch entries together

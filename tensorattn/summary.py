@@ -268,7 +268,8 @@ class Summary:
             True
         """
         self._check_projectable(key_weight, value_weight, key_bias, value_bias, num_heads)
-        return projected(self, (key_weight, key_bias), (value_weight, value_bias), num_heads)
+        found = projected(self, (key_weight, key_bias), (value_weight, value_bias), num_heads)
+        return dataclasses.replace(found, keys=tuple(found.keys), values=tuple(found.values))
 
     def _check_projectable(
         self,
@@ -484,7 +485,7 @@ def projected_with_queries(
         num_heads: Heads that they are split into, or None.
 
     Returns:
-        The projected summary, and the mean queries of each kept subset; none without a map of theirs.
+        The projected summary, and the mean queries of each kept subset; nothing without a map of theirs.
     """
     if all([key is value for key, value in zip(summary.keys, summary.values, strict=True)]):
         keys, values, *queries = _map_means(summary, summary.keys, (of_keys, of_values, *of_queries), num_heads)
@@ -506,14 +507,14 @@ def projected_with_queries(
     return found, queries[0] if queries else ()
 
 
-def _map_means(summary: Summary, means: Means, maps: Sequence[Map], num_heads: int | None) -> list[Means]:
+def _map_means(summary: Summary, means: Means, maps: Sequence[Map], num_heads: int | None) -> Sequence[Means]:
     """Map all means of keys or values in one product a map, but the tensor itself, which nothing is joined to."""
     batch, order = len(summary.batch), summary.order
     pairs = list(zip(means, summary.kept, strict=True))
     held = [mean for mean, kept in pairs if mean is not None and len(kept) < order]
     mapped = joined_linear(held, batch, maps, num_heads) if held else [()] * len(maps)
     if len(held) == len(means):
-        return list(mapped)
+        return mapped
     return [
         tuple(
             None if mean is None else next(rows) if len(kept) < order else _to_heads(mean, batch, to, num_heads)
@@ -553,8 +554,9 @@ def apply_linear(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: Its matrix.
         bias: Its bias, or None.
     """
-    if weight.dtype != mean.dtype:
-        weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
+    dtype = mean.dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return F.linear(mean, weight, bias)
 
 

@@ -22,7 +22,7 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 # What the tests are about is what large tensors go through; `test_few.py` compares with what small ones do.
-slabs.FEW = 0
+slabs.SMALL = 0
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=20, print_blob=False)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=1000)

@@ -30,7 +30,7 @@ from tensorattn.nn.projections import (
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.operators import get_operator
 from tensorattn.operators.maps import base_of, indices_of
-from tensorattn.operators.operator import AttentionResult, Operator, default_scale
+from tensorattn.operators.operator import AttentionResult, Needs, Operator, default_scale
 from tensorattn.operators.position import Bias, frames_first, frames_last
 from tensorattn.operators.spreading import place_on
 from tensorattn.options import check_count, check_probability, check_switch
@@ -83,7 +83,7 @@ class AttentionCore(nn.Module):
                 subsets = mode_subsets(options["kept"])
                 options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
             self.options = record.with_defaults(options)
-            self._needs = record.needs(self.modes.order, **self.options)  # refuses values out of range
+            record.needs(self.modes.order, **self.options)  # refuses values out of range
             check_heads(embed_dim, num_heads)
             check_probability(dropout, "dropout")
             for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
@@ -169,9 +169,9 @@ class AttentionCore(nn.Module):
         operator = get_operator(self.operator)
         if operator.query == "positions" and self.position_bias is None and self.rotary is None:
             if self.causal is not None:
-                summary = causal_summary(x, x, self._needs, weights, self.causal)
+                summary = causal_summary(x, x, self._needs(), weights, self.causal)
                 return self._attend_frames(x, summary, self.causal, skip, out)
-            summary, passed = self_summary(x, self._needs, weights)
+            summary, passed = self_summary(x, self._needs(), weights)
             return self.attend_from(passed, summary, passed if skip is x else skip, out)
         result, passed = self._attend_at_once(x, weights)
         skip = passed if skip is x else skip
@@ -228,7 +228,7 @@ class AttentionCore(nn.Module):
         settings = self._settings()
         settings["return_attention"] = return_attention
         if operator.takes_means(**self.options):
-            summary, passed = self_summary(x, self._needs, weights)
+            summary, passed = self_summary(x, self._needs(), weights)
             return self._attend_means(summary, settings), passed
         if self.rotary is not None:
             return self._attend_turned(x, weights, self.rotary, settings), x
@@ -236,10 +236,10 @@ class AttentionCore(nn.Module):
         frames = operator.query == "positions" and causal is not None
         if frames:
             assert causal is not None
-            summary, passed = causal_summary(x, x, self._needs, weights, causal), x
+            summary, passed = causal_summary(x, x, self._needs(), weights, causal), x
             source = frames_first(x, causal, 1)
         else:
-            summary, passed = self_summary(x, self._needs, weights)
+            summary, passed = self_summary(x, self._needs(), weights)
             settings |= {} if causal is None else {"causal": causal}
             source = passed
         batch = 1 + frames
@@ -321,7 +321,7 @@ class AttentionCore(nn.Module):
         operator, mode = get_operator(self.operator), self.causal
         assert mode is not None
         if operator.query == "positions":
-            summary, past = continued_summary(x, self._needs, weights, mode, past=past, window=window)
+            summary, past = continued_summary(x, self._needs(), weights, mode, past=past, window=window)
             return self._attend_frames(x, summary, mode, skip, out), past
         whole = 1 if window is not None else x.shape[1 + mode]
         outputs = []
@@ -329,12 +329,16 @@ class AttentionCore(nn.Module):
             part = x.narrow(1 + mode, start, whole)
             own = tuple(w.narrow(-1, start, whole) if k == mode and w is not None else w for k, w in enumerate(weights))
             seen, vectors, past = continued_frames(part, own, mode, past=past, window=window)
-            projected = self._project(self_summary(seen, self._needs, vectors)[0])
+            projected = self._project(self_summary(seen, self._needs(), vectors)[0])
             query = self._heads(self.q_proj(part), 1)
             result = operator.attend(query, projected, **self._settings(), **self._gain(), causal=mode)
             outputs.append(self.out_proj(join_heads(result.output, 1)))
         assert past is not None
         return added(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), skip, out), past
+
+    def _needs(self) -> Needs:
+        """What the operator needs to know of keys and values."""
+        return get_operator(self.operator).needs(self.modes.order, **self.options)
 
     def _settings(self) -> dict[str, Any]:
         """What the operator is told at every call."""

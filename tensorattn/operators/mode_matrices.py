@@ -93,7 +93,7 @@ def mode_matrices(
         The matrices; the same with dropout; and the log-sum-exp or None. Rows of absent batch entries are zero.
     """
     effects = main_effects(summary.order)
-    means = weighted_means(query, effects, summary.position_weights()) if isinstance(query, Tensor) else query
+    means = weighted_means(query, effects, summary.position_weights()) if isinstance(query, Tensor) else tuple(query)
     dtype = accumulation_dtype(means[0].dtype)
     matrices, lse = [], None
     for mode, kept in enumerate(effects):

@@ -95,7 +95,7 @@ LAYOUTS = {
 def slab(request, monkeypatch):
     """Read and write tensors at once, or in slabs of a few elements, or in slabs of a few long rows, or unplanned."""
     if request.param == "few":
-        monkeypatch.setattr(slabs, "FEW", 1 << 15)
+        monkeypatch.setattr(slabs, "SMALL", 1 << 15)
         yield
     elif request.param is not None:
         monkeypatch.setattr(slabs, "CACHED", 0)
@@ -110,7 +110,7 @@ def slab(request, monkeypatch):
 @pytest.fixture(params=[0, 1 << 15], ids=["planned", "few"])
 def few(request, monkeypatch):
     """Take tensors for large ones, or for small ones that need no plan."""
-    monkeypatch.setattr(slabs, "FEW", request.param)
+    monkeypatch.setattr(slabs, "SMALL", request.param)
 
 
 class TestMeans:
@@ -400,6 +400,17 @@ class TestOuterSum:
         result = ta.outer_sum(vectors, skip=skip)
         assert result.dtype == dtype
         close([result], [exact], rtol=torch.finfo(dtype).eps, atol=0)
+
+    @pytest.mark.parametrize("place", ["first", "second", "last"])
+    def test_goes_where_a_vector_lies(self, place):
+        out, other = draw(3, 4, 8), draw(4, 8, seed=2)
+        vectors = {
+            "first": lambda out: [out[:, 0], other],
+            "second": lambda out: [draw(3, 8, seed=3), out[0]],
+            "last": lambda out: [draw(3, 8, seed=3), out.flatten()[-32:].view(4, 8)],
+        }[place]
+        expected = ta.outer_sum([vector.clone() for vector in vectors(out)])
+        close([ta.outer_sum(vectors(out), out=out)], [expected])
 
     def test_lies_in_memory_as_what_is_added(self):
         skip = LAYOUTS["channels first"](draw(*grid(3)), 3)

@@ -46,7 +46,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple
             spies = [Mock(wraps=getattr(contraction, name)) for name in ("_contract_at_once", "_expand_at_once")]
             patch.setattr(contraction, "_contract_at_once", spies[0])
             patch.setattr(contraction, "_expand_at_once", spies[1])
-            patch.setattr(slabs, "FEW", 1 << 15)
+            patch.setattr(slabs, "SMALL", 1 << 15)
             few = call()
         run.seen = [spy.called for spy in spies]  # type: ignore[attr-defined]
         return few, many
@@ -91,13 +91,34 @@ def test_layers(variant, order, first, given, both):
     skip = {"nothing": None, "skip": torch.ones_like(x), "itself": x}[given]
     few, many = both(lambda: with_gradients(lambda: module(x, skip=skip), x, *module.parameters()))
     torch.testing.assert_close(few, many, **CLOSE)
-    assert both.seen[0] or variant.name not in ("additive", "kao_kv", "kao_qkv")
     with torch.no_grad():
         few, many = both(lambda: module(x, skip=skip))
+        assert both.seen[0] or variant.name not in ("additive", "kao_kv", "kao_qkv")
         assert few.stride() == many.stride()
         torch.testing.assert_close(few, many, **CLOSE)
         into, _ = both(lambda: module(x, skip=skip, out=torch.empty_like(x)))
         torch.testing.assert_close(into, many, **CLOSE)
+
+
+@layouts
+@pytest.mark.parametrize("order", [2, 3])
+def test_gradients_lie_as_the_input(order, first, both):
+    module = ta.TensorAttention(8, 2, modes=order, operator="kao_qkv", channels_first=first, dtype=torch.float64)
+    x = draw(2, 8, *SIZES[:order]) if first else draw(2, *SIZES[:order], 8)
+    few, many = both(lambda: torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0])
+    assert few.stride() == many.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_rounded_once(dtype, both):
+    def call() -> Tensor:
+        x = draw(2, 5, 6, 7, 16).to(dtype).requires_grad_()
+        parts = [(mean * weight).sum() for mean, weight in zip(ta.mode_averages(x, order=3), weights, strict=True)]
+        return torch.autograd.grad(sum(parts), x)[0]
+
+    weights = [draw(2, size, 16, seed=size).float() for size in (5, 6, 7)]
+    few, many = both(call)
+    assert torch.equal(few, many)
 
 
 @pytest.mark.parametrize("kind", ["kao_qkv", "kao_qkv centred"])
@@ -112,7 +133,7 @@ def test_only_few_elements_are(monkeypatch):
     spies = {name: Mock(wraps=getattr(contraction, name)) for name in ("_contract_at_once", "_expand_at_once")}
     for name, spy in spies.items():
         monkeypatch.setattr(contraction, name, spy)
-    monkeypatch.setattr(slabs, "FEW", 2 * 4 * 5 * 3)
+    monkeypatch.setattr(slabs, "SMALL", 2 * 4 * 5 * 3)
     ta.additive_part(draw(2, 4, 5, 3), order=2)
     assert [spy.call_count for spy in spies.values()] == [1, 1]
     ta.additive_part(draw(2, 4, 5, 4), order=2)

@@ -266,6 +266,18 @@ class TestProject:
             ta.summarize(key, value, order=2, kept=subsets(2), weights=WEIGHTS[kind](sizes, batch), second_moment=True),
         )
 
+    @pytest.mark.parametrize(
+        "types", itertools.product([torch.float32, torch.float64, torch.bfloat16], repeat=2), ids=str
+    )
+    def test_maps_of_any_type(self, types):
+        weight, bias = draw(6, 5, seed=2).to(types[0]), draw(6, seed=4).to(types[1])
+        summary = ta.summarize(*(draw(2, 3, 4, 5, dtype=torch.float32) for _ in range(2)), order=2, kept=[(0,), (1,)])
+        late = summary.project(weight, weight, key_bias=bias, num_heads=2)
+        assert isinstance(late.keys, tuple) and isinstance(late.values, tuple)
+        for mean, mapped in zip(summary.keys, late.keys, strict=True):
+            expected = (mean @ weight.float().T + bias.float()).unflatten(-1, (2, 3)).movedim(-2, 1)
+            torch.testing.assert_close(mapped, expected)
+
     @pytest.mark.parametrize("place", [None, 0, 1])
     def test_means_that_keys_and_values_share(self, place):
         x, to_key, to_value = draw(2, 3, 4, 5), draw(6, 5, seed=1), draw(6, 5, seed=2)
