@@ -23,6 +23,9 @@ EVERY = [(order, mode) for order in SIZES for mode in range(order)]
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 
 
+TYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
 def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
