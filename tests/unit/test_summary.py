@@ -21,8 +21,6 @@ from tensorattn import summarizing
 SIZES = {1: (5,), 2: (4, 3), 3: (3, 4, 2), 4: (2, 3, 2, 3)}
 EVERY = [(order, mode) for order in SIZES for mode in range(order)]
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
-
-
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
@@ -269,9 +267,7 @@ class TestProject:
             ta.summarize(key, value, order=2, kept=subsets(2), weights=WEIGHTS[kind](sizes, batch), second_moment=True),
         )
 
-    @pytest.mark.parametrize(
-        "types", itertools.product([torch.float32, torch.float64, torch.bfloat16], repeat=2), ids=str
-    )
+    @pytest.mark.parametrize("types", list(itertools.product(TYPES, repeat=2)), ids=str)
     def test_maps_of_any_type(self, types):
         weight, bias = draw(6, 5, seed=2).to(types[0]), draw(6, seed=4).to(types[1])
         summary = ta.summarize(*(draw(2, 3, 4, 5, dtype=torch.float32) for _ in range(2)), order=2, kept=[(0,), (1,)])
