@@ -91,6 +91,7 @@ def test_layers(variant, order, first, given, both):
     skip = {"nothing": None, "skip": torch.ones_like(x), "itself": x}[given]
     few, many = both(lambda: with_gradients(lambda: module(x, skip=skip), x, *module.parameters()))
     torch.testing.assert_close(few, many, **CLOSE)
+    assert few[0].stride() == many[0].stride()
     with torch.no_grad():
         few, many = both(lambda: module(x, skip=skip))
         assert both.seen[0] or variant.name not in ("additive", "kao_kv", "kao_qkv")
