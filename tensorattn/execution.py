@@ -276,7 +276,11 @@ def run_backwards(
         result = out.permute(plan.permutation)
         _write(terms[root], result)
         return out
-    result = _written(terms[root], shape, dtype)
+    result = parts[0].new_empty(shape, dtype=dtype)
+    try:
+        _write(terms[root], result)
+    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
+        result = _add_up(terms[root]).expand(shape).to(dtype)
     return result if plan.in_order else result.permute(plan.inverse)
 
 
@@ -285,20 +289,6 @@ def _add_up(terms: Sequence[Term]) -> Tensor:
     if len(terms) == 1 and terms[0][1] is None:
         return terms[0][0]
     return functools.reduce(torch.add, (part if weight is None else part * weight for part, weight in terms))
-
-
-def _written(terms: Sequence[Term], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a sum of broadcast terms in memory of its own."""
-    if len(terms) == 2 and all([w is None and part.dtype == dtype and part.is_contiguous() for part, w in terms]):
-        (first, _), (second, _) = terms
-        if tuple(map(max, first.shape, second.shape)) == shape:
-            return torch.add(first, second).contiguous()
-    result = terms[0][0].new_empty(shape, dtype=dtype)
-    try:
-        _write(terms, result)
-    except RuntimeError:  # a batched backward pass, where some terms are batched and the result is not
-        result = _add_up(terms).expand(shape).to(dtype)
-    return result
 
 
 def _write(terms: Sequence[Term], result: Tensor) -> None:

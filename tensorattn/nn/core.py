@@ -376,8 +376,8 @@ class AttentionCore(nn.Module):
         else:
             named |= {"outputs": out_proj.weight, "queries": q_proj.weight, "bias of queries": q_proj.bias}
         if owns:
-            for name, linear in (("keys", self.k_proj), ("values", self.v_proj)):
-                named |= {name: linear.weight, f"bias of {name}": linear.bias}
+            for name, own in (("keys", self.k_proj), ("values", self.v_proj)):
+                named |= {name: own.weight, f"bias of {name}": own.bias}
         held, parameters = summary.tensors, {name: each for name, each in named.items() if each is not None}
 
         def attend(part: Tensor, *tensors: Tensor) -> Tensor:
