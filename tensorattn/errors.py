@@ -1,17 +1,21 @@
-"""Errors: the exception classes, and the one place that composes their messages.
+"""Errors: the exception classes, the one place that composes their messages, and what an option may be.
 
-The floors below the public functions raise a bare cause (`ShapeError("mode 2 has size 16 in key but 15 in
-value.")`). A public function wears `retells`, which tells the cause again under the name that the user called,
-followed by every tensor argument read through the modes.
+What lies below a public function raises a bare cause (`ShapeError("mode 2 has size 16 in key but 15 in value.")`). A
+public function wears `retells`, which tells the cause again under the name that the user called, followed by every
+tensor argument read through the modes.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
 
 __all__ = [
     "DtypeError",
@@ -20,7 +24,10 @@ __all__ = [
     "ShapeError",
     "TensorAttentionError",
     "WeightsError",
+    "check",
+    "check_scale",
     "describe",
+    "is_integer",
     "retells",
 ]
 
@@ -129,16 +136,27 @@ def _read(
 
 
 def retells(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a public function tell the causes raised below it in its own name and with its own arguments."""
+    """Make a public function or method tell the causes raised below it in its own name and with its own arguments.
+
+    A constructor and what a call of an object runs speak in the name of the class of the object, other methods in
+    that of the class and their own.
+
+    Args:
+        function: The function or method.
+    """
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    owner, _, method = name.rpartition(".")
 
     @functools.wraps(function)
     def told(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except TensorAttentionError as cause:
-            reading = _read_call(function, args, kwargs)
-            name = function.__qualname__.rpartition("<locals>.")[2]
-            raise cause.retold(name, reading) from None
+            if not owner:
+                raise cause.retold(name, _read_call(function, args, kwargs)) from None
+            called = type(args[0]).__name__ if hasattr(type(args[0]), method) else owner
+            told_by = called if method in ("__init__", "forward", "__call__") else f"{called}.{method}"
+            raise cause.retold(told_by, _read_input(function, args, kwargs)) from None
 
     return told
 
@@ -149,9 +167,91 @@ def _read_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     names = (*GRID_ARGUMENTS, QUERY_ARGUMENT)
     tensors = {name: tuple(a.shape) for name, a in arguments.items() if name in names and hasattr(a, "shape")}
     order = arguments.get("order")
-    if not tensors or not isinstance(order, numbers.Integral) or isinstance(order, bool) or order < 1:
+    if not tensors or not is_integer(order) or order < 1:
         return ""
     order = int(order)
     key = next((tensors[name] for name in ("key", "tensor", "value") if name in tensors), ())
     batch_dims = len(key) - order - 1
     return describe([str(k) for k in range(order)], tensors, batch_dims if batch_dims >= 0 else None)
+
+
+def _read_input(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Read the input ``x`` of a module through the modes of the module, where there are both."""
+    module, x = args[0], inspect.signature(function).bind(*args, **kwargs).arguments.get(LAYER_ARGUMENT)
+    names = getattr(getattr(module, "modes", None), "names", None)
+    if names is None or not isinstance(x, Tensor):
+        return ""
+    return describe(names, {LAYER_ARGUMENT: tuple(x.shape)}, channels_first=getattr(module, "channels_first", False))
+
+
+def is_integer(number: object) -> bool:
+    """Tell whether something is an integer, of Python or of NumPy, and no truth value.
+
+    Args:
+        number: What was given.
+
+    Examples:
+        >>> is_integer(3), is_integer(True), is_integer(3.0)
+        (True, False, False)
+    """
+    return isinstance(number, (int, numbers.Integral)) and not isinstance(number, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether something is a real number; while a graph is recorded, it may be a symbol of one."""
+    kinds = (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def check(
+    value: Any,
+    argument: str,
+    kind: Literal["integer", "number", "probability", "switch"],
+    *,
+    least: float | None = None,
+    rule: str | None = None,
+) -> None:
+    """Check an option.
+
+    Args:
+        value: What was given.
+        argument: Name of the option.
+        kind: What it must be: an integer (2.0 is none), a number, a number from 0 to 1, or True or False (a word would
+            count as True, whatever it says).
+        least: The least that it may be, if there is such a limit.
+        rule: What it must be in words, where the kind alone does not tell.
+
+    Raises:
+        OptionError: If it is something else.
+
+    Examples:
+        >>> check("1.0", "saturation", "number", rule="positive or None")
+        Traceback (most recent call last):
+        tensorattn.errors.OptionError: saturation must be positive or None, got '1.0'.
+    """
+    needed = {"integer": "an integer", "number": "a number", "probability": "between 0 and 1", "switch": "True or False"}
+    right = isinstance(value, bool) if kind == "switch" else is_integer(value) if kind == "integer" else _is_number(value)
+    if not right or (kind == "probability" and not 0 <= value <= 1):
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value if right else repr(value)
+        raise OptionError(f"{argument} must be {rule or needed[kind]}, got {shown}.")
+    if least is not None and not value >= least:
+        raise OptionError(f"{argument} must be at least {least}, got {value}.")
+
+
+def check_scale(scale: Any) -> None:
+    """Check the factor of the logits.
+
+    Args:
+        scale: What was given; None for the default.
+
+    Raises:
+        OptionError: If it is no finite number.
+    """
+    if scale is None:
+        return
+    if isinstance(scale, Tensor):
+        hint = "For a learned scale multiply the query by it, with scale=1.0."
+        raise OptionError(f"scale must be a number or None, got a tensor of shape {tuple(scale.shape)}.", hint=hint)
+    check(scale, "scale", "number", rule="a number or None")
+    if isinstance(scale, float) and not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise OptionError(f"scale must be finite, got {scale}.")

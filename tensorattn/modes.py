@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-from tensorattn.errors import ModesError, OptionError, ShapeError, TensorAttentionError
+from tensorattn.errors import ModesError, ShapeError, TensorAttentionError, check, is_integer
 
 __all__ = [
+    "Family",
     "GridShape",
+    "Kept",
     "ModeSpec",
     "attention_shapes",
     "check_order",
     "grid_shape",
     "is_integer",
+    "main_effects",
     "mode_parts",
     "mode_subsets",
 ]
+
+Kept = tuple[int, ...]  # modes that a marginal mean keeps, ascending; the empty tuple is the grand mean
+Family = tuple[Kept, ...]  # marginal means that are wanted together
 
 
 @dataclass(frozen=True)
@@ -110,17 +115,13 @@ class GridShape(NamedTuple):
     dim: int
 
 
-def is_integer(number: object) -> TypeGuard[int]:
-    """Tell whether something is an integer, of Python or of NumPy, and no truth value.
+def main_effects(order: int) -> Family:
+    """Return the family of the N mode averages: one kept mode each.
 
     Args:
-        number: What was given.
-
-    Examples:
-        >>> is_integer(3), is_integer(True), is_integer(3.0)
-        (True, False, False)
+        order: Number of modes N.
     """
-    return isinstance(number, int | numbers.Integral) and not isinstance(number, bool)
+    return tuple([(mode,) for mode in range(order)])
 
 
 def mode_parts(given: Any, order: int, argument: str, noun: str, kind: type[TensorAttentionError]) -> tuple[Any, ...]:
@@ -187,10 +188,7 @@ def check_order(order: int, argument: str = "order") -> None:
     Raises:
         OptionError: If it is not.
     """
-    if not is_integer(order):
-        raise OptionError(f"{argument} must be an integer, got {order!r}.")
-    if order < 1:
-        raise OptionError(f"{argument} must be at least 1, got {order}.")
+    check(order, argument, "integer", least=1)
 
 
 def grid_shape(shape: Sequence[int], order: int, argument: str) -> GridShape:

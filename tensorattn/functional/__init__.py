@@ -1,0 +1,48 @@
+"""The operators as functions: one file an operator or a pair of kin, one record each, registered here."""
+
+from tensorattn.functional.additive import ADDITIVE, TRUNCATED, additive_attention, truncated_attention
+from tensorattn.functional.axial import AXIAL, axial_attention
+from tensorattn.functional.flattened import FLATTENED, flattened_attention
+from tensorattn.functional.kao import KAO_KV, KAO_QKV, kao_kv, kao_qkv
+from tensorattn.functional.kronecker import (
+    KRONECKER_PRODUCT,
+    KRONECKER_SUM,
+    kronecker_product_attention,
+    kronecker_sum_attention,
+)
+from tensorattn.functional.maps import attention_map
+from tensorattn.functional.operator import (
+    OPERATORS,
+    AttentionResult,
+    Claim,
+    Operator,
+    get_operator,
+    register_operator,
+)
+from tensorattn.functional.softmax import merge_attention
+from tensorattn.functional.summary import Needs, Summary, summarize
+
+__all__ = [
+    "OPERATORS",
+    "AttentionResult",
+    "Claim",
+    "Needs",
+    "Operator",
+    "Summary",
+    "additive_attention",
+    "attention_map",
+    "axial_attention",
+    "flattened_attention",
+    "get_operator",
+    "kao_kv",
+    "kao_qkv",
+    "kronecker_product_attention",
+    "kronecker_sum_attention",
+    "merge_attention",
+    "register_operator",
+    "summarize",
+    "truncated_attention",
+]
+
+for _record in (ADDITIVE, TRUNCATED, KAO_KV, KAO_QKV, KRONECKER_PRODUCT, KRONECKER_SUM, AXIAL, FLATTENED):
+    register_operator(_record)

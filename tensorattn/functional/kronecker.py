@@ -1,0 +1,306 @@
+"""Kronecker attention of values at full resolution: one attention matrix a mode, from pooled queries and keys.
+
+The matrices are applied in turn (their Kronecker product, which is never formed), or each by itself and added up (their
+Kronecker sum).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorattn.errors import OptionError
+from tensorattn.functional.maps import At, Base, fibre_of, fibres, geometric, place_on, rows_at, scaled_to_one
+from tensorattn.functional.operator import (
+    SYMMETRIES,
+    AttentionResult,
+    Claim,
+    Operator,
+    Shared,
+    attention_function,
+    run,
+)
+from tensorattn.functional.summary import Means, Needs, Summary
+from tensorattn.masks import accumulation_dtype, log_weights
+from tensorattn.modes import main_effects
+
+__all__ = ["KRONECKER_PRODUCT", "KRONECKER_SUM", "kronecker_product_attention", "kronecker_sum_attention"]
+
+POOLED = "its queries are pooled over positions"
+
+Norm = Callable[[Tensor], Tensor] | None
+
+
+@attention_function
+def kronecker_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, order: int, pool: str = "mean", **shared: Unpack[Shared]
+) -> Any:
+    r"""Attend along every mode at once by the Kronecker product of one attention matrix a mode.
+
+    .. math:: Y = V \times_1 A^1 \times_2 A^2 \cdots \times_N A^N,
+        \qquad A^m = \mathrm{softmax}(s\, \bar Q^m \bar K^{m\top})
+
+    with the queries and keys pooled over all modes but m. Values stay at full resolution. Equals flattened attention
+    for **any** values where the logits have no cross-mode terms: additive queries and keys whose modes live in
+    orthogonal channels. Costs 2SD operations a position for S = n_1 + … + n_N, and at most one more tensor of memory.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        order: Number of modes N.
+        pool: Whether queries and keys are pooled over the other modes by their ``"mean"`` or by their ``"sum"``.
+        **shared: What all operators share, as told below.
+
+    Weights weigh the pooled queries too. A mask that is no product over modes makes masked averages, and the product of
+    the matrices is made to sum to one over the positions present; with ``pool="sum"`` it excludes ``weights``. ``bias``
+    and ``causal`` have no meaning here and raise, and so does ``return_lse`` but at order 1.
+
+    Returns:
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
+        matrix ``(*batch, n_m, n_m)`` a mode.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> ta.kronecker_product_attention(q, k, v, order=2).shape
+        torch.Size([2, 4, 5, 8])
+
+    References:
+        Omranpour, Rabusseau and Rabbany, "Higher-Order Transformers", 2024, arXiv 2412.02919.
+    """
+    return run(KRONECKER_PRODUCT, query, key, value, order=order, options={"pool": pool}, **shared)
+
+
+@attention_function
+def kronecker_sum_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, order: int, pool: str = "mean", **shared: Unpack[Shared]
+) -> Any:
+    r"""Attend along each mode by an attention matrix of its own, and add up the modes.
+
+    .. math:: Y = \sum_m V \times_m A^m, \qquad A^m = \mathrm{softmax}(s\, \bar Q^m \bar K^{m\top})
+
+    with the queries and keys pooled over all modes but m: the Kronecker sum of the matrices, applied to the values. Its
+    weights sum to N, as published. Costs 2SD operations a position for S = n_1 + … + n_N.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        order: Number of modes N.
+        pool: Whether queries and keys are pooled over the other modes by their ``"mean"`` or by their ``"sum"``.
+        **shared: What all operators share, as told below.
+
+    Weights weigh the pooled queries too. A mask that is no product over modes makes masked averages, and the attention
+    along each fibre is made to sum to one over the positions present; with ``pool="sum"`` it excludes ``weights``.
+    ``bias`` and ``causal`` have no meaning here and raise, and so does ``return_lse`` but at order 1.
+
+    Returns:
+        The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
+        matrix ``(*batch, n_m, n_m)`` a mode.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> ta.kronecker_sum_attention(q, k, v, order=2).shape
+        torch.Size([2, 4, 5, 8])
+
+    References:
+        Omranpour, Rabusseau and Rabbany, "Higher-Order Transformers", 2024, arXiv 2412.02919.
+    """
+    return run(KRONECKER_SUM, query, key, value, order=order, options={"pool": pool}, **shared)
+
+
+def _needs(order: int, *, pool: str) -> Needs:
+    """Mean queries and keys a mode, and the values themselves."""
+    if pool not in ("mean", "sum"):
+        raise OptionError(f"pool must be 'mean' or 'sum', got {pool!r}.")
+    everything, effects = tuple(range(order)), main_effects(order)
+    kept = tuple(dict.fromkeys((*effects, everything)))
+    return Needs(kept, keys=effects, values=(everything,), queries=effects, indices=pool == "sum")
+
+
+def _attend_by_product(
+    queries: Means, summary: Summary, *, return_lse: bool, return_attention: bool, dropout_p: float, **settings: Any
+) -> AttentionResult:
+    """Apply the attention matrix of each mode in turn."""
+    matrices, dropped, lse = _matrices(queries, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
+    value, column, batch = _values(summary), _position_column(summary), len(summary.batch)
+    if column is None:
+        output = _in_turn(dropped, value, batch)
+    else:
+        weighed = _in_turn(dropped, value * column.to(value.dtype), batch)
+        output = _over_present(weighed, _in_turn(matrices, column, batch))
+    return AttentionResult(output, lse, matrices if return_attention else None)
+
+
+def _attend_by_sum(
+    queries: Means, summary: Summary, *, return_lse: bool, return_attention: bool, dropout_p: float, **settings: Any
+) -> AttentionResult:
+    """Apply the attention matrix of each mode to the values, and add up."""
+    matrices, dropped, lse = _matrices(queries, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
+    value, column, batch = _values(summary), _position_column(summary), len(summary.batch)
+    parts = []
+    for mode in range(summary.order):
+        if column is None:
+            parts.append(_along_mode(dropped[mode], value, mode, batch))
+        else:
+            weighed = _along_mode(dropped[mode], value * column.to(value.dtype), mode, batch)
+            parts.append(_over_present(weighed, _along_mode(matrices[mode], column, mode, batch)))
+    return AttentionResult(functools.reduce(torch.add, parts), lse, matrices if return_attention else None)
+
+
+def _matrices(
+    queries: Means,
+    summary: Summary,
+    *,
+    scale: float,
+    pool: str,
+    dropout_p: float,
+    return_lse: bool,
+    query_norm: Norm = None,
+    key_norm: Norm = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+    """Return the attention matrix of each mode, ``(*batch, n_m, n_m)``; the same with dropout; and a log-sum-exp.
+
+    Where the weights of positions are no product over modes, an index only has to have a position present: weights then
+    meet the values, position by position. Rows of absent batch entries are zero.
+    """
+    matrices, lse = [], None
+    for mode in range(summary.order):
+        query, key = queries.get((mode,)), summary.key((mode,))
+        dtype = accumulation_dtype(query.dtype)
+        if pool == "sum":
+            count = _others(summary, mode)
+            query, key = query.to(dtype) * count, key.to(dtype) * count
+        count = summary.count((mode,))
+        if count is not None:  # an absent index may hold so much that its logits overflow
+            key = torch.where((count > 0).unsqueeze(-1), key, 0.0)
+        query = (query if query_norm is None else query_norm(query)).to(dtype)
+        key = (key if key_norm is None else key_norm(key)).to(dtype)
+        logits, present = (query * scale) @ key.mT, None
+        if count is not None:
+            weight = log_weights((count > 0).to(dtype)) if summary.mode_weights is None else summary.mode_log_weight(mode)
+            logits = logits + weight.unsqueeze(-2).to(dtype)
+            present = weight.amax(-1, keepdim=True).unsqueeze(-1) > -math.inf
+            logits = torch.where(present, logits, 0.0)
+        matrix = torch.softmax(logits, -1)
+        matrices.append(matrix if present is None else matrix * present)
+        if return_lse:
+            lse = torch.logsumexp(logits, -1)
+            lse = lse if present is None else torch.where(present.squeeze(-1), lse, -math.inf)
+    dropped = tuple([F.dropout(matrix, dropout_p) if dropout_p > 0 else matrix for matrix in matrices])
+    return tuple(matrices), dropped, lse
+
+
+def _others(summary: Summary, mode: int) -> Tensor | int:
+    """Count the positions that share an index of a mode, by weight: ``(*batch, 1 or n_mode, 1)``, or a number."""
+    if summary.counts is None:
+        return summary.positions // summary.sizes[mode]
+    if summary.mode_weights is None:
+        count = summary.count((mode,))
+        assert count is not None
+        return count.unsqueeze(-1).to(summary.key((mode,)).dtype)
+    totals = [
+        torch.tensor(float(size)) if weight is None else weight.sum(-1)[..., None, None]
+        for k, (weight, size) in enumerate(zip(summary.mode_weights, summary.sizes, strict=True))
+        if k != mode
+    ]
+    return math.prod(totals) if totals else 1
+
+
+def _values(summary: Summary) -> Tensor:
+    """Return the values of all positions; zero where none is."""
+    everything = tuple(range(summary.order))
+    value, count = summary.value(everything), summary.count(everything)
+    return value if count is None else torch.where((count > 0).unsqueeze(-1), value, 0.0)
+
+
+def _position_column(summary: Summary) -> Tensor | None:
+    """Return the weight of each position as a column ``(*batch, n_1, …, n_N, 1)`` where it is no product over modes."""
+    if summary.counts is None or summary.mode_weights is not None:
+        return None
+    column = summary.counts.get(tuple(range(summary.order)))
+    return column.expand(*summary.batch, *summary.sizes, 1).to(accumulation_dtype(summary.value_means.blocks[0][1].dtype))
+
+
+def _over_present(weighed: Tensor, share: Tensor) -> Tensor:
+    """Divide sums over the positions present by the attention that they got; zero where there is none.
+
+    Attention to a grid with gaps is attention to the whole grid, times the weights, made to sum to one again: full
+    attention under a mask is nothing else.
+    """
+    return weighed / torch.where(share > 0, share, 1).to(weighed.dtype)
+
+
+def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int) -> Tensor:
+    """Multiply a tensor by one matrix along each mode."""
+    for mode, matrix in enumerate(matrices):
+        tensor = _along_mode(matrix, tensor, mode, batch)
+    return tensor
+
+
+def _along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int) -> Tensor:
+    """Multiply a tensor ``(*batch, n_1, …, n_N, D)`` by a matrix ``(*batch, n, n_mode)``: the mode-k product."""
+    moved = tensor.movedim(batch + mode, batch)
+    product = matrix.to(tensor.dtype) @ moved.flatten(batch + 1)
+    return product.unflatten(-1, moved.shape[batch + 1 :]).movedim(batch, batch + mode)
+
+
+def _claims_of_product(*, pool: str) -> frozenset[Claim]:
+    """A product of softmaxes averages the values with weights that sum to one."""
+    indifferent = {Claim.CONSTANT_MODE, Claim.REFINEMENT} if pool == "mean" else set()
+    return SYMMETRIES | {Claim.CONVEX, Claim.ZERO_SCALE_MEAN} | indifferent
+
+
+def _claims_of_sum(*, pool: str) -> frozenset[Claim]:
+    """The symmetries of a softmax, but for the values, which are counted N times."""
+    return frozenset({Claim.KEY_SHIFT, Claim.ROTATION} | ({Claim.REFINEMENT} if pool == "mean" else set()))
+
+
+def _spread_product(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base, **_: Any) -> Tensor:
+    """A row of the Kronecker product: the outer product of the rows of the modes."""
+    rows = rows_at(attention, place_on(sizes, at), sizes)
+    product = geometric([((mode,), row, 1) for mode, row in enumerate(rows)], torch.ones_like(base.weights), len(sizes))
+    return scaled_to_one(product * base.beside_rows, len(sizes))
+
+
+def _spread_sum(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base, **_: Any) -> Tensor:
+    """The row of each mode on the fibre through the query, divided by the N times that values are counted."""
+    place = place_on(sizes, at)
+    along = [base.beside_rows[fibre_of(place, mode)] for mode in range(len(sizes))]
+    rows = [row * counts for row, counts in zip(rows_at(attention, place, sizes), along, strict=True)]
+    return fibres(rows if base.by_mode else [scaled_to_one(row, 1) for row in rows], place)
+
+
+KRONECKER_PRODUCT = Operator(
+    "kronecker_product",
+    kronecker_product_attention,
+    _needs,
+    _attend_by_product,
+    _claims_of_product,
+    query="grid",
+    pools=True,
+    options={"pool": "mean"},
+    spread=_spread_product,
+    lacks={"bias": POOLED, "causal": POOLED, "return_lse": "its logits are sums over pooled queries"},
+)
+
+KRONECKER_SUM = Operator(
+    "kronecker_sum",
+    kronecker_sum_attention,
+    _needs,
+    _attend_by_sum,
+    _claims_of_sum,
+    query="grid",
+    pools=True,
+    options={"pool": "mean"},
+    spread=_spread_sum,
+    lacks={"bias": POOLED, "causal": POOLED, "return_lse": "a sum of several softmaxes is not a softmax"},
+)

@@ -1,0 +1,497 @@
+"""Which positions take part, and how often each counts: weights, a mask and lengths, brought together in one object.
+
+All three say the same kind of thing, a multiplicity of every position, so they multiply: a mask is a weight of 0 or 1,
+and lengths are a mask that is a product over modes. Whatever is a product over modes is kept as one vector a mode,
+since averages are exact with it; a mask is looked at for that, where its values can be read. All that is asked of
+values is read from the device at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorattn.errors import DtypeError, ModesError, ShapeError, TensorAttentionError, WeightsError
+from tensorattn.modes import GridShape, ModeSpec, mode_parts
+
+__all__ = [
+    "GivenWeights",
+    "Lengths",
+    "Mask",
+    "Vector",
+    "Vectors",
+    "Weights",
+    "accumulation_dtype",
+    "beside",
+    "broadcasts_to",
+    "check_floating",
+    "counting_dtype",
+    "in_autocast",
+    "is_transformed",
+    "log_weights",
+    "one_a_mode",
+    "read_weights",
+    "readable",
+    "real_tensor",
+    "without_absent",
+]
+
+Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for ones
+Vectors = tuple[Vector, ...]
+GivenWeights = Sequence[Any] | Tensor | None  # one vector a mode, or a tensor over the grid
+Mask = Tensor | None
+Lengths = Tensor | Sequence[Any] | Mapping[Any, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """How often each position of a grid counts.
+
+    Attributes:
+        vectors: One vector a mode or None, whose product the weights are.
+        grid: One weight a position, ``(*batch, n_1, …, n_N)`` with batch dimensions that may be 1, where they are no
+            product over modes; the vectors are then None.
+        present: Where positions take part, bool and broadcastable to ``(*batch, n_1, …, n_N)``; None if neither a mask
+            nor lengths were given.
+        binary: Whether each weight is known to be 0 or 1.
+        indices: Whether they tell how often the indices of each mode count, not those of positions alone.
+    """
+
+    vectors: Vectors
+    grid: Tensor | None = None
+    present: Tensor | None = None
+    binary: bool = True
+    indices: bool = True
+
+    @property
+    def order(self) -> int:
+        """Number of modes N."""
+        return len(self.vectors)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every position is known to count once."""
+        return self.grid is None and all([vector is None for vector in self.vectors])
+
+    def over_grid(self) -> Tensor | None:
+        """Return one weight a position, broadcastable to ``(*batch, n_1, …, n_N)``; None where each counts once."""
+        if self.grid is not None:
+            return self.grid
+        vectors = [beside(vector, mode, self.order) for mode, vector in enumerate(self.vectors) if vector is not None]
+        return functools.reduce(torch.mul, vectors) if vectors else None
+
+    def with_batch_dim(self, dim: int) -> Weights:
+        """Return the same weights for tensors with one more batch dimension, such as heads.
+
+        Args:
+            dim: Place of the new dimension, counted from the end of the batch dimensions: -1 is the last.
+        """
+
+        def widened(tensor: Tensor | None, modes: int) -> Tensor | None:
+            return tensor if tensor is None or tensor.dim() == modes else tensor.unsqueeze(dim - modes)
+
+        vectors = tuple(widened(vector, 1) for vector in self.vectors)
+        return Weights(vectors, widened(self.grid, self.order), widened(self.present, self.order), self.binary, self.indices)
+
+
+def read_weights(
+    weights: GivenWeights,
+    mask: Mask,
+    lengths: Lengths,
+    grid: GridShape,
+    like: Tensor,
+    modes: ModeSpec | None = None,
+    *,
+    of: str = "key",
+    part_of: int | None = None,
+) -> Weights:
+    """Check weights, a mask and lengths, and bring them together.
+
+    Args:
+        weights: One vector a mode, or a tensor over the grid, or None.
+        mask: Bool over the grid, True where a position takes part, with batch dimensions that broadcast; or None.
+        lengths: How many leading indices of each mode take part: integers ``(*batch, N)``, or one entry a mode, an
+            integer or one for each sample or None for all, or a mapping from modes; or None.
+        grid: Shape of the tensor that they speak of.
+        like: A tensor of the type and device wanted.
+        modes: What the modes are called.
+        of: Name of that tensor, for messages.
+        part_of: A mode of which the tensor is a part, whose weights may all be zero here.
+
+    Returns:
+        What they say together.
+
+    Raises:
+        WeightsError: If weights are refused, or lengths are negative or longer than their mode.
+        DtypeError: If the mask is not bool, or lengths are no integers.
+        ShapeError: If the mask or lengths do not fit the grid.
+        ModesError: If lengths name a mode that does not exist.
+    """
+    order = len(grid.sizes)
+    if weights is None and mask is None and lengths is None:
+        return Weights((None,) * order)
+    reader = _Reader(grid, like, ModeSpec.parse(order) if modes is None else modes, of)
+    dtype = accumulation_dtype(like.dtype)
+    shown = None if mask is None else reader.mask(mask)
+    seen = (None,) * order if lengths is None else reader.lengths(lengths)
+    whole = reader.whole(weights) if isinstance(weights, Tensor) or hasattr(weights, "ndim") else None
+    vectors: Vectors = (None,) * order
+    if whole is None and weights is not None:
+        vectors = reader.vectors(weights, part_of)
+    projections = None if shown is None else reader.projections(shown)
+    is_product = reader.answers()
+    indices = whole is None
+    if shown is not None:
+        if projections is not None and (order == 1 or is_product):
+            vectors = tuple(map(_times, vectors, projections))
+        else:
+            indices = indices and all(vector is None for vector in vectors)
+            whole = shown.to(dtype) if whole is None else whole * shown
+    vectors = tuple(None if v is None else v.to(dtype) for v in map(_times, vectors, seen))
+    present = [beside(part, mode, order) for mode, part in enumerate(seen) if part is not None]
+    present = present if shown is None else [shown, *present]
+    if whole is not None:
+        whole = functools.reduce(torch.mul, [beside(v, m, order) for m, v in enumerate(vectors) if v is not None], whole)
+        missing = len(grid.batch) + order - whole.dim()
+        whole = whole.to(dtype).reshape(*(1,) * missing, *whole.shape)
+        vectors = (whole,) if order == 1 else (None,) * order
+    return Weights(
+        vectors,
+        whole if order > 1 else None,
+        functools.reduce(torch.logical_and, present) if present else None,
+        weights is None,
+        indices,
+    )
+
+
+class _Reader:
+    """Checks of what is said of the positions of one grid; what is asked of values is answered at the end, at once."""
+
+    def __init__(self, grid: GridShape, like: Tensor, modes: ModeSpec, of: str) -> None:
+        self.grid, self.like, self.modes, self.of = grid, like, modes, of
+        self.order = len(grid.sizes)
+        self.asked: list[tuple[Tensor, Callable[[float, float], None]]] = []
+        self.product: Tensor | None = None
+
+    def answers(self) -> bool:
+        """Read all values that were asked for, raise what they call for, and tell whether the mask is a product."""
+        dtype = counting_dtype(self.like.device)
+        asked = [torch.stack([bound.to(self.like.device, dtype) for bound in torch.aminmax(t.detach())]) for t, _ in self.asked]
+        if self.product is not None:
+            asked.append(self.product.to(dtype).expand(2))
+        if not asked:
+            return False
+        answers = torch.cat(asked).tolist()  # the only values that are read from the device
+        for place, (_, judge) in enumerate(self.asked):
+            judge(*answers[2 * place : 2 * place + 2])
+        return self.product is not None and bool(answers[-1])
+
+    def ask(self, tensor: Tensor, judge: Callable[[float, float], None]) -> None:
+        """Have the least and the largest value of a tensor judged, where they can be read."""
+        if readable(tensor) and tensor.numel():
+            self.asked.append((tensor, judge))
+
+    def vectors(self, given: Sequence[Any], part_of: int | None) -> Vectors:
+        """Check one vector of weights a mode."""
+        parts = mode_parts(given, self.order, "weights", "vectors", WeightsError)
+        return tuple(
+            None if part is None else self._vector(part, mode, mode == part_of) for mode, part in enumerate(parts)
+        )
+
+    def _vector(self, given: Any, mode: int, may_vanish: bool) -> Tensor:
+        """Check the weights of one mode."""
+        what, size = f"weights of mode {self.modes.label(mode)}", self.grid.sizes[mode]
+        vector = real_tensor(given, what, self.like, WeightsError)
+        if vector.dim() == 0 or vector.shape[-1] != size:
+            got = vector.shape[-1] if vector.dim() else "no dimension"
+            raise WeightsError(f"{what} have length {got}, but the mode has size {size}.")
+        self._check_batch(tuple(vector.shape[:-1]), what, WeightsError)
+        self.ask(vector, functools.partial(_judge_weights, what, "index", may_vanish))
+        return vector.to(accumulation_dtype(self.like.dtype))
+
+    def whole(self, given: Any) -> Tensor:
+        """Check weights given as one tensor over the grid."""
+        tensor = real_tensor(given, "weights", self.like, WeightsError)
+        self._check_over_grid(tensor, "weights", WeightsError)
+        self.ask(tensor, functools.partial(_judge_weights, "weights", "position", False))
+        return tensor.to(accumulation_dtype(self.like.dtype))
+
+    def mask(self, mask: Any) -> Tensor:
+        """Check a mask."""
+        mask = _as_tensor(mask, "mask must be a tensor of bool", DtypeError)
+        if mask.dtype != torch.bool:
+            raise DtypeError(
+                f"mask must be bool, True where a position takes part, but has the type {mask.dtype}.",
+                hint="Numbers that say how much a position counts are weights: give them as weights.",
+            )
+        self._check_over_grid(mask, "mask", ShapeError)
+        return mask.to(self.like.device)
+
+    def projections(self, mask: Tensor) -> Vectors | None:
+        """Project a mask on its modes, and ask whether it is their product; None where that cannot be known.
+
+        Where values cannot be read a mask stays whole, which gives the same numbers.
+        """
+        if self.order == 1:
+            return (mask,)
+        if not readable(mask):
+            return None
+        parts = [mask.any([k - self.order for k in range(self.order) if k != mode]) for mode in range(self.order)]
+        product = functools.reduce(torch.logical_and, [beside(part, mode, self.order) for mode, part in enumerate(parts)])
+        self.product = (product == mask).all()
+        return tuple(parts)
+
+    def lengths(self, lengths: Any) -> Vectors:
+        """Check lengths, and turn them into a mask a mode."""
+        if isinstance(lengths, Mapping):
+            lengths = one_a_mode(self.modes, lengths, "lengths")
+        if getattr(lengths, "ndim", 0):
+            if lengths.shape[-1] != self.order:
+                raise ShapeError(f"lengths has {lengths.shape[-1]} columns, but order {self.order} needs one a mode.")
+            lengths = [lengths[..., mode] for mode in range(self.order)]
+        parts = mode_parts(lengths, self.order, "lengths", "entries", ShapeError)
+        return tuple(None if given is None else self._length(given, mode) for mode, given in enumerate(parts))
+
+    def _length(self, given: Any, mode: int) -> Tensor:
+        """Check the lengths of one mode."""
+        what, size = f"lengths of mode {self.modes.label(mode)}", self.grid.sizes[mode]
+        length = _as_tensor(given, f"{what} must be integers", DtypeError)
+        if length.dtype == torch.bool or length.is_floating_point() or length.is_complex():
+            raise DtypeError(f"{what} must be integers, but have the type {length.dtype}.")
+        if not broadcasts_to(length.shape, self.grid.batch):
+            raise ShapeError(f"{what} have the shape {tuple(length.shape)}, which does not broadcast to {self.grid.batch}.")
+
+        def judge(lowest: float, highest: float) -> None:
+            for number in (lowest, highest):
+                if not 0 <= number <= size:
+                    raise WeightsError(f"{what} must be from 0 to its size {size}, got {int(number)}.")
+
+        self.ask(length, judge)
+        return torch.arange(size, device=self.like.device) < length.to(self.like.device).unsqueeze(-1)
+
+    def _check_over_grid(self, tensor: Tensor, what: str, kind: type[TensorAttentionError]) -> None:
+        """Check that a tensor has one entry a position."""
+        if tensor.dim() < self.order:
+            raise kind(f"{what} has {tensor.dim()} dimensions, but order {self.order} needs at least {self.order}.")
+        own_sizes = tensor.shape[tensor.dim() - self.order :]
+        for mode, (size, own) in enumerate(zip(self.grid.sizes, own_sizes, strict=True)):
+            if size != own:
+                raise kind(f"mode {self.modes.label(mode)} has size {own} in {what} but {size} in {self.of}.")
+        batch = tuple(tensor.shape[: tensor.dim() - self.order])
+        if not broadcasts_to(batch, self.grid.batch):
+            raise kind(f"{what} has batch dimensions {batch}, which do not broadcast to {self.grid.batch}.")
+
+    def _check_batch(self, batch: tuple[int, ...], what: str, kind: type[TensorAttentionError]) -> None:
+        """Check that batch dimensions broadcast to those of the grid."""
+        if not broadcasts_to(batch, self.grid.batch):
+            raise kind(f"{what} have batch dimensions {batch}, which do not broadcast to {self.grid.batch}.")
+
+
+def _judge_weights(what: str, noun: str, may_vanish: bool, lowest: float, highest: float) -> None:
+    """Refuse negative, infinite and all-zero weights."""
+    if not math.isfinite(lowest) or not math.isfinite(highest):
+        raise WeightsError(f"{what} must be finite, got {lowest:g} to {highest:g}.")
+    if lowest < 0:
+        raise WeightsError(f"{what} must not be negative, got {lowest:g}.")
+    if highest == 0 and not may_vanish:
+        raise WeightsError(f"{what} are all zero, so no {noun} takes part.")
+
+
+def _times(vector: Vector, part: Vector) -> Vector:
+    """Multiply weights with a part of a mask."""
+    if vector is None or part is None:
+        return part if vector is None else vector
+    return vector * part
+
+
+def readable(tensor: Tensor) -> bool:
+    """Tell whether values of a tensor can be read: not while a graph is recorded, under a transform, or on meta.
+
+    Args:
+        tensor: The tensor.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return not _is_functorch_active()
+
+
+def _is_functorch_active() -> bool:
+    """Tell whether `torch.func` transforms what is called. Where torch does not tell, assume so."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active()
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Tell whether a function of some tensors is differentiated, or transformed by `torch.func`.
+
+    Args:
+        *tensors: The tensors.
+    """
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        return True
+    dual = torch.autograd.forward_ad._current_level >= 0
+    return dual or _is_functorch_active()
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Check that tensors are of one floating-point type, and on one device.
+
+    Args:
+        **tensors: Tensors by the name of their argument.
+
+    Raises:
+        DtypeError: If one is not floating point, or two types or devices differ.
+    """
+    (first, reference), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise DtypeError(f"{name} must be floating point, got {tensor.dtype}.")
+        if tensor.dtype != reference.dtype:
+            raise DtypeError(f"the type is {reference.dtype} in {first} but {tensor.dtype} in {name}.")
+        if tensor.device != reference.device:
+            raise DtypeError(f"the device is {reference.device} in {first} but {tensor.device} in {name}.")
+
+
+def one_a_mode(modes: ModeSpec, given: Any, argument: str) -> list[Any]:
+    """Spell out what was given for some modes or for all: by mode, one a mode, or one thing for every mode.
+
+    Args:
+        modes: The modes.
+        given: A mapping from names or indices of modes, a sequence of N things, or one thing.
+        argument: Its name, for messages.
+
+    Returns:
+        A list of N things, None for modes that a mapping leaves out.
+
+    Raises:
+        ModesError: If a mapping names a mode that does not exist, or one mode twice, or a sequence is too short or
+            too long.
+
+    Examples:
+        >>> one_a_mode(ModeSpec.parse("t h w"), {"w": 3}, "patch"), one_a_mode(ModeSpec.parse(2), 3, "patch")
+        ([None, None, 3], [3, 3])
+    """
+    if isinstance(given, Mapping):
+        found: dict[int, Any] = {}
+        for mode, thing in given.items():
+            index = modes.index(mode)
+            if index in found:
+                raise ModesError(f"{argument} names mode {modes.names[index]!r} twice.")
+            found[index] = thing
+        return [found.get(index) for index in range(modes.order)]
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != modes.order:
+            raise ModesError(f"{argument} has {len(given)} entries, but order {modes.order} needs one a mode.")
+        return list(given)
+    return [given] * modes.order
+
+
+def broadcasts_to(shape: Sequence[int], batch: Sequence[int]) -> bool:
+    """Tell whether a shape broadcasts to the batch dimensions without adding to them.
+
+    Args:
+        shape: The shape.
+        batch: The batch dimensions.
+    """
+    pairs = zip(reversed(shape), reversed(batch), strict=False)
+    return len(shape) <= len(batch) and all(size in (1, other) for size, other in pairs)
+
+
+def real_tensor(given: Any, what: str, like: Tensor, kind: type[TensorAttentionError]) -> Tensor:
+    """Return real numbers, given as a tensor, an array of any strides or nested lists, as a tensor on a device.
+
+    Args:
+        given: The numbers.
+        what: What they are, for messages.
+        like: A tensor on the device wanted; what is no tensor becomes its accumulation type.
+        kind: Class of the error.
+
+    Returns:
+        The tensor; one that was given keeps its type.
+
+    Raises:
+        TensorAttentionError: If they are no real numbers, of the class ``kind``.
+    """
+    given = _as_tensor(given, f"{what} must be a tensor or numbers", kind, accumulation_dtype(like.dtype))
+    if given.is_complex():
+        raise kind(f"{what} must be real, got {given.dtype}.")
+    return given.to(like.device)
+
+
+def _as_tensor(given: Any, rule: str, kind: type[TensorAttentionError], dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor, or what an array of any strides or nested lists hold as a tensor of a type."""
+    if isinstance(given, Tensor):
+        return given
+    try:
+        backwards = any([stride < 0 for stride in getattr(given, "strides", None) or ()])  # torch does not read those
+        return torch.as_tensor(given.copy() if backwards else given, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise kind(f"{rule}, got {given!r}.") from None
+
+
+def in_autocast(device: torch.device) -> bool:
+    """Tell whether linear maps on a device choose a type of their own now.
+
+    Args:
+        device: The device.
+    """
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # not on meta
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which averages of a type are accumulated: float32 for half precision.
+
+    Args:
+        dtype: The type.
+    """
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def counting_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which positions are counted and many parts are added up.
+
+    Args:
+        device: Device of the numbers: MPS has no float64.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def log_weights(weights: Tensor) -> Tensor:
+    """Return logarithms of weights: minus infinity for absent indices, to which no gradient flows.
+
+    Args:
+        weights: Non-negative weights.
+    """
+    return torch.where(weights > 0, weights, 1.0).log().masked_fill(weights <= 0, -math.inf)
+
+
+def beside(vector: Tensor, mode: int, order: int) -> Tensor:
+    """View what belongs to the indices of a mode so that it broadcasts to the grid.
+
+    Args:
+        vector: ``(*batch, n_mode)``.
+        mode: The mode.
+        order: Number of modes N.
+
+    Returns:
+        The view ``(*batch, 1, …, n_mode, …, 1)``.
+    """
+    return vector.reshape(*vector.shape[:-1], *(vector.shape[-1] if k == mode else 1 for k in range(order)))
+
+
+def without_absent(tensor: Tensor, present: Tensor) -> Tensor:
+    """Return a tensor with zeros at absent positions, whatever it holds there; no gradient flows to them.
+
+    Args:
+        tensor: Values ``(*batch, n_1, …, n_N, D)``.
+        present: Where positions take part, broadcastable to ``(*batch, n_1, …, n_N)``.
+    """
+    return torch.where(present.unsqueeze(-1), tensor, 0.0)
