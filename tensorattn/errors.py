@@ -136,27 +136,27 @@ def _read(
 
 
 def retells(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a public function or method tell the causes raised below it in its own name and with its own arguments.
+    """Make a public function tell the causes raised below it in its own name and with its own arguments.
 
-    A constructor and what a call of an object runs speak in the name of the class of the object, other methods in
-    that of the class and their own.
+    A method is told by the class of its object: ``Class.method``, or ``Class`` alone where it is made or called. What a
+    module is called with is read through its modes.
 
     Args:
         function: The function or method.
     """
-    name = function.__qualname__.rpartition("<locals>.")[2]
-    owner, _, method = name.rpartition(".")
 
     @functools.wraps(function)
     def told(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except TensorAttentionError as cause:
+            owner, _, name = function.__qualname__.rpartition("<locals>.")[2].rpartition(".")
             if not owner:
                 raise cause.retold(name, _read_call(function, args, kwargs)) from None
-            called = type(args[0]).__name__ if hasattr(type(args[0]), method) else owner
-            told_by = called if method in ("__init__", "forward", "__call__") else f"{called}.{method}"
-            raise cause.retold(told_by, _read_input(function, args, kwargs)) from None
+            teller = args[0].__name__ if isinstance(args[0], type) else type(args[0]).__name__
+            if name[0] != "_" and name != "forward":
+                raise cause.retold(f"{teller}.{name}") from None
+            raise cause.retold(teller, _read_module_call(function, args, kwargs)) from None
 
     return told
 
@@ -175,13 +175,13 @@ def _read_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     return describe([str(k) for k in range(order)], tensors, batch_dims if batch_dims >= 0 else None)
 
 
-def _read_input(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Read the input ``x`` of a module through the modes of the module, where there are both."""
-    module, x = args[0], inspect.signature(function).bind(*args, **kwargs).arguments.get(LAYER_ARGUMENT)
-    names = getattr(getattr(module, "modes", None), "names", None)
-    if names is None or not isinstance(x, Tensor):
+def _read_module_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Read the tensor that a module is called with through the modes of the module."""
+    arguments, modes = inspect.signature(function).bind(*args, **kwargs).arguments, getattr(args[0], "modes", None)
+    tensors = {name: tuple(arguments[name].shape) for name in ("x", "tensor") if hasattr(arguments.get(name), "shape")}
+    if modes is None or not tensors:
         return ""
-    return describe(names, {LAYER_ARGUMENT: tuple(x.shape)}, channels_first=getattr(module, "channels_first", False))
+    return describe(modes.names, tensors, channels_first=getattr(args[0], "channels_first", False))
 
 
 def is_integer(number: object) -> bool:
@@ -229,10 +229,19 @@ def check(
         Traceback (most recent call last):
         tensorattn.errors.OptionError: saturation must be positive or None, got '1.0'.
     """
-    needed = {"integer": "an integer", "number": "a number", "probability": "between 0 and 1", "switch": "True or False"}
-    right = isinstance(value, bool) if kind == "switch" else is_integer(value) if kind == "integer" else _is_number(value)
+    needed = {
+        "integer": "an integer",
+        "number": "a number",
+        "probability": "between 0 and 1",
+        "switch": "True or False",
+    }
+    right = (
+        isinstance(value, bool) if kind == "switch" else is_integer(value) if kind == "integer" else _is_number(value)
+    )
     if not right or (kind == "probability" and not 0 <= value <= 1):
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value if right else repr(value)
+        shown = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value if right else repr(value)
+        )
         raise OptionError(f"{argument} must be {rule or needed[kind]}, got {shown}.")
     if least is not None and not value >= least:
         raise OptionError(f"{argument} must be at least {least}, got {value}.")

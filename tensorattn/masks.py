@@ -97,7 +97,9 @@ class Weights:
             return tensor if tensor is None or tensor.dim() == modes else tensor.unsqueeze(dim - modes)
 
         vectors = tuple(widened(vector, 1) for vector in self.vectors)
-        return Weights(vectors, widened(self.grid, self.order), widened(self.present, self.order), self.binary, self.indices)
+        return Weights(
+            vectors, widened(self.grid, self.order), widened(self.present, self.order), self.binary, self.indices
+        )
 
 
 def read_weights(
@@ -157,7 +159,9 @@ def read_weights(
     present = [beside(part, mode, order) for mode, part in enumerate(seen) if part is not None]
     present = present if shown is None else [shown, *present]
     if whole is not None:
-        whole = functools.reduce(torch.mul, [beside(v, m, order) for m, v in enumerate(vectors) if v is not None], whole)
+        whole = functools.reduce(
+            torch.mul, [beside(v, m, order) for m, v in enumerate(vectors) if v is not None], whole
+        )
         missing = len(grid.batch) + order - whole.dim()
         whole = whole.to(dtype).reshape(*(1,) * missing, *whole.shape)
         vectors = (whole,) if order == 1 else (None,) * order
@@ -182,7 +186,10 @@ class _Reader:
     def answers(self) -> bool:
         """Read all values that were asked for, raise what they call for, and tell whether the mask is a product."""
         dtype = counting_dtype(self.like.device)
-        asked = [torch.stack([bound.to(self.like.device, dtype) for bound in torch.aminmax(t.detach())]) for t, _ in self.asked]
+        asked = [
+            torch.stack([bound.to(self.like.device, dtype) for bound in torch.aminmax(t.detach())])
+            for t, _ in self.asked
+        ]
         if self.product is not None:
             asked.append(self.product.to(dtype).expand(2))
         if not asked:
@@ -243,7 +250,9 @@ class _Reader:
         if not readable(mask):
             return None
         parts = [mask.any([k - self.order for k in range(self.order) if k != mode]) for mode in range(self.order)]
-        product = functools.reduce(torch.logical_and, [beside(part, mode, self.order) for mode, part in enumerate(parts)])
+        product = functools.reduce(
+            torch.logical_and, [beside(part, mode, self.order) for mode, part in enumerate(parts)]
+        )
         self.product = (product == mask).all()
         return tuple(parts)
 
@@ -265,7 +274,9 @@ class _Reader:
         if length.dtype == torch.bool or length.is_floating_point() or length.is_complex():
             raise DtypeError(f"{what} must be integers, but have the type {length.dtype}.")
         if not broadcasts_to(length.shape, self.grid.batch):
-            raise ShapeError(f"{what} have the shape {tuple(length.shape)}, which does not broadcast to {self.grid.batch}.")
+            raise ShapeError(
+                f"{what} have the shape {tuple(length.shape)}, which does not broadcast to {self.grid.batch}."
+            )
 
         def judge(lowest: float, highest: float) -> None:
             for number in (lowest, highest):

@@ -45,15 +45,18 @@ class ModeSpec:
     named: bool = True
 
     @classmethod
-    def parse(cls, modes: int | str | Sequence[str]) -> ModeSpec:
+    def parse(cls, modes: int | str | Sequence[str] | None) -> ModeSpec:
         """Read an order (``3``) or names (``"t h w"`` or ``("t", "h", "w")``).
 
         Args:
-            modes: Number of modes, or their names.
+            modes: Number of modes, or their names; None where they were left out.
 
         Raises:
-            ModesError: If there is no mode, or a name is empty, repeated or not an identifier.
+            ModesError: If they were left out, there is no mode, or a name is empty, repeated or not an identifier.
         """
+        if modes is None:
+            hint = 'Give their names, as in modes="t h w", or their number, as in modes=3.'
+            raise ModesError("modes is missing.", hint=hint)
         if is_integer(modes):
             check_order(modes, "modes")
             return cls(tuple(str(k) for k in range(modes)), named=False)
@@ -191,12 +194,12 @@ def check_order(order: int, argument: str = "order") -> None:
     check(order, argument, "integer", least=1)
 
 
-def grid_shape(shape: Sequence[int], order: int, argument: str) -> GridShape:
+def grid_shape(shape: Sequence[int], modes: int | ModeSpec, argument: str) -> GridShape:
     """Split a shape into batch, mode sizes and channels.
 
     Args:
         shape: Shape of the argument.
-        order: Number of modes N.
+        modes: The modes, or their number N.
         argument: Name of the argument, for messages.
 
     Returns:
@@ -209,7 +212,10 @@ def grid_shape(shape: Sequence[int], order: int, argument: str) -> GridShape:
         >>> grid_shape((2, 4, 16, 56, 56, 24), 3, "key")
         GridShape(batch=(2, 4), sizes=(16, 56, 56), dim=24)
     """
-    check_order(order)
+    if not isinstance(modes, ModeSpec):
+        check_order(modes)
+        modes = ModeSpec.parse(modes)
+    order = modes.order
     if len(shape) < order + 1:
         raise ShapeError(
             f"{argument} has {len(shape)} dimensions, but order {order} needs at least {order + 1}.",
@@ -218,7 +224,9 @@ def grid_shape(shape: Sequence[int], order: int, argument: str) -> GridShape:
     batch, sizes, dim = tuple(shape[: -order - 1]), tuple(shape[-order - 1 : -1]), shape[-1]
     for mode, size in enumerate(sizes):
         if size == 0:
-            raise ShapeError(f"mode {mode} has size 0 in {argument}, but every mode needs at least 1 index.")
+            raise ShapeError(
+                f"mode {modes.label(mode)} has size 0 in {argument}, but every mode needs at least 1 index."
+            )
     return GridShape(batch, sizes, dim)
 
 

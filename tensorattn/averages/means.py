@@ -102,7 +102,9 @@ def _walk(tensor: Tensor, family: Family, vectors: Sequence[Vector]) -> tuple[Te
             total = weight.sum(axes, keepdim=True)
             node = (node * weight).sum(axes, keepdim=True) / torch.where(total > 0, total, 1)
         dims = [first + mode for mode in group if mode not in given]
-        nodes[tuple([mode for mode in source if mode not in group])] = node.mean(dims, True, dtype=dtype) if dims else node
+        nodes[tuple([mode for mode in source if mode not in group])] = (
+            node.mean(dims, True, dtype=dtype) if dims else node
+        )
     return tuple([_without_modes(nodes[kept], kept, order) for kept in family])
 
 
@@ -239,19 +241,19 @@ def broadcast_sum(
 def _add_up(parts: Sequence[Tensor], family: Family, shape: tuple[int, ...], memory: tuple[int, ...]) -> Tensor:
     """Add parts in the order of memory, those of the outermost modes first, so that one sum is as large as the result."""
     batch = parts[0].dim() - len(family[0]) - 1
-    order = len(shape) - batch - 1
+    order, in_order = len(shape) - batch - 1, list(memory) == list(range(len(shape)))
     viewed = {}
     for kept, part in zip(family, parts, strict=True):
         places = [batch + mode for mode in range(order) if mode not in kept]
         for place in places:
             part = part.unsqueeze(place)
         innermost = max([memory.index(batch + mode) for mode in kept], default=-1)
-        viewed[innermost, kept] = part.permute(memory).contiguous()
+        viewed[innermost, kept] = part if in_order else part.permute(memory).contiguous()
     total = functools.reduce(torch.add, [viewed[key] for key in sorted(viewed)])
     whole = [shape[dim] for dim in memory]
     if len(parts) == 1 or list(total.shape) != whole:
         total = total.expand(whole).clone(memory_format=torch.contiguous_format)
-    return total.permute([memory.index(dim) for dim in range(len(shape))])
+    return total if in_order else total.permute([memory.index(dim) for dim in range(len(shape))])
 
 
 @retells

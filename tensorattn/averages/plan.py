@@ -49,7 +49,7 @@ def tree(order: Sequence[int], family: Family, sizes: Sequence[int] | None = Non
 
     Examples:
         >>> tree((0, 1, 2), ((0,), (1,), (2,)), (16, 56, 56))
-        (((0, 1, 2), (2,)), ((0, 1, 2), (0, 1)), ((0, 1), (1,)), ((0, 1), (0,)))
+        (((0, 1, 2), (2,)), ((0, 1), (1,)), ((0, 1), (0,)), ((0, 1, 2), (0, 1)))
     """
     root = tuple(sorted(order))
     edges: dict[Kept, Edge] = {}
@@ -173,13 +173,18 @@ class Plan:
     def __str__(self) -> str:
         grid = " ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
         memory = self.elements * self.itemsize
-        named = {step: [" ".join(self.names[m] for m in kept) or "()" for kept in (step.source, step.target)] for step in self.steps}
+        named = {
+            step: [" ".join(self.names[m] for m in kept) or "()" for kept in (step.source, step.target)]
+            for step in self.steps
+        }
         rows = [["from", "to", "equation", "read", "written"]]
         rows += [[*named[step], step.equation, f"{step.read:,}", f"{step.written:,}"] for step in self.steps]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"plan for batch={self.batch} {grid} D={self.dim}: {self.elements:,} elements, {memory / 1e6:.1f} MB"]
         for row in rows:
-            cells = [cell.rjust(w) if c > 2 else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                cell.rjust(w) if c > 2 else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
             lines.append(("  " + "   ".join(cells)).rstrip())
         lines.append(
             f"total: {self.read:,} elements read and {self.written:,} written, "
@@ -223,11 +228,11 @@ def plan(
     Examples:
         >>> print(plan((16, 56, 56), dim=96, modes="t h w"))
         plan for batch=() t=16 h=56 w=56 D=96: 4,816,896 elements, 19.3 MB
-          from    to    equation        read   written
+          from    to    equation         read   written
           t h w   t h   abcd->abd   4,816,896    86,016
-          t h w   w     abcd->cd    4,816,896     5,376
           t h     t     abd->ad        86,016     1,536
           t h     h     abd->bd        86,016     5,376
+          t h w   w     abcd->cd    4,816,896     5,376
         total: 9,805,824 elements read and 98,304 written, 2.06 times one read of the tensor
     """
     sizes, batch = _integers(sizes, "sizes"), _integers(batch, "batch")

@@ -7,65 +7,45 @@ millions of times smaller than the tensor, so it is measured in float64, and fro
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tensorattn.contraction import contract
-from tensorattn.contraction_tree import main_effects
-from tensorattn.modes import GridShape
-from tensorattn.weights import Vector, Vectors, check_weights, normalized
+from tensorattn.averages import mode_averages, outer_sum
+from tensorattn.errors import WeightsError
+from tensorattn.functional.summary import summarize
+from tensorattn.modes import GridShape, mode_parts
 
-__all__ = ["Effects", "Grid", "along_mode", "precise", "read_grid", "split"]
-
-
-class Grid(NamedTuple):
-    """Positions, and how they count.
-
-    Attributes:
-        shape: Batch dimensions, mode sizes and channels.
-        vectors: For each mode, the share of each index in the weight, ``(*batch, n_m)`` or broadcastable to it; None
-            where all have the same.
-        present: Which positions count at all, ``(*batch, n_1, …, n_N)``, with fewer batch dimensions or some of size
-            1 where they agree; None if all count.
-    """
-
-    shape: GridShape
-    vectors: Vectors
-    present: Tensor | None
-
-    @property
-    def modes(self) -> list[int]:
-        """Dimensions of the modes in a tensor over the grid."""
-        first = len(self.shape.batch)
-        return list(range(first, first + len(self.shape.sizes)))
-
-    def present_or(self, tensor: Tensor, fill: float) -> Tensor:
-        """Replace what a tensor ``(*batch, n_1, …, n_N, D)`` holds where no position counts."""
-        return tensor if self.present is None else tensor.masked_fill(~self.present.unsqueeze(-1), fill)
-
-    def shares(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Return the share of each index of each mode, written out, in the type of a tensor."""
-        pairs = zip(self.vectors, self.shape.sizes, strict=True)
-        return tuple(like.new_full((size,), 1 / size) if vector is None else vector for vector, size in pairs)
+__all__ = ["Effects", "precise", "scaled_queries", "shares_of", "split"]
 
 
 class Effects(NamedTuple):
-    """Orthogonal parts of a tensor.
+    """Orthogonal parts of a tensor over P positions, and how those count.
 
     Attributes:
-        centred: The tensor less the middle of its range in each channel, zero where no position counts.
+        shares: For each mode, the share of each index in the weight, ``(*batch, n_m)`` or broadcastable to it.
+        present: Which positions count at all, ``(*batch, P)`` or broadcastable to it.
+        centred: The tensor less the middle of its range in each channel, ``(*batch, P, D)``, zero where no position
+            counts.
         mean: Weighted mean of ``centred``, ``(*batch, D)``.
         main: For each mode, its averages less the mean, ``(*batch, n_m, D)``.
-        residual: What is left of the tensor, zero where no position counts.
+        residual: What is left of the tensor, ``(*batch, P, D)``, zero where no position counts.
     """
 
+    shares: tuple[Tensor, ...]
+    present: Tensor
     centred: Tensor
     mean: Tensor
     main: tuple[Tensor, ...]
     residual: Tensor
+
+    def rows(self) -> list[Tensor]:
+        """Return each effect as rows whose sum of squares is its variance, ``(*batch, rows, D)``; the residual last."""
+        roots = [share.sqrt() for share in self.shares]
+        main = [effect * root.unsqueeze(-1) for effect, root in zip(self.main, roots, strict=True)]
+        return [*main, self.residual * _over_positions(torch.mul, roots).unsqueeze(-1)]
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -73,50 +53,52 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def along_mode(vector: Tensor, mode: int, order: int) -> Tensor:
-    """View one number an index of a mode, ``(*batch, n_m)``, as a tensor of all modes."""
-    return vector.reshape(*vector.shape[:-1], *(-1 if m == mode else 1 for m in range(order)))
+def scaled_queries(query: Tensor, grid: GridShape, scale: float | None) -> Tensor:
+    """Return all queries in a list, ``(*batch, L, D)``, times the scale of their logits."""
+    count = query.shape[len(grid.batch) : -1].numel()
+    factor = max(1, grid.dim) ** -0.5 if scale is None else scale
+    return precise(query).reshape(*grid.batch, count, grid.dim) * factor
 
 
-def read_grid(tensor: Tensor, shape: GridShape, weights: Sequence[Vector] | None) -> Grid:
-    """Check weights, and read them as the operators do, in the type that they accumulate in.
+def shares_of(tensor: Tensor, order: int, weights: Sequence[Tensor | None] | None) -> tuple[Tensor, ...]:
+    """Read weights, and return for each mode the share of each index, ``(*batch, n_m)`` or broadcastable to it.
 
-    Args:
-        tensor: What is over the grid.
-        shape: Its shape, read.
-        weights: One vector a mode, or None.
-
-    Raises:
-        WeightsError: If weights do not fit the modes.
+    Each mode is summarised apart: products of the weights of all modes may leave the range of float64.
     """
-    checked = [None if vector is None else precise(vector) for vector in check_weights(weights, shape, tensor)]
-    flags = [along_mode(v > 0, mode, len(checked)) for mode, v in enumerate(checked) if v is not None]
-    present = functools.reduce(torch.logical_and, flags) if flags else None
-    if present is not None:
-        present = present.expand(*present.shape[: -len(checked)], *shape.sizes)
-    return Grid(shape, normalized(tuple(checked)), present)
+    given = (None,) * order if weights is None else mode_parts(weights, order, "weights", "vectors", WeightsError)
+    nothing, shares = precise(tensor[..., :0]), []
+    for mode, (vector, size) in enumerate(zip(given, tensor.shape[-order - 1 : -1], strict=True)):
+        counts: Tensor | None = nothing.new_ones(size)
+        if vector is not None:
+            alone = [vector if m == mode else None for m in range(order)]
+            (counts,) = summarize(nothing, nothing, order=order, kept=[(mode,)], weights=alone).weights
+        assert counts is not None
+        total = counts.sum(-1, keepdim=True)
+        shares.append(precise(counts / torch.where(total > 0, total, 1)))
+    return tuple(shares)
 
 
-def split(tensor: Tensor, grid: Grid) -> Effects:
-    """Split a tensor into its effects.
+def split(tensor: Tensor, shares: Sequence[Tensor]) -> Effects:
+    """Split a tensor ``(*batch, n_1, …, n_N, D)`` into its effects under shares of the weight.
 
-    Args:
-        tensor: Values ``(*batch, n_1, …, n_N, D)``.
-        grid: Its positions.
-
-    Returns:
-        The parts. A tensor that is constant over the positions that count is exactly zero in all of them.
+    A tensor that is constant over the positions that count is exactly zero in all of them.
     """
-    modes, order = grid.modes, len(grid.shape.sizes)
-    exact = precise(tensor)
-    low = grid.present_or(exact, torch.inf).amin(modes, keepdim=True)
-    high = grid.present_or(exact, -torch.inf).amax(modes, keepdim=True)
+    order = len(shares)
+    present = _over_positions(torch.logical_and, [share > 0 for share in shares])
+    here, exact = present.unsqueeze(-1), precise(tensor).flatten(-order - 1, -2)
+    low = torch.where(here, exact, torch.inf).amin(-2, keepdim=True)
+    high = torch.where(here, exact, -torch.inf).amax(-2, keepdim=True)
     middle = torch.where(low <= high, low + (high - low) / 2, 0.0)
-    centred = grid.present_or(exact - middle, 0.0)
-    *means, mean = contract(centred, (*main_effects(order), ()), grid.vectors)
+    centred = torch.where(here, exact - middle, 0.0)
+    means = mode_averages(centred.reshape(tensor.shape), order=order, weights=shares)
+    mean = (means[0] * shares[0].unsqueeze(-1)).sum(-2)
     main = tuple(each - mean.unsqueeze(-2) for each in means)
-    residual = centred - mean.reshape(*mean.shape[:-1], *(1 for _ in modes), mean.shape[-1])
-    for mode, effect in enumerate(main):
-        sizes = [effect.shape[-2] if m == mode else 1 for m in range(order)]
-        residual -= effect.reshape(*grid.shape.batch, *sizes, effect.shape[-1])
-    return Effects(centred, mean, main, grid.present_or(residual, 0.0))
+    residual = centred - mean.unsqueeze(-2) - outer_sum(main).flatten(-order - 1, -2)
+    return Effects(tuple(shares), present, centred, mean, main, torch.where(here, residual, 0.0))
+
+
+def _over_positions(combine: Callable[[Tensor, Tensor], Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    """Combine one vector ``(*batch, n_m)`` a mode into one entry a position, ``(*batch, P)``."""
+    order = len(vectors)
+    views = (v.reshape(*v.shape[:-1], *(-1 if m == k else 1 for m in range(order))) for k, v in enumerate(vectors))
+    return functools.reduce(combine, views).flatten(-order)

@@ -2,18 +2,16 @@ r"""The additive fraction: how much of a tensor, or of the logits it gives, its 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tensorattn.diagnose.effects import Effects, Grid, along_mode, precise, read_grid, split
+from tensorattn.diagnose.effects import scaled_queries, shares_of, split
 from tensorattn.errors import OptionError, ShapeError, retells
+from tensorattn.masks import check_floating
 from tensorattn.modes import GridShape, grid_shape
-from tensorattn.operators.operator import default_scale
-from tensorattn.weights import Vector, check_floating
 
 __all__ = ["AdditiveFraction", "additive_fraction"]
 
@@ -60,19 +58,12 @@ class AdditiveFraction:
             True
         """
         parts = torch.cat([self.modes, self.interaction.unsqueeze(-1)], -1) * self.variance.unsqueeze(-1)
-        return _shares(parts.reshape(-1, parts.shape[-1]).sum(0), self.variance.sum() / max(1, self.variance.numel()))
+        return _divided(parts.reshape(-1, parts.shape[-1]).sum(0), self.variance.sum() / max(1, self.variance.numel()))
 
     def __str__(self) -> str:
         whole = self.pooled()
         modes = [f"mode {mode}: {share:.3f}" for mode, share in enumerate(whole.modes.tolist())]
         return ", ".join([*modes, f"interaction: {whole.interaction.item():.3f}"])
-
-
-def _shares(parts: Tensor, variance: Tensor | None = None) -> AdditiveFraction:
-    """Divide variances ``(*, N + 1)``, the interaction last, by their sum."""
-    total = parts.sum(-1)
-    shares = parts / torch.where(total > 0, total, 1).unsqueeze(-1)
-    return AdditiveFraction(shares[..., :-1], shares[..., -1], total if variance is None else variance)
 
 
 @retells
@@ -81,7 +72,7 @@ def additive_fraction(
     tensor: Tensor,
     *,
     order: int,
-    weights: Sequence[Vector] | None = None,
+    weights: Sequence[Tensor | None] | None = None,
     query: Tensor | None = None,
     scale: float | None = None,
 ) -> AdditiveFraction:
@@ -127,55 +118,43 @@ def additive_fraction(
         >>> additive_fraction(keys, order=2, query=torch.eye(2)).interaction
         tensor([1., 0.], dtype=torch.float64)
     """
+    if query is None and scale is not None:
+        raise OptionError("scale is a factor of logits, but there is no query.")
     if query is None:
-        if scale is not None:
-            raise OptionError("scale is a factor of logits, but there is no query.")
         check_floating(tensor=tensor)
-        grid = read_grid(tensor, grid_shape(tensor.shape, order, "tensor"), weights)
-        rows = _rows(split(tensor, grid), grid)
-        return _shares(torch.stack([part.square().sum((-2, -1)) for part in rows], -1))
+        grid_shape(tensor.shape, order, "tensor")
+        rows = split(tensor, shares_of(tensor, order, weights)).rows()
+        return _divided(torch.stack([part.square().sum((-2, -1)) for part in rows], -1))
     check_floating(tensor=tensor, query=query)
-    shape = grid_shape(tensor.shape, order, "tensor")
-    _check_query(query, shape)
-    grid = read_grid(tensor, shape, weights)
-    factor = default_scale(shape.dim) if scale is None else scale
-    batch, positions = len(shape.batch), query.shape[len(shape.batch) : -1]
-    queries = precise(query).reshape(*shape.batch, positions.numel(), shape.dim) * factor
-    rows = _rows(split(tensor, grid), grid)
+    grid = grid_shape(tensor.shape, order, "tensor")
+    _check_query(query, grid)
+    rows = split(tensor, shares_of(tensor, order, weights)).rows()
+    queries = scaled_queries(query, grid, scale)
     parts = torch.stack([(queries @ _root(part).mT).square().sum(-1) for part in rows], -1)
-    spread = functools.reduce(torch.add, (part.square().sum((-2, -1)) for part in rows))
-    reach = spread.unsqueeze(-1) * queries.square().sum(-1)
-    least = (ROUNDING * torch.finfo(parts.dtype).eps) ** 2 * reach
-    parts = torch.where(parts.sum(-1) > least, 1.0, 0.0).unsqueeze(-1) * parts
-    return _shares(parts.reshape(*parts.shape[:batch], *positions, parts.shape[-1]))
+    spread = torch.cat(rows, -2).square().sum((-2, -1))
+    least = (ROUNDING * torch.finfo(parts.dtype).eps) ** 2 * spread.unsqueeze(-1) * queries.square().sum(-1)
+    parts = parts * torch.where(parts.sum(-1) > least, 1.0, 0.0).unsqueeze(-1)
+    return _divided(parts.reshape(*query.shape[:-1], parts.shape[-1]))
 
 
-def _check_query(query: Tensor, shape: GridShape) -> None:
+def _divided(parts: Tensor, variance: Tensor | None = None) -> AdditiveFraction:
+    """Divide variances ``(*, N + 1)``, the interaction last, by their sum."""
+    total = parts.sum(-1)
+    shares = parts / torch.where(total > 0, total, 1).unsqueeze(-1)
+    return AdditiveFraction(shares[..., :-1], shares[..., -1], total if variance is None else variance)
+
+
+def _check_query(query: Tensor, grid: GridShape) -> None:
     """Check that queries belong to keys."""
-    batch = tuple(query.shape[: len(shape.batch)])
-    if query.dim() < len(shape.batch) + 1:
-        raise ShapeError(f"query has {query.dim()} dimensions, but needs at least {len(shape.batch) + 1}.")
-    if batch != shape.batch:
-        raise ShapeError(f"batch dimensions are {batch} in query but {shape.batch} in tensor.")
-    if query.shape[-1] != shape.dim:
-        raise ShapeError(f"head size is {query.shape[-1]} in query but {shape.dim} in tensor.")
-
-
-def _rows(effects: Effects, grid: Grid) -> list[Tensor]:
-    """Return each effect as rows whose sum of squares is its variance, ``(*batch, rows, D)``; the residual last."""
-    order, batch = len(effects.main), len(grid.shape.batch)
-    shares = grid.shares(effects.residual)
-    main = [effect * share.sqrt().unsqueeze(-1) for effect, share in zip(effects.main, shares, strict=True)]
-    residual = functools.reduce(
-        torch.mul,
-        (along_mode(share, mode, order).sqrt().unsqueeze(-1) for mode, share in enumerate(shares)),
-        effects.residual,
-    )
-    return [*main, residual.flatten(batch, -2)]
+    batch = tuple(query.shape[: len(grid.batch)])
+    if query.dim() < len(grid.batch) + 1:
+        raise ShapeError(f"query has {query.dim()} dimensions, but needs at least {len(grid.batch) + 1}.")
+    if batch != grid.batch:
+        raise ShapeError(f"batch dimensions are {batch} in query but {grid.batch} in tensor.")
+    if query.shape[-1] != grid.dim:
+        raise ShapeError(f"head size is {query.shape[-1]} in query but {grid.dim} in tensor.")
 
 
 def _root(rows: Tensor) -> Tensor:
     """Return at most D rows with the same products ``rowsᵀ rows``."""
-    if rows.shape[-2] <= rows.shape[-1]:
-        return rows
-    return torch.linalg.qr(rows, mode="r").R
+    return rows if rows.shape[-2] <= rows.shape[-1] else torch.linalg.qr(rows, mode="r").R

@@ -119,13 +119,19 @@ def causal_summary(
 
     def put_together(wanted: Family, running: dict[Kept, Tensor], tokens: dict[Kept, Tensor]) -> Means:
         """Put what runs over the frames behind each other, and behind it what is known of each frame."""
-        blocks = [Means.of(sizes, {k: part[k] for k in wanted if k in part}, batch + 1).blocks for part in (running, tokens) if any(k in part for k in wanted)]
+        blocks = [
+            Means.of(sizes, {k: part[k] for k in wanted if k in part}, batch + 1).blocks
+            for part in (running, tokens)
+            if any(k in part for k in wanted)
+        ]
         return Means(sizes, tuple([block for each in blocks for block in each]))
 
     def seen(means: Means, given: Family | None) -> Means:
         wanted = family if given is None else given
         running = {kept: time.running_mean(means, within[kept]) for kept in wanted if mode not in kept}
-        return put_together(wanted, running, {kept: time.tokens(means, kept, within[kept]) for kept in wanted if mode in kept})
+        return put_together(
+            wanted, running, {kept: time.tokens(means, kept, within[kept]) for kept in wanted if mode in kept}
+        )
 
     keys = seen(per_frame.key_means, needs.keys)
     values = keys if value is key and needs.keys == needs.values else seen(per_frame.value_means, needs.values)

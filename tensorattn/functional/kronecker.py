@@ -186,7 +186,9 @@ def _matrices(
         key = (key if key_norm is None else key_norm(key)).to(dtype)
         logits, present = (query * scale) @ key.mT, None
         if count is not None:
-            weight = log_weights((count > 0).to(dtype)) if summary.mode_weights is None else summary.mode_log_weight(mode)
+            weight = (
+                log_weights((count > 0).to(dtype)) if summary.mode_weights is None else summary.mode_log_weight(mode)
+            )
             logits = logits + weight.unsqueeze(-2).to(dtype)
             present = weight.amax(-1, keepdim=True).unsqueeze(-1) > -math.inf
             logits = torch.where(present, logits, 0.0)
@@ -227,7 +229,9 @@ def _position_column(summary: Summary) -> Tensor | None:
     if summary.counts is None or summary.mode_weights is not None:
         return None
     column = summary.counts.get(tuple(range(summary.order)))
-    return column.expand(*summary.batch, *summary.sizes, 1).to(accumulation_dtype(summary.value_means.blocks[0][1].dtype))
+    return column.expand(*summary.batch, *summary.sizes, 1).to(
+        accumulation_dtype(summary.value_means.blocks[0][1].dtype)
+    )
 
 
 def _over_present(weighed: Tensor, share: Tensor) -> Tensor:

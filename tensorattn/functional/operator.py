@@ -281,11 +281,7 @@ def attention_function(function: Callable[..., Any]) -> AttentionFunction:
     """
     told = retells(function)
     own = [each for name, each in inspect.signature(function).parameters.items() if name != "shared"]
-    shared = [
-        each
-        for name, each in inspect.signature(run).parameters.items()
-        if name in Shared.__annotations__
-    ]
+    shared = [each for name, each in inspect.signature(run).parameters.items() if name in Shared.__annotations__]
     vars(told)["__signature__"] = inspect.Signature([*own, *shared])
     told.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nWhat all operators share:\n\n{_SHARED}"
     return told  # type: ignore[return-value]
@@ -589,9 +585,7 @@ def causal_bias(bias: Bias, mode: int) -> Bias:
     )
 
 
-def biased(
-    each: TokenSet, kept: Kept, bias: Bias | None, positions: Sequence[int], sizes: Sequence[int]
-) -> TokenSet:
+def biased(each: TokenSet, kept: Kept, bias: Bias | None, positions: Sequence[int], sizes: Sequence[int]) -> TokenSet:
     """Add the bias of the kept modes to a set of tokens.
 
     Args:

@@ -167,7 +167,11 @@ def in_chunks(
         return attend(slice(None))
     first = attend(slice(0, step))
     results = [
-        None if part is None else part.new_empty(*part.shape[:-2], length, part.shape[-1]) if part.shape[-2] == step else part
+        None
+        if part is None
+        else part.new_empty(*part.shape[:-2], length, part.shape[-1])
+        if part.shape[-2] == step
+        else part
         for part in first
     ]
     for start in range(0, length, step):
@@ -187,7 +191,9 @@ def _fused(
     """
     values, centre, total = tokens.split(tokens.value), None, None
     if len(values) > 1 or tokens.sets[0].coefficient != 1:
-        constant = [value for each, value in zip(tokens.sets, values, strict=True) if each.constant and value is not None]
+        constant = [
+            value for each, value in zip(tokens.sets, values, strict=True) if each.constant and value is not None
+        ]
         centre = constant[0] if constant else tokens.value.mean(-2, keepdim=True)
         values = tokens.split(tokens.value - centre)
     for each, key, value, bias in zip(tokens.sets, tokens.split(tokens.key), values, added, strict=True):
@@ -207,18 +213,21 @@ def _fused(
         count = sum([each.coefficient for each in tokens.sets])
         total = total + (centre if count == 1 else count * centre).to(total.dtype)
     if query.device.type == "cpu":
-        total = total + _poison(query, tokens.key)
+        alone = len(tokens.sets) == 1 and added[0] is None
+        total = total + _poison(query, tokens.key[..., :1, :] if alone else tokens.key)
     return total if alive is None else torch.where(alive, total, 0.0)
 
 
 @torch.no_grad()
 def _poison(query: Tensor, key: Tensor) -> Tensor:
-    """Return NaN for queries to whose logits a NaN adds, else zero, ``(*batch, L, 1)``.
+    """Return NaN for queries all whose logits are NaN, else zero, ``(*batch, L, 1)``.
 
-    The kernel for CPUs takes a row of NaN logits for one of a query that sees nothing.
+    The kernel for CPUs takes a row of NaN logits for one of a query that sees nothing, where it has few tokens; a row
+    that has a number too it takes for what it is, so that one token of a set tells.
     """
-    column = torch.where(key.detach().isnan(), math.nan, 0.0).sum(-2).unsqueeze(-1)
-    return query.detach() @ column.to(query.dtype)
+    nothing = key.detach().clamp(0.0, 0.0)  # NaN stays, all else is zero
+    nothing = nothing if key.shape[-2] == 1 else nothing.sum(-2, keepdim=True)
+    return (query.detach() * nothing.to(query.dtype)).sum(-1, keepdim=True)
 
 
 def _attention(
@@ -304,7 +313,11 @@ class _Attention(torch.autograd.Function):
         """Take what is mapped over as one more batch dimension: a generated rule would call the kernel for each entry."""
         *tensors, scale, record = inputs
         moved = [
-            tensor if tensor is None else tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            tensor
+            if tensor is None
+            else tensor.expand(info.batch_size, *tensor.shape)
+            if dim is None
+            else tensor.movedim(dim, 0)
             for tensor, dim in zip(tensors, in_dims, strict=False)
         ]
         query, key, value, bias = moved

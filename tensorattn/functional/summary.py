@@ -218,16 +218,15 @@ class Means:
         """Apply a function of rows to all blocks."""
         return Means(self.sizes, tuple([(family, function(rows)) for family, rows in self.blocks]))
 
-    def project(self, module: Callable[[Tensor], Tensor], num_heads: int | None, dtype: torch.dtype) -> Means:
+    def project(self, module: Callable[[Tensor], Tensor], num_heads: int | None) -> Means:
         """Call a linear map with all rows at once, and split what it gives into heads, the last batch dimension.
 
         Args:
             module: The map, from ``(B, S, C)`` to ``(B, S, E)``.
             num_heads: Number of heads H, or None for no such dimension.
-            dtype: Type of what the map is called with.
         """
         flat = [rows.flatten(1, -2) if rows.dim() > 3 else rows for _, rows in self.blocks]
-        mapped = module((flat[0] if len(flat) == 1 else torch.cat(flat, 1)).to(dtype))
+        mapped = module(flat[0] if len(flat) == 1 else torch.cat(flat, 1))
         parts = [mapped] if len(flat) == 1 else mapped.split_with_sizes([rows.shape[1] for rows in flat], 1)
         blocks = []
         for (family, rows), part in zip(self.blocks, parts, strict=True):
@@ -375,7 +374,16 @@ class Summary:
             present = (count > 0).sum(-1, keepdim=True)
             return log_weights(count * present / torch.where(total > 0, total, 1))
         weight = self.mode_weights[mode]
-        return log_weights(torch.where(total > 0, 1.0 if weight is None else weight.to(total.dtype), 0.0).expand_as(count))
+        return log_weights(
+            torch.where(total > 0, 1.0 if weight is None else weight.to(total.dtype), 0.0).expand_as(count)
+        )
+
+    def in_type(self, dtype: torch.dtype) -> Summary:
+        """Return the same summary with means of another type."""
+        keys = self.key_means.map(lambda rows: rows.to(dtype))
+        same = self.value_means is self.key_means
+        values = keys if same else self.value_means.map(lambda rows: rows.to(dtype))
+        return dataclasses.replace(self, key_means=keys, value_means=values)
 
     def with_heads(self) -> Summary:
         """Return the same weights for means that have heads as their last batch dimension."""
@@ -427,7 +435,9 @@ class Summary:
 
         def mapped(means: Means, weight: Tensor, bias: Tensor | None) -> Means:
             def apply(rows: Tensor) -> Tensor:
-                row = torch.nn.functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+                row = torch.nn.functional.linear(
+                    rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+                )
                 return row if num_heads is None else row.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
             return means.map(apply)
@@ -437,7 +447,11 @@ class Summary:
                 return None
             left, right = left.to(tensor.dtype), right.to(tensor.dtype)
             if num_heads is not None:
-                left, right, tensor = left.unflatten(0, (num_heads, -1)), right.unflatten(0, (num_heads, -1)), tensor.unsqueeze(-3)
+                left, right, tensor = (
+                    left.unflatten(0, (num_heads, -1)),
+                    right.unflatten(0, (num_heads, -1)),
+                    tensor.unsqueeze(-3),
+                )
             return left @ tensor @ right.mT
 
         return dataclasses.replace(
@@ -523,7 +537,9 @@ class Summary:
         found = {}
         for kept in self.kept:
             grid = [self.sizes[mode] for mode in kept]
-            found[kept] = torch.full((*ones, *grid, 1), self.positions / math.prod(grid), dtype=wide, device=like.device)
+            found[kept] = torch.full(
+                (*ones, *grid, 1), self.positions / math.prod(grid), dtype=wide, device=like.device
+            )
         return dataclasses.replace(self, counts=Means.of(self.sizes, found, len(ones)))
 
 
@@ -536,7 +552,9 @@ def _merged_covariances(first: Summary, second: Summary) -> tuple[Tensor, Tensor
             covariance, count = part.key_covariance if of_keys else part.covariance, part.count(())
             assert covariance is not None and count is not None
             wide = counting_dtype(covariance.device)
-            value, key = ((part.key if of_keys or name == "key" else part.value)(()).to(wide) for name in ("value", "key"))
+            value, key = (
+                (part.key if of_keys or name == "key" else part.value)(()).to(wide) for name in ("value", "key")
+            )
             origins = parts[0].origins if parts else (value, key)
             parts.append(Moments.of(covariance.to(wide), value, key, count, origins))
         found.append((parts[0] + parts[1]).covariance(parts[0].products.total.dtype))
@@ -613,7 +631,9 @@ def _check_mergeable(first: Summary, second: Summary, mode: int) -> None:
                 raise ShapeError(f"only one of the summaries holds the mean {side} of the kept modes {kept}.")
         one, two = means.blocks[0][1], others.blocks[0][1]
         if one.shape[-1] != two.shape[-1]:
-            raise ShapeError(f"the {side} have head size {one.shape[-1]} in one summary but {two.shape[-1]} in the other.")
+            raise ShapeError(
+                f"the {side} have head size {one.shape[-1]} in one summary but {two.shape[-1]} in the other."
+            )
         if one.dtype != two.dtype and torch.float64 not in (one.dtype, two.dtype):
             raise DtypeError(f"the type of the {side} is {one.dtype} in one summary but {two.dtype} in the other.")
         if one.device != two.device:

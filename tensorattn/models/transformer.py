@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorattn.errors import OptionError, TensorAttentionError
-from tensorattn.modes import GridShape, is_integer
+from tensorattn.errors import OptionError, check, retells
+from tensorattn.masks import read_weights
+from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
 from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
-from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, reading
-from tensorattn.nn.patches import Patch
-from tensorattn.patching import grid_of
-from tensorattn.weights import without_absent
+from tensorattn.nn.layout import channels_last, check_input
+from tensorattn.nn.parameters import parameter_of, reset_parts
+from tensorattn.nn.patches import Patch, grid_of
 
 __all__ = ["TensorTransformer", "TensorTransformerConfig"]
 
@@ -49,14 +49,16 @@ class TensorTransformerConfig:
         channels_first: Whether inputs and outputs have their channels before their modes.
 
     Raises:
+        ModesError: If ``modes`` is missing.
         OptionError: If ``depth`` is below 1, there are no such positions, or an option has no meaning with others.
 
     Examples:
-        >>> TensorTransformerConfig(modes="h w", in_channels=3, patch=[8, 8]).patch
+        >>> import tensorattn as ta
+        >>> ta.TensorTransformerConfig(modes="h w", in_channels=3, patch=[8, 8]).patch
         (8, 8)
     """
 
-    modes: int | str | tuple[str, ...]
+    modes: int | str | tuple[str, ...] | None = None
     in_channels: int
     out_channels: int | None = None
     embed_dim: int = 96
@@ -77,17 +79,17 @@ class TensorTransformerConfig:
     checkpoint: bool = False
     channels_first: bool = False
 
+    @retells
     def __post_init__(self) -> None:
         """Turn the lists of JSON into tuples, and refuse fields that contradict each other."""
         for name, value in vars(self).items():
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        rule = ""
-        if not is_integer(self.depth):
-            rule = f"depth must be an integer, got {self.depth!r}."
-        elif self.depth < 1:
-            rule = f"depth must be at least 1, got {self.depth}."
-        elif self.positions not in ("sincos", "learned", None):
+        if self.modes is None:
+            ModeSpec.parse(self.modes)  # which tells how modes look
+        check(self.depth, "depth", "integer", least=1)
+        rule, told = "", {"device", "dtype", *vars(self)} & set(self.options)
+        if self.positions not in ("sincos", "learned", None):
             rule = f"positions must be 'sincos', 'learned' or None, got {self.positions!r}."
         elif (self.sizes is not None) != (self.positions == "learned"):
             rule = f"sizes belongs to positions='learned', but positions is {self.positions!r} and sizes {self.sizes}."
@@ -95,8 +97,10 @@ class TensorTransformerConfig:
             rule = f"spacing belongs to positions='sincos', but positions is {self.positions!r}."
         elif self.periodic != () and self.positions is None:
             rule = "periodic has no meaning without positions."
+        elif told:
+            rule = f"options holds {min(told)!r}, which the model is told beside them."
         if rule:
-            raise OptionError(rule).retold("TensorTransformerConfig")
+            raise OptionError(rule)
 
 
 class TensorTransformer(nn.Module):
@@ -121,14 +125,18 @@ class TensorTransformer(nn.Module):
 
     Examples:
         >>> import torch, tensorattn as ta
-        >>> config = ta.TensorTransformerConfig(modes="t h w", in_channels=3, patch=(1, 8, 8), options={"causal": "t"})
+        >>> config = ta.TensorTransformerConfig(
+        ...     modes="time lat lon", in_channels=5, out_channels=5, patch=(1, 4, 4), embed_dim=32, depth=2,
+        ...     periodic=("lon",), operator="additive", options={"interaction": "linear"}, drop_path=0.1,
+        ... )
         >>> model = ta.TensorTransformer(config)
-        >>> model(torch.randn(2, 5, 64, 48, 3)).shape
-        torch.Size([2, 5, 8, 6, 96])
-        >>> model
-        TensorTransformer(modes='t h w', in_channels=3, patch=(1, 8, 8), options={'causal': 't'}; 466,592 parameters)
+        >>> model(torch.randn(2, 6, 16, 32, 5)).shape, model(torch.randn(1, 3, 20, 40, 5)).shape
+        (torch.Size([2, 6, 16, 32, 5]), torch.Size([1, 3, 20, 40, 5]))
+        >>> ta.TensorTransformer(ta.TensorTransformerConfig(modes="t h w", in_channels=3, patch=(1, 8, 8)))
+        TensorTransformer(modes='t h w', in_channels=3, patch=(1, 8, 8); 466,592 parameters)
     """
 
+    @retells
     def __init__(
         self,
         config: TensorTransformerConfig,
@@ -138,33 +146,29 @@ class TensorTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = c = config
-        dim, last = c.embed_dim, max(1, c.depth - 1)
+        dim, self.channels_first = c.embed_dim, c.channels_first
         common: dict[str, Any] = {"modes": c.modes, "bias": c.bias, "device": device, "dtype": dtype}
-        try:
-            self.embedding = PatchEmbedding(
-                c.in_channels, dim, c.patch, pad=c.pad, channels_first=c.channels_first, **common
+        self.embedding = PatchEmbedding(
+            c.in_channels, dim, c.patch, pad=c.pad, channels_first=c.channels_first, **common
+        )
+        self.modes = self.embedding.modes
+        self.positions = _make_positions(c, device, dtype)
+        self.blocks = nn.ModuleList(
+            TensorTransformerBlock(
+                dim,
+                c.num_heads,
+                mlp_ratio=c.mlp_ratio,
+                drop_path=c.drop_path * place / max(1, c.depth - 1),
+                layer_scale=c.layer_scale,
+                checkpoint=c.checkpoint,
+                operator=c.operator,
+                **common,
+                **c.options,
             )
-            self.positions = _make_positions(c, device, dtype)
-            self.blocks = nn.ModuleList(
-                TensorTransformerBlock(
-                    dim,
-                    c.num_heads,
-                    mlp_ratio=c.mlp_ratio,
-                    drop_path=c.drop_path * place / last,
-                    layer_scale=c.layer_scale,
-                    checkpoint=c.checkpoint,
-                    operator=c.operator,
-                    **common,
-                    **c.options,
-                )
-                for place in range(c.depth)
-            )
-            self.norm = nn.LayerNorm(dim, bias=c.bias, device=device, dtype=dtype)
-            self.unembedding = (
-                None if c.out_channels is None else PatchUnembedding(dim, c.out_channels, c.patch, **common)
-            )
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorTransformer") from None
+            for place in range(c.depth)
+        )
+        self.norm = nn.LayerNorm(dim, bias=c.bias, device=device, dtype=dtype)
+        self.unembedding = None if c.out_channels is None else PatchUnembedding(dim, c.out_channels, c.patch, **common)
 
     @classmethod
     def from_config(
@@ -188,22 +192,20 @@ class TensorTransformer(nn.Module):
             OptionError: If the config has no such field, or lacks one that has no default.
         """
         if not isinstance(config, TensorTransformerConfig):
-            fields = {entry.name: entry for entry in dataclasses.fields(TensorTransformerConfig)}
-            for name in config:
-                if name not in fields:
-                    rule = f"the config has no field {name!r}; its fields are: {', '.join(fields)}."
-                    raise OptionError(rule).retold("TensorTransformer.from_config")
-            for name in ("modes", "in_channels"):
-                if name not in config:
-                    raise OptionError(f"the config lacks the field {name!r}.").retold("TensorTransformer.from_config")
+            names, rule = [entry.name for entry in dataclasses.fields(TensorTransformerConfig)], ""
+            unknown, lacking = set(config) - set(names), {"modes", "in_channels"} - set(config)
+            if unknown:
+                rule = f"the config has no field {min(unknown)!r}; its fields are: {', '.join(names)}."
+            elif lacking:
+                rule = f"the config lacks the field {max(lacking)!r}."
+            if rule:
+                raise OptionError(rule).retold("TensorTransformer.from_config")
             config = TensorTransformerConfig(**config)
         return cls(config, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
-        for part in (self.embedding, self.positions, *self.blocks, self.norm, self.unembedding):
-            if part is not None and not isinstance(part, SinCosPositions):
-                part.reset_parameters()
+        reset_parts(self)
 
     def __repr__(self) -> str:
         shown = [
@@ -235,10 +237,11 @@ class TensorTransformer(nn.Module):
         """
         if coordinates is not None and self.positions is None:
             raise OptionError("coordinates has no meaning without positions.").retold("TensorTransformer")
-        first = self.config.channels_first
+        first = self.channels_first
         x = self._without_absent_patches(x, attention)
-        y = self.embedding(x).to(self.norm.weight.dtype)  # autocast leaves the skip connections in full precision
-        y = y.movedim(1, -1) if first else y
+        y = channels_last(self.embedding(x), first)
+        parameter = parameter_of(self)
+        y = y if parameter is None else y.to(parameter.dtype)  # autocast leaves the skip connections in full precision
         if self.positions is not None:
             y = self.positions(y, coordinates=coordinates)
         for block in self.blocks:
@@ -248,27 +251,26 @@ class TensorTransformer(nn.Module):
             y = self.unembedding(y, sizes=x.shape[2:] if first else x.shape[1:-1])
         return y.movedim(-1, 1) if first else y
 
+    @retells
     def _without_absent_patches(self, x: Tensor, attention: Mapping[str, Any]) -> Tensor:
         """Return the input with zeros in the patches that a mask or lengths leave out."""
-        c = self.config
         spoken = {name: attention[name] for name in ("mask", "lengths") if attention.get(name) is not None}
         if not spoken:
             return x
-        modes, patch = self.embedding.modes, self.embedding.patch
-        try:
-            grid = check_input(x, modes, c.in_channels, channels_first=c.channels_first, called="in_channels")
-            last = channels_last(x, c.channels_first)
-            patches = GridShape(grid.batch, grid_of(grid.sizes, patch), grid.dim)
-            present = check_layer_presence(patches, last, modes, of="the grid of patches", **spoken).present
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorTransformer", reading(x, modes, channels_first=c.channels_first)) from None
+        patch, first = self.embedding.patch, self.channels_first
+        grid = check_input(x, self.modes, self.config.in_channels, channels_first=first, called="in_channels")
+        last = channels_last(x, first)
+        patches = GridShape(grid.batch, grid_of(grid.sizes, patch), grid.dim)
+        present = read_weights(
+            None, spoken.get("mask"), spoken.get("lengths"), patches, last, self.modes, of="the grid of patches"
+        ).present
         assert present is not None
         for mode, (size, part) in enumerate(zip(grid.sizes, patch, strict=True)):
-            dim = present.dim() - modes.order + mode
+            dim = present.dim() - self.modes.order + mode
             if present.shape[dim] != 1 or patches.sizes[mode] == 1:
                 present = present.repeat_interleave(part, dim).narrow(dim, 0, size)
-        last = without_absent(last, present)
-        return last.movedim(-1, 1) if c.channels_first else last
+        last = torch.where(present.unsqueeze(-1), last, 0)
+        return last.movedim(-1, 1) if first else last
 
 
 def _make_positions(

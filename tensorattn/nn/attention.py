@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
-from tensorattn.averages import check_whole
-from tensorattn.errors import OptionError, TensorAttentionError
-from tensorattn.modes import GridShape
-from tensorattn.nn.context import Context, ContextReader
-from tensorattn.nn.core import AttentionCore
-from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, check_parameters, reading
-from tensorattn.nn.projections import added
-from tensorattn.operators import get_operator
-from tensorattn.operators.operator import check_grid_weights
-from tensorattn.presence import GivenWeights, Lengths, Mask, Presence
-from tensorattn.summary import Summary
-from tensorattn.weights import without_absent
+from tensorattn.averages.means import check_same_shape, marginal_means
+from tensorattn.averages.plan import memory_order
+from tensorattn.errors import OptionError, ShapeError, check, retells
+from tensorattn.functional.causal import Past, causal_summary, frames_beside, frames_first, frames_last
+from tensorattn.functional.maps import base_of, indices_of, place_on
+from tensorattn.functional.operator import (
+    AttentionResult,
+    Bias,
+    Operator,
+    check_indices,
+    default_scale,
+    get_operator,
+    spread_parts,
+)
+from tensorattn.functional.softmax import in_chunks
+from tensorattn.functional.summary import Means, Needs, Summary, make_summary
+from tensorattn.masks import (
+    GivenWeights,
+    Lengths,
+    Mask,
+    Weights,
+    accumulation_dtype,
+    beside,
+    read_weights,
+    without_absent,
+)
+from tensorattn.modes import ModeSpec, mode_subsets
+from tensorattn.nn.bias import PositionBias
+from tensorattn.nn.context import Context, ContextReader, check_crossing
+from tensorattn.nn.layout import channels_last, check_input, check_parameters
+from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
+from tensorattn.nn.rotary import RotaryEmbedding
 
 __all__ = ["TensorAttention"]
 
 
-class TensorAttention(AttentionCore):
+class TensorAttention(nn.Module):
     r"""Multi-head attention over a tensor of any order, without flattening it: to itself, or to a context.
 
     Queries, keys and values are linear maps of the input. As averages of a linear map are the linear map of the
-    averages, the module averages its input once and projects the averages: S = n_1 + … + n_N rows instead of
-    P = n_1 ⋯ n_N, wherever the operator works on averages. It keeps nothing that depends on the sizes of the modes, so
-    one module takes inputs of any size.
+    averages, the module averages its input once and calls its projections with the averages: S = n_1 + … + n_N rows
+    instead of P = n_1 ⋯ n_N, wherever the operator works on averages. The four projections are modules that are called,
+    so adapters, hooks and quantisation act on them; of one that is no affine map (dropout inside an adapter, dynamic
+    quantisation) the output is that of the averages. The layer keeps nothing that depends on the sizes of the modes, so
+    one takes inputs of any size.
 
     Given a context, which may be on another grid and of another order, keys and values are made of that: once for each
     context, by `summarize`. Operators whose queries may stand anywhere take one.
@@ -46,13 +72,15 @@ class TensorAttention(AttentionCore):
         vdim: Channels of a context that values are made of; C if None.
         causal: A mode, by name or index, whose frames see their past and themselves only; None for none.
         position_bias: A bias of the logits by position, one matrix a mode: a `RelativePositionBias`, `AlibiBias` or
-            `AxisWindow`, or your own `PositionBias`. With one, all positions attend at once, which holds queries and
-            outputs of all heads as an operator does, instead of slab by slab.
+            `AxisWindow`, or your own `PositionBias`.
         rotary: A `RotaryEmbedding` that turns queries and keys by their places; for full and axial attention, and for
-            the Kronecker operators, which turn pooled queries and keys by their mode. All positions attend at once.
+            the Kronecker operators, which turn pooled queries and keys by their mode.
         mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
             operators.
         qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
+        project: ``"averages"`` to project averages where the operator works on them, ``"positions"`` to project all
+            positions and average afterwards, which is another thing only where a projection is no affine map.
+        checkpoint: Whether the backward pass attends again instead of keeping what is between input and output.
         device: Device of the parameters.
         dtype: Type of the parameters.
         **options: Options of the operator, such as ``centered=True`` for ``"kao_qkv"``, or
@@ -62,7 +90,7 @@ class TensorAttention(AttentionCore):
     Raises:
         OptionError: If ``num_heads`` does not divide ``embed_dim``, ``dropout`` is not a probability, there is no
             such operator or option, or an argument has no meaning for the operator.
-        ModesError: If modes are named badly, or an option names a mode that does not exist.
+        ModesError: If modes are missing or named badly, or an option names a mode that does not exist.
 
     Shape:
         - input and output: :math:`(B, n_1, \dots, n_N, C)`, or :math:`(B, C, n_1, \dots, n_N)` with
@@ -84,6 +112,121 @@ class TensorAttention(AttentionCore):
         )
     """
 
+    @retells
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        modes: int | str | Sequence[str] | None = None,
+        operator: str = "additive",
+        channels_first: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        causal: int | str | None = None,
+        position_bias: PositionBias | None = None,
+        rotary: RotaryEmbedding | None = None,
+        mode_projections: bool = False,
+        qk_norm: bool = False,
+        project: str = "averages",
+        checkpoint: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.modes = ModeSpec.parse(modes)
+        record = get_operator(operator)
+        switches = {"channels_first": channels_first, "bias": bias, "checkpoint": checkpoint}
+        for name, value in {**switches, "mode_projections": mode_projections, "qk_norm": qk_norm}.items():
+            check(value, name, "switch")
+        if project not in ("averages", "positions"):
+            raise OptionError(f"project must be 'averages' or 'positions', got {project!r}.")
+        self.causal = None if causal is None else self.modes.index(causal)
+        if options.get("kept") is not None:
+            subsets = mode_subsets(options["kept"])
+            options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
+        self.options = record.with_defaults(options)
+        record.needs(self.modes.order, **self.options)  # refuses values out of range
+        _check_heads(embed_dim, num_heads)
+        check(dropout, "dropout", "probability")
+        if mode_projections and project == "positions":
+            raise OptionError(
+                "mode_projections has no meaning with project='positions': it maps the averages of a mode."
+            )
+        for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
+            if given and not record.pools:
+                raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
+        if self.causal is not None and "causal" in record.lacks:
+            raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
+        if position_bias is not None:
+            _check_position_bias(position_bias, record, self.modes, num_heads)
+        if rotary is not None:
+            _check_rotary(rotary, record, self.options, self.modes, embed_dim // num_heads)
+            if qk_norm:
+                raise OptionError("rotary has no meaning with qk_norm: pooled queries are turned before a norm.")
+        for name, dim in (("kdim", kdim), ("vdim", vdim)):
+            if dim is not None:
+                check(dim, name, "integer")
+                check_crossing(record, self.options, self.causal, name)
+                if dim < 1:
+                    raise OptionError(f"{name} must be at least 1, got {dim}.")
+        embed_dim, num_heads = int(embed_dim), int(num_heads)
+        self.embed_dim, self.num_heads, self.operator = embed_dim, num_heads, operator
+        self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
+        self.kdim, self.vdim = (embed_dim if dim is None else int(dim) for dim in (kdim, vdim))
+        rows = embed_dim * (self.modes.order if mode_projections else 1)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, rows, bias, **factory)
+        self.k_proj = nn.Linear(self.kdim, rows, bias, **factory)
+        self.v_proj = nn.Linear(self.vdim, embed_dim, bias, **factory)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        self.q_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
+        self.k_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
+        gain = torch.ones(num_heads, **factory) if self.options.get("interaction") else None
+        self.interaction_gain = None if gain is None else nn.Parameter(gain)
+        self.position_bias, self.rotary = position_bias, rotary
+        self.project, self.checkpoint = project, checkpoint
+        self._draw()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, Xavier uniform, those of a position bias too; set biases to zero and gains to one."""
+        reset_parts(self)
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw what is its own."""
+        maps = self.modes.order if self.mode_projections else 1
+        for linear, count in ((self.q_proj, maps), (self.k_proj, maps), (self.v_proj, 1), (self.out_proj, 1)):
+            draw_linear(linear, count)
+        if self.interaction_gain is not None:
+            nn.init.ones_(self.interaction_gain)
+
+    def extra_repr(self) -> str:
+        """Describe the settings that are not the default ones of every layer."""
+        modes = repr(str(self.modes)) if self.modes.named else self.modes.order
+        parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", f"modes={modes}"]
+        parts.append(f"operator={self.operator!r}")
+        defaults = get_operator(self.operator).options
+        told = {name: value for name, value in self.options.items() if value != defaults[name]}
+        if "kept" in told and self.modes.named:
+            told["kept"] = tuple(tuple(self.modes.names[mode] for mode in kept) for kept in told["kept"])
+        parts.extend(f"{name}={value!r}" for name, value in told.items())
+        if self.channels_first:
+            parts.append("channels_first=True")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        parts += [f"{name}={dim}" for name in ("kdim", "vdim") if (dim := getattr(self, name)) != self.embed_dim]
+        if self.causal is not None:
+            parts.append(f"causal={self.modes.names[self.causal]!r}")
+        if self.mode_projections:
+            parts.append("mode_projections=True")
+        parts += ["project='positions'"] * (self.project != "averages") + ["checkpoint=True"] * self.checkpoint
+        return ", ".join(parts)
+
+    @retells
     def forward(
         self,
         x: Tensor,
@@ -93,7 +236,6 @@ class TensorAttention(AttentionCore):
         mask: Mask = None,
         lengths: Lengths | Mapping[Any, Any] = None,
         skip: Tensor | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
         """Attend: from each position of the input to the input itself, or to a context.
 
@@ -113,22 +255,20 @@ class TensorAttention(AttentionCore):
                 approximation for operators that work on averages, as their functions tell.
             lengths: How many leading indices of each mode take part: integers ``(B, N)``, or one entry a mode, None
                 for all, or a mapping from modes as in ``{"t": torch.tensor([5, 7])}``.
-            skip: A tensor of the shape of the input that is added to the output while that is written, as for a skip
-                connection; ``x`` itself or another one.
-            out: Where to write the output, of the shape and type of the input. No derivative goes through it.
+            skip: A tensor of the shape of the input that is added to the output, as for a skip connection; ``x`` itself
+                or another one.
 
         Returns:
-            The output, of the shape of the input: ``out`` where it is given.
+            The output, of the shape of the input.
 
         Raises:
-            ShapeError: If a tensor has the wrong number of dimensions or channels, or an empty mode, if ``skip`` or
-                ``out`` has another shape than the input, or the mask or lengths do not fit.
+            ShapeError: If a tensor has the wrong number of dimensions or channels, or an empty mode, if ``skip`` has
+                another shape than the input, or the mask or lengths do not fit.
             DtypeError: If a tensor is not floating point, the types differ, the mask is not bool, or lengths are not
                 integers.
             WeightsError: If weights have the wrong length, are negative, not finite, or all zero, or a length is
                 negative or longer than its mode.
-            OptionError: If ``out`` is given where derivatives are asked for, or an argument has no meaning for the
-                operator or with another one.
+            OptionError: If an argument has no meaning for the operator or with another one.
 
         Examples:
             >>> import torch, tensorattn as ta
@@ -142,30 +282,18 @@ class TensorAttention(AttentionCore):
             >>> layer(image, summary).shape
             torch.Size([2, 5, 6, 8])
         """
-        try:
-            grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-            check_parameters(x, self.q_proj.weight)
-            if skip is not None or out is not None:
-                sources = (x,) if out is None else (x, *self.parameters())  # only out asks for their derivatives
-                check_whole(x.shape, sources, skip, out)
-            last = channels_last(x, self.channels_first)
-            given, summary = self._read(x, grid, context, weights=weights, mask=mask, lengths=lengths)
-        except TensorAttentionError as cause:
-            told = reading(x, self.modes, channels_first=self.channels_first)
-            raise cause.retold("TensorAttention", told) from None
-        added_last = last if skip is x else None if skip is None else channels_last(skip, self.channels_first)
-        target = None if out is None else channels_last(out, self.channels_first)
-        if summary is not None:
-            y = self.attend_from(last, summary, added_last, target)
-        elif given.present is None:
-            y = self.attend(last, grid, given.weights, added_last, target)
-        else:  # what an absent position holds must not meet a zero, not even that of a gradient: it may be NaN
-            y = self.attend(without_absent(last, given.present), grid, given.weights, None, None)
-            y = added(without_absent(y, given.present), added_last, target)
-        if out is not None:
-            return out
+        weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
+        last, present = channels_last(x, self.channels_first), weights_of_x.present
+        if skip is not None:
+            check_same_shape("skip", skip, x.shape, x)
+        if present is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
+            last = without_absent(last, present)
+        y = self._attend(last, weights_of_x, summary).output
+        y = y if present is None else without_absent(y, present)
+        y = y if skip is None else y + channels_last(skip, self.channels_first)
         return y.movedim(-1, 1) if self.channels_first else y
 
+    @retells
     def summarize(
         self,
         context: Tensor | tuple[Tensor, Tensor],
@@ -202,12 +330,10 @@ class TensorAttention(AttentionCore):
             >>> layer.summarize(volume).sizes
             (3, 4, 5)
         """
-        try:
-            spoken = {"weights": weights, "mask": mask, "lengths": lengths}
-            return self._context_reader().summarize(context, self.k_proj.weight, **spoken)
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorAttention.summarize") from None
+        spoken = {"weights": weights, "mask": mask, "lengths": lengths}
+        return self._context_reader().summarize(context, parameter_of(self.k_proj), **spoken)
 
+    @retells
     def attention(
         self,
         x: Tensor,
@@ -243,16 +369,12 @@ class TensorAttention(AttentionCore):
             >>> rows.shape, columns.shape
             (torch.Size([1, 2, 4, 5, 4]), torch.Size([1, 2, 4, 5, 5]))
         """
-        try:
-            grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-            check_parameters(x, self.q_proj.weight)
-            given, summary = self._read(x, grid, context, weights=weights, mask=mask, lengths=lengths)
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorAttention.attention") from None
-        last = channels_last(x, self.channels_first)
-        last = last if given.present is None else without_absent(last, given.present)
-        return self.attention_weights(last, given.weights, summary)
+        weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
+        last, present = channels_last(x, self.channels_first), weights_of_x.present
+        last = last if present is None else without_absent(last, present)
+        return self._attend(last, weights_of_x, summary, return_attention=True).attention
 
+    @retells
     def attention_map(
         self,
         x: Tensor,
@@ -287,38 +409,379 @@ class TensorAttention(AttentionCore):
             >>> maps.shape, torch.allclose(maps.sum((2, 3)), torch.ones(1, 2))
             (torch.Size([1, 2, 4, 5]), True)
         """
-        attention = self.attention(x, weights=weights, mask=mask, lengths=lengths)
-        last = channels_last(x, self.channels_first)
-        grid = GridShape((x.shape[0],), tuple(last.shape[1:-1]), self.embed_dim)
-        given, _ = self._read(x, grid, None, weights=weights, mask=mask, lengths=lengths)
-        try:
-            return self.map_of(attention, given.weights, grid.sizes, at)
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorAttention.attention_map") from None
+        record = get_operator(self.operator)
+        weights_of_x, _ = self._read(x, None, weights=weights, mask=mask, lengths=lengths)
+        last, present = channels_last(x, self.channels_first), weights_of_x.present
+        sizes = tuple(last.shape[1:-1])
+        place = place_on(sizes, indices_of(at))
+        if record.spread is None:
+            raise OptionError(f"operator {record.name!r} has no map.")
+        last = last if present is None else without_absent(last, present)
+        attention = self._attend(last, weights_of_x, None, return_attention=True).attention
+        first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
+        base = base_of(weights_of_x, sizes, first)
+        counts = base.weights
+        if self.causal is not None:
+            seen = torch.arange(sizes[self.causal], device=first.device) <= place[self.causal]
+            counts = counts * beside(seen, self.causal, len(sizes))
+        heads = counts.unsqueeze(-len(sizes) - 1) if counts.dim() > len(sizes) else counts
+        return record.spread(attention, sizes, place, base._replace(weights=heads), **self.options)
 
-    def _read(
-        self, x: Tensor, grid: GridShape, context: Context | None, **spoken: Any
-    ) -> tuple[Presence, Summary | None]:
-        """Check what was said of the positions of the input, or of a context, and summarise that."""
+    # ------------------------------------------------------------------------------------------------------------ read
+
+    def _read(self, x: Tensor, context: Context | None, **spoken: Any) -> tuple[Weights, Summary | None]:
+        """Check the input and what was said of its positions, or of those of a context, and summarise that."""
+        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+        parameter = parameter_of(self.q_proj)
+        if parameter is not None:
+            check_parameters(x, parameter)
         if context is not None:
             for name in ("position_bias", "rotary"):
                 if getattr(self, name) is not None:
                     raise OptionError(f"context has no meaning with {name}: its positions are not those of x.")
-            return Presence((None,) * self.modes.order, None, True), self._context_reader().read(
-                context, x, self.k_proj.weight, **spoken
-            )
+            summary = self._context_reader().read(context, x, parameter_of(self.k_proj), **spoken)
+            return Weights((None,) * self.modes.order), summary
         if (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim):
             raise OptionError(
                 f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x has "
                 f"{self.embed_dim}."
             )
-        if all([each is None for each in spoken.values()]):
-            return Presence((None,) * self.modes.order, None, True), None
-        given = check_layer_presence(grid, x, self.modes, **spoken)
-        check_grid_weights(get_operator(self.operator), self.options, given)
-        return given, None
+        weights = read_weights(spoken["weights"], spoken["mask"], spoken["lengths"], grid, x, self.modes, of="x")
+        check_indices(self._needs(), weights)
+        return weights, None
 
     def _context_reader(self) -> ContextReader:
         """Return what reads a context."""
         operator, dims = get_operator(self.operator), (self.kdim, self.vdim)
         return ContextReader(operator, self.options, self.causal, self.modes, dims, self.channels_first)
+
+    def _needs(self) -> Needs:
+        """What the operator needs to know of queries, keys and values."""
+        return get_operator(self.operator).needs(self.modes.order, **self.options)
+
+    def _settings(self, **further: Any) -> dict[str, Any]:
+        """What the operator is told at every call."""
+        gain = self.interaction_gain
+        return {
+            "scale": default_scale(self.embed_dim // self.num_heads),
+            "dropout_p": self.dropout if self.training else 0.0,
+            "return_lse": False,
+            "return_attention": False,
+            **self.options,
+            **({} if gain is None else {"gain": gain.to(accumulation_dtype(gain.dtype))}),
+            **further,
+        }
+
+    # ------------------------------------------------------------------------------------------- summarise, and attend
+
+    def _attend(
+        self, x: Tensor, weights: Weights, context: Summary | None, *, return_attention: bool = False
+    ) -> AttentionResult:
+        """Attend from an input with its channels last to itself, or to a context, and project back."""
+        record, needs, settings = (
+            get_operator(self.operator),
+            self._needs(),
+            self._settings(return_attention=return_attention),
+        )
+        if context is not None:
+            return self._from_positions(x, self._project(context, x.dtype), settings)
+        frames = self.causal if record.query == "positions" else None
+        if frames is None and self.causal is not None:
+            settings["causal"] = self.causal
+        projected = self.project == "positions" or (self.rotary is not None and not record.pools)
+        if self.position_bias is not None:
+            settings["bias"] = self._bias(self.position_bias, x, None if projected else frames)
+        if projected:
+            return self._from_projected(x, weights, frames, settings)
+        if needs.queries is not None:
+            return self._from_averages(x, weights, needs, settings)
+        if frames is None:
+            return self._from_positions(x, self._project(make_summary(x, x, needs, weights), x.dtype), settings)
+        summary, _ = causal_summary(x, x, needs, weights, frames)
+        return self._from_frames(x, self._project(summary, x.dtype), frames, settings)
+
+    def _from_positions(self, x: Tensor, summary: Summary, settings: dict[str, Any]) -> AttentionResult:
+        """Attend from each position by itself: project it, attend, project back; some positions at a time.
+
+        Args:
+            x: Where the queries are made of, ``(*batch, *positions, C)``.
+            summary: Projected summary of the input or of a context, with heads as last batch dimension.
+            settings: What the operator is told.
+        """
+        operator, batch = get_operator(self.operator), len(summary.batch) - 1
+        positions, owns = tuple(x.shape[batch:-1]), bool(self.options.get("include_self"))
+        whole = "bias" in settings or settings["return_attention"] or operator.query == "grid"
+        flat = x if whole else x.flatten(batch, -2)
+
+        def attend(part: slice) -> tuple[Tensor, ...]:
+            chunk = flat if part == slice(None) else flat[..., part, :]
+            own = {"own": tuple([self._heads(to(chunk), batch) for to in (self.k_proj, self.v_proj)])} if owns else {}
+            result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
+            return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
+
+        if whole:
+            output, *attention = self._recomputed(attend, slice(None))
+            return AttentionResult(output, None, tuple(attention) or None)
+        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * 4 * self.embed_dim
+        parameters = list(self.parameters())
+        if self.checkpoint and torch.is_grad_enabled():
+            steps = range(0, length, max(1, min(length, CHECKPOINTED // max(1, width // 4))))
+            parts = [self._recomputed(attend, slice(start, start + steps.step))[0] for start in steps]
+            output = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        else:
+            output = in_chunks(attend, length, width, flat, *parameters, *_tensors_of(summary))[0]
+        assert output is not None
+        return AttentionResult(output.unflatten(-2, positions))
+
+    def _recomputed(self, attend: Callable[[slice], tuple[Tensor, ...]], part: slice) -> tuple[Tensor, ...]:
+        """Attend, and in the backward pass once more instead of keeping what is inside, where that is wanted."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return recompute(attend, part, use_reentrant=False)
+        return attend(part)
+
+    def _from_frames(self, x: Tensor, summary: Summary, mode: int, settings: dict[str, Any]) -> AttentionResult:
+        """Attend from each frame to what it may know of those up to its own."""
+        result = self._from_positions(frames_first(x, mode, 1), summary, settings)
+        attention = result.attention and tuple([self._frames_in_place(part, mode) for part in result.attention])
+        return AttentionResult(frames_last(result.output, mode, 1), None, attention)
+
+    def _frames_in_place(self, tensor: Tensor, mode: int) -> Tensor:
+        """Bring ``(B, T, H, …, 1, …)`` to ``(B, H, …, T, …)``."""
+        return tensor.squeeze(3 + mode).movedim(1, 2 + mode)
+
+    def _from_averages(self, x: Tensor, weights: Weights, needs: Needs, settings: dict[str, Any]) -> AttentionResult:
+        """Attend from averages: queries are projected in S rows, and what is an outer sum is projected back in S rows."""
+        record, sizes, order = get_operator(self.operator), tuple(x.shape[1:-1]), self.modes.order
+        summary = make_summary(x, x, needs, weights).in_type(x.dtype)
+        queries = self._project_queries(_means_of(x, summary, needs.queries or (), weights))
+        summary = self._project(summary, x.dtype)
+        if self.q_norm is not None and self.k_norm is not None:
+            settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+        if self.rotary is not None:
+            turned = [self._turned(means, self.rotary) for means in (queries, summary.key_means)]
+            queries, summary = turned[0], dataclasses.replace(summary, key_means=turned[1])
+        result = record.attend(queries, summary, **settings)
+        if isinstance(result.output, Tensor):
+            return result._replace(output=self.out_proj(self._joined(result.output, 1)))
+        parts = [self._joined(part, 1) for part in result.output]
+        rows = torch.cat([*parts, parts[0].new_zeros(x.shape[0], 1, self.embed_dim)], -2) if order > 1 else parts[0]
+        first, *others = self.out_proj(rows).split_with_sizes([*sizes, *[1] * (order > 1)], -2)
+        if order > 1:  # what the map makes of zero, its bias, counts once
+            *others, zero = others
+            first = torch.sub(first, zero, alpha=order - 1)
+        memory = None if torch.compiler.is_compiling() else memory_order(x.stride())
+        spread = AttentionResult((first, *others))
+        return spread_parts(spread, (x.shape[0], *sizes), first.dtype, memory)._replace(attention=result.attention)
+
+    def _turned(self, means: Means, rotary: RotaryEmbedding) -> Means:
+        """Turn pooled queries or keys of each mode by their places."""
+        found = {kept: rotary.rotate_mode(means.get(kept), kept[0]) for kept in means.family}
+        return Means.of(means.sizes, found, 2)
+
+    def _from_projected(
+        self, x: Tensor, weights: Weights, frames: int | None, settings: dict[str, Any]
+    ) -> AttentionResult:
+        """Project all positions, and attend as the function of the operator does."""
+        record, needs = get_operator(self.operator), self._needs()
+        query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rotary is not None and not record.pools:
+            query, key = self.rotary(query), self.rotary(key)
+        weights, heads = weights.with_batch_dim(-1), 2
+        if self.options.get("include_self"):
+            settings["own"] = (key, value)
+        if frames is not None:
+            if "own" in settings:
+                settings["own"] = tuple([frames_first(part, frames, heads) for part in settings["own"]])
+            if "bias" in settings:
+                settings["bias"] = causal_bias(settings["bias"], frames)
+            summary, _ = causal_summary(key, value, needs, weights, frames)
+            result = record.attend(frames_first(query, frames, heads), summary, **settings)
+            attention = result.attention and tuple([frames_last(part, frames, heads) for part in result.attention])
+            result = AttentionResult(frames_last(result.output, frames, heads), None, attention)
+        else:
+            summary = make_summary(key, value, needs, weights)
+            queries: Any = query
+            if needs.queries is not None:
+                queries = _means_of(query, None, needs.queries, weights)
+            if self.q_norm is not None and self.k_norm is not None:
+                settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+            if self.rotary is not None and record.pools:
+                queries = self._turned(queries, self.rotary)
+                summary = dataclasses.replace(summary, key_means=self._turned(summary.key_means, self.rotary))
+            result = record.attend(queries, summary, **settings)
+            if not isinstance(result.output, Tensor):
+                result = spread_parts(result, query.shape[:-1], query.dtype, None)
+        return AttentionResult(self.out_proj(self._joined(result.output, 1)), None, result.attention)
+
+    def continued(
+        self, x: Tensor, weights: Weights, past: Past | None, *, window: int | None = None
+    ) -> tuple[Tensor, Past]:
+        """Attend from frames of the causal mode that follow others, unchecked: a step of `AttentionStream`.
+
+        Args:
+            x: The frames, channels last.
+            weights: Checked weights, a product over modes.
+            past: What is known of the frames before; None for none.
+            window: How many frames are seen, the own one included; None for all.
+
+        Returns:
+            The output, and what is known after these frames.
+        """
+        record, mode, needs = get_operator(self.operator), self.causal, self._needs()
+        assert mode is not None
+        if record.query == "positions":
+            summary, after = causal_summary(x, x, needs, weights, mode, past=past, window=window)
+            return self._from_frames(x, self._project(summary, x.dtype), mode, self._settings()).output, after()
+        whole = 1 if window is not None else x.shape[1 + mode]  # with a window, each frame sees other frames
+        outputs = []
+        for start in range(0, x.shape[1 + mode], whole):
+            part = x.narrow(1 + mode, start, whole)
+            own = tuple(
+                [
+                    w.narrow(-1, start, whole) if k == mode and w is not None else w
+                    for k, w in enumerate(weights.vectors)
+                ]
+            )
+            seen, spoken, past = frames_beside(part, Weights(own), mode, past=past, window=window)
+            summary = self._project(make_summary(seen, seen, needs, spoken), x.dtype)
+            outputs.append(self._from_positions(part, summary, self._settings(causal=mode)).output)
+        assert past is not None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), past
+
+    # --------------------------------------------------------------------------------------------------------- project
+
+    def _project(self, summary: Summary, dtype: torch.dtype) -> Summary:
+        """Call the projections with a summary of inputs: that of keys and values, with heads as last batch dimension."""
+        summary = summary.in_type(dtype)
+        if self.mode_projections:
+            keys = self._project_modes(summary.key_means, self.k_proj)
+        else:
+            keys = summary.key_means.project(self.k_proj, self.num_heads)
+        values = summary.value_means.project(self.v_proj, self.num_heads)
+        found = dataclasses.replace(summary.with_heads(), key_means=keys, value_means=values)
+        if summary.covariance is None or summary.key_covariance is None:
+            return found
+        to_keys, to_values = (
+            self._linear_part(to, c, dtype) for to, c in ((self.k_proj, self.kdim), (self.v_proj, self.vdim))
+        )
+        moments = []
+        for moment, left in ((summary.covariance, to_values), (summary.key_covariance, to_keys)):
+            moments.append(left.mT.to(moment.dtype) @ moment.unsqueeze(-3) @ to_keys.to(moment.dtype))
+        return dataclasses.replace(found, covariance=moments[0], key_covariance=moments[1])
+
+    def _linear_part(self, linear: Callable[[Tensor], Tensor], channels: int, dtype: torch.dtype) -> Tensor:
+        """Return the matrix of each head of an affine map ``(H, C, D)`` by calling it: f(I) − f(0)."""
+        unit = torch.eye(channels + 1, channels, dtype=dtype, device=self._device())
+        mapped = linear(unit)
+        return (mapped[:-1] - mapped[-1:]).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+
+    def _device(self) -> torch.device | None:
+        """Return where the parameters are."""
+        parameter = parameter_of(self)
+        return None if parameter is None else parameter.device
+
+    def _project_queries(self, means: Means) -> Means:
+        """Call the projection of the queries with averages."""
+        if self.mode_projections:
+            return self._project_modes(means, self.q_proj)
+        return means.project(self.q_proj, self.num_heads)
+
+    def _project_modes(self, means: Means, linear: Callable[[Tensor], Tensor]) -> Means:
+        """Call a projection that has one map a mode, below each other, and take from it what is of the mode."""
+        mapped, width = means.project(linear, None), self.embed_dim
+        found = {kept: mapped.get(kept)[..., kept[0] * width : (kept[0] + 1) * width] for kept in means.family}
+        return Means.of(means.sizes, {kept: self._heads(part, 1) for kept, part in found.items()}, 2)
+
+    def _heads(self, tensor: Tensor, batch: int) -> Tensor:
+        """Split channels into heads, the last batch dimension: ``(*batch, *, C)`` to ``(*batch, H, *, D)``."""
+        return tensor.unflatten(-1, (self.num_heads, -1)).movedim(-2, batch)
+
+    def _joined(self, tensor: Tensor, batch: int) -> Tensor:
+        """Join heads into channels: ``(*batch, H, *, D)`` to ``(*batch, *, C)``."""
+        return tensor.movedim(batch, -2).flatten(-2)
+
+    def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None) -> Bias:
+        """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
+        dtype, sizes = accumulation_dtype(x.dtype), tuple(x.shape[1:-1])
+        found: list[Tensor | None] = []
+        for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
+            if part is not None:
+                if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
+                    raise ShapeError(
+                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)}, but needs "
+                        f"{(self.num_heads, size, size)} or {(1, size, size)}."
+                    ).retold(type(position_bias).__name__)
+                part = part.to(dtype)
+                if frames is not None:
+                    part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)
+                part = part.unsqueeze(0)
+            found.append(part)
+        return tuple(found)
+
+
+CHECKPOINTED = 1 << 22  # elements of queries that are attended from at a time where the backward pass attends again
+
+
+def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ...]], weights: Weights) -> Means:
+    """Return the means of what queries are made of: those that a summary of it holds, and the tensor itself."""
+    batch, order = x.dim() - weights.order - 1, weights.order
+    small = tuple([kept for kept in family if len(kept) < order or order == 1])
+    if summary is not None and order > 1 and all([kept in summary.key_means.family for kept in small]):
+        blocks = [(small, summary.key_means.joined(small))]
+        if len(small) < len(family):
+            blocks.append(((tuple(range(order)),), x.flatten(batch, -2)))
+        return Means(tuple(x.shape[batch:-1]), tuple(blocks))
+    found = dict(zip(family, marginal_means(x, tuple(family), weights), strict=True))
+    return Means.of(x.shape[batch:-1], found, batch)
+
+
+def _tensors_of(summary: Summary) -> list[Tensor]:
+    """List the tensors of a summary that may be differentiated."""
+    means = [rows for part in (summary.key_means, summary.value_means) for _, rows in part.blocks]
+    return [*means, *[moment for moment in (summary.covariance, summary.key_covariance) if moment is not None]]
+
+
+def _in_type(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """Call a norm with what it is given in the type of its parameters, and return the type that it was given."""
+
+    def normed(pooled: Tensor) -> Tensor:
+        parameter = parameter_of(norm)
+        return norm(pooled if parameter is None else pooled.to(parameter.dtype)).to(pooled.dtype)
+
+    return normed
+
+
+def _check_heads(embed_dim: int, num_heads: int) -> None:
+    """Check that heads divide the channels."""
+    for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        check(count, name, "integer")
+    if embed_dim < 1 or num_heads < 1:
+        raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
+    if embed_dim % num_heads:
+        raise OptionError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.")
+
+
+def _check_position_bias(position_bias: Any, record: Operator, modes: ModeSpec, num_heads: int) -> None:
+    """Check that a position bias fits the layer."""
+    if "bias" in record.lacks:
+        raise OptionError(f"position_bias has no meaning for operator {record.name!r}: {record.lacks['bias']}.")
+    if not isinstance(position_bias, PositionBias):
+        raise OptionError(f"position_bias must be a PositionBias, got {type(position_bias).__name__}.")
+    if position_bias.modes.names != modes.names:
+        raise OptionError(f"position_bias has the modes {position_bias.modes}, but the layer has {modes}.")
+    heads = getattr(position_bias, "num_heads", num_heads)
+    if heads != num_heads:
+        raise OptionError(f"position_bias has {heads} heads, but the layer has {num_heads}.")
+
+
+def _check_rotary(rotary: Any, record: Operator, options: Mapping[str, Any], modes: ModeSpec, head_dim: int) -> None:
+    """Check that a rotary embedding fits the layer."""
+    if not isinstance(rotary, RotaryEmbedding):
+        raise OptionError(f"rotary must be a RotaryEmbedding, got {type(rotary).__name__}.")
+    if rotary.axes.modes.names != modes.names:
+        raise OptionError(f"rotary has the modes {rotary.axes.modes}, but the layer has {modes}.")
+    if rotary.head_dim != head_dim:
+        raise OptionError(
+            f"rotary has head_dim {rotary.head_dim}, but the heads of the layer have {head_dim} channels."
+        )
+    rotary.check_operator(record.name, **options)

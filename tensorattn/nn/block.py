@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.errors import OptionError, check, retells
+from tensorattn.masks import read_weights
 from tensorattn.nn.attention import TensorAttention
-from tensorattn.nn.layout import check_input, check_layer_presence, check_parameters, reading
-from tensorattn.options import check_number, check_probability
-from tensorattn.weights import without_absent
+from tensorattn.nn.layout import channels_last, check_input, check_parameters
+from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 
 __all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
 
@@ -42,12 +42,10 @@ class DropPath(nn.Module):
         Huang, Sun, Liu, Sedra and Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016, arXiv 1603.09382.
     """
 
+    @retells
     def __init__(self, p: float) -> None:
         super().__init__()
-        try:
-            check_probability(p, "p")
-        except TensorAttentionError as cause:
-            raise cause.retold("DropPath") from None
+        check(p, "p", "probability")
         self.p = p
 
     def extra_repr(self) -> str:
@@ -94,6 +92,7 @@ class GatedMLP(nn.Module):
         Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202.
     """
 
+    @retells
     def __init__(
         self,
         embed_dim: int,
@@ -104,20 +103,18 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check(embed_dim, "embed_dim", "integer")
+        check(hidden_dim, "hidden_dim", "integer")
         if embed_dim < 1 or hidden_dim < 1:
-            rule = f"embed_dim and hidden_dim must be at least 1, got {embed_dim} and {hidden_dim}."
-            raise OptionError(rule).retold("GatedMLP")
+            raise OptionError(f"embed_dim and hidden_dim must be at least 1, got {embed_dim} and {hidden_dim}.")
         self.in_proj = nn.Linear(embed_dim, 2 * hidden_dim, bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(hidden_dim, embed_dim, bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, Xavier uniform, and set biases to zero."""
-        for weight in (*self.in_proj.weight.chunk(2), self.out_proj.weight):
-            nn.init.xavier_uniform_(weight)
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        draw_linear(self.in_proj, maps=2)
+        draw_linear(self.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each position.
@@ -158,7 +155,7 @@ class TensorTransformerBlock(nn.Module):
 
     Raises:
         OptionError: If an option is out of its range, or has no meaning for the operator.
-        ModesError: If modes are named badly, or an option names a mode that does not exist.
+        ModesError: If modes are missing or named badly, or an option names a mode that does not exist.
 
     Shape:
         - input and output: :math:`(B, n_1, \dots, n_N, C)`, or :math:`(B, C, n_1, \dots, n_N)` with
@@ -171,12 +168,13 @@ class TensorTransformerBlock(nn.Module):
         torch.Size([2, 4, 14, 14, 96])
     """
 
+    @retells
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
         *,
-        modes: int | str | Sequence[str],
+        modes: int | str | Sequence[str] | None = None,
         mlp_ratio: float = 8 / 3,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -189,17 +187,17 @@ class TensorTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        try:
-            check_number(mlp_ratio, "mlp_ratio", "a number")
-            if layer_scale is not None:
-                check_number(layer_scale, "layer_scale", "a number or None")
-            hidden_dim = round(mlp_ratio * embed_dim)
-            if hidden_dim < 1:
-                raise OptionError(f"mlp_ratio leaves no hidden channels, got {mlp_ratio} with embed_dim {embed_dim}.")
-            check_probability(drop_path, "drop_path")
-            self.attention = TensorAttention(embed_dim, num_heads, modes=modes, bias=bias, **factory, **attention)
-        except TensorAttentionError as cause:
-            raise cause.retold("TensorTransformerBlock") from None
+        check(mlp_ratio, "mlp_ratio", "number", rule="a number")
+        if layer_scale is not None:
+            check(layer_scale, "layer_scale", "number", rule="a number or None")
+        check(drop_path, "drop_path", "probability")
+        check(checkpoint, "checkpoint", "switch")
+        check(channels_first, "channels_first", "switch")
+        # What is inside is computed again by the block as a whole, so the layer does not do it by itself once more.
+        self.attention = TensorAttention(embed_dim, num_heads, modes=modes, bias=bias, **factory, **attention)
+        hidden_dim = round(mlp_ratio * embed_dim)
+        if hidden_dim < 1:
+            raise OptionError(f"mlp_ratio leaves no hidden channels, got {mlp_ratio} with embed_dim {embed_dim}.")
         self.modes, self.embed_dim, self.mlp_ratio = self.attention.modes, embed_dim, mlp_ratio
         self.layer_scale, self.checkpoint, self.channels_first = layer_scale, checkpoint, channels_first
         self.attention_norm = nn.LayerNorm(embed_dim, bias=bias, **factory)
@@ -213,8 +211,7 @@ class TensorTransformerBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew, and set norms and factors to their first values."""
-        for module in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
-            module.reset_parameters()
+        reset_parts(self)
         self._reset_scales()
 
     def _reset_scales(self) -> None:
@@ -250,22 +247,26 @@ class TensorTransformerBlock(nn.Module):
                 negative or longer than its mode.
             OptionError: If one of them has no meaning for the operator.
         """
-        try:
-            grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-            check_parameters(x, self.attention_norm.weight)
-            last = x.movedim(1, -1) if self.channels_first else x
-            if attention.get("context") is None:
-                spoken: dict[str, Any] = {name: attention.get(name) for name in ("mask", "lengths")}
-                present = check_layer_presence(grid, last, self.modes, **spoken).present
-                last = last if present is None else without_absent(last, present)
-        except TensorAttentionError as cause:
-            told = reading(x, self.modes, channels_first=self.channels_first)
-            raise cause.retold("TensorTransformerBlock", told) from None
+        last = self._checked(x, attention)
         if self.checkpoint and torch.is_grad_enabled():
             y = recompute(self._run, last, attention, use_reentrant=False)
         else:
             y = self._run(last, attention)
         return y.movedim(-1, 1) if self.channels_first else y
+
+    @retells
+    def _checked(self, x: Tensor, attention: Mapping[str, Any]) -> Tensor:
+        """Check the input, and return it with its channels last and zeros where positions are absent."""
+        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+        parameter = parameter_of(self)
+        if parameter is not None:
+            check_parameters(x, parameter)
+        last = channels_last(x, self.channels_first)
+        if attention.get("context") is not None:
+            return last
+        spoken: dict[str, Any] = {name: attention.get(name) for name in ("mask", "lengths")}
+        present = read_weights(None, spoken["mask"], spoken["lengths"], grid, last, self.modes, of="x").present
+        return last if present is None else torch.where(present.unsqueeze(-1), last, 0)
 
     def _run(self, x: Tensor, attention: dict[str, Any]) -> Tensor:
         """Add both branches, channels last."""

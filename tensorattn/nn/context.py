@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensorattn.errors import DtypeError, OptionError, ShapeError
+from tensorattn.functional.operator import Operator, check_indices
+from tensorattn.functional.summary import Needs, Summary, make_summary
+from tensorattn.masks import accumulation_dtype, in_autocast, read_weights
 from tensorattn.modes import GridShape, ModeSpec
-from tensorattn.nn.layout import channels_last, check_input, check_layer_presence, check_parameters
-from tensorattn.operators.operator import Needs, Operator, check_grid_weights
-from tensorattn.summarizing import attention_summary
-from tensorattn.summary import Summary
-from tensorattn.weights import accumulation_dtype, in_autocast, without_absent
+from tensorattn.nn.layout import channels_last, check_input, check_parameters
 
 __all__ = ["Context", "ContextReader", "check_crossing"]
 
@@ -63,12 +63,12 @@ class ContextReader:
     dims: tuple[int, int]
     channels_first: bool
 
-    def summarize(self, context: Any, parameter: Tensor, **spoken: Any) -> Summary:
+    def summarize(self, context: Any, parameter: Tensor | None, **spoken: Any) -> Summary:
         """Check a context that is a tensor, or one for the keys and one for the values, and summarise it.
 
         Args:
             context: The context.
-            parameter: A parameter of the layer.
+            parameter: A parameter of the layer, if it has any.
             **spoken: Weights, mask and lengths of the context.
 
         Raises:
@@ -80,21 +80,19 @@ class ContextReader:
         check_crossing(self.operator, self.options, self.causal, "context")
         key, value, grid, modes = self._check_tensors(context, parameter)
         needs = self._needs(modes.order)
-        given = check_layer_presence(grid, key, modes, of="context", **spoken)
-        check_grid_weights(self.operator, self.options, given)
-        if given.present is not None and tuple(range(modes.order)) in needs.kept:  # absent keys may be infinite
-            same = value is key
-            key = without_absent(key, given.present)
-            value = key if same else without_absent(value, given.present)
-        return attention_summary(key, value, needs, given.weights)
+        weights = read_weights(
+            spoken.get("weights"), spoken.get("mask"), spoken.get("lengths"), grid, key, modes, of="context"
+        )
+        check_indices(needs, weights)
+        return make_summary(key, value, needs, weights)
 
-    def read(self, context: Any, x: Tensor, parameter: Tensor, **spoken: Any) -> Summary:
+    def read(self, context: Any, x: Tensor, parameter: Tensor | None, **spoken: Any) -> Summary:
         """Return the summary of a context, made here or before, checked against the input.
 
         Args:
             context: Tensor, pair of tensors, or summary.
             x: Input of the layer.
-            parameter: A parameter of the layer.
+            parameter: A parameter of the layer, if it has any.
             **spoken: Weights, mask and lengths of the context.
 
         Raises:
@@ -120,7 +118,7 @@ class ContextReader:
             raise OptionError(f"kept names modes of order {self.modes.order}, but context has order {order}.")
         return self.operator.needs(order, **self.options)
 
-    def _check_tensors(self, context: Any, parameter: Tensor) -> tuple[Tensor, Tensor, GridShape, ModeSpec]:
+    def _check_tensors(self, context: Any, parameter: Tensor | None) -> tuple[Tensor, Tensor, GridShape, ModeSpec]:
         """Check tensors; return what keys and values are made of, channels last, their shape and their modes."""
         pair = isinstance(context, tuple | list)
         parts = tuple(context) if pair else (context,)
@@ -141,7 +139,8 @@ class ContextReader:
         for part, name, dim, called in zip(parts, names, self.dims, ("kdim", "vdim"), strict=False):
             channels_first = self.channels_first
             grids.append(check_input(part, modes, dim, channels_first=channels_first, called=called, argument=name))
-            check_parameters(part, parameter, name)
+            if parameter is not None:
+                check_parameters(part, parameter, name)
         if grids[0].batch != grids[-1].batch:
             raise ShapeError(f"the batch is {grids[0].batch[0]} in context[0] but {grids[-1].batch[0]} in context[1].")
         for mode, (one, two) in enumerate(zip(grids[0].sizes, grids[-1].sizes, strict=True)):
@@ -159,9 +158,8 @@ class ContextReader:
             raise OptionError(
                 "the summary of the context holds no second moments, but interaction='linear' needs them."
             )
-        family = needs.kept if not needs.second_moment or () in needs.kept else (*needs.kept, ())
         casts = in_autocast(x.device)
-        for kept in family:
+        for kept in needs.held:
             sides = ((summary.key(kept), self.dims[0], "kdim"), (summary.value(kept), self.dims[1], "vdim"))
             for mean, dim, called in sides:
                 if mean.shape[-1] != dim:
@@ -170,5 +168,5 @@ class ContextReader:
                     )
                 if mean.device != x.device:
                     raise DtypeError(f"the device is {x.device} in x but {mean.device} in the summary of the context.")
-                if mean.dtype not in (x.dtype, accumulation_dtype(x.dtype)) and not casts:
+                if mean.dtype not in (x.dtype, accumulation_dtype(x.dtype), torch.float64) and not casts:
                     raise DtypeError(f"the type is {x.dtype} in x but {mean.dtype} in the summary of the context.")

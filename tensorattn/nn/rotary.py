@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorattn.errors import OptionError, ShapeError, TensorAttentionError, describe
-from tensorattn.modes import GridShape
-from tensorattn.nn.coordinates import Coordinates, ModeCoordinates, Periodic, Spacing, check_base, pairs_a_mode
+from tensorattn.errors import OptionError, ShapeError, retells
+from tensorattn.functional import get_operator
+from tensorattn.nn.coordinates import Coordinates, ModeCoordinates, Periodic, Spacing, pairs_a_mode
 from tensorattn.nn.layout import check_grid, show_modes
-from tensorattn.operators import get_operator
-from tensorattn.weights import Vector, accumulation_dtype
 
 __all__ = ["RotaryEmbedding"]
 
@@ -46,7 +44,7 @@ class RotaryEmbedding(nn.Module):
         base: Ratio of the fastest frequency to a little below the slowest.
 
     Raises:
-        ModesError: If modes are named badly, or an option names one that does not exist.
+        ModesError: If modes are missing or named badly, or an option names one that does not exist.
         OptionError: If there are less than two channels a mode, a number is not positive and finite, or a periodic
             mode has a spacing but no period.
 
@@ -66,29 +64,28 @@ class RotaryEmbedding(nn.Module):
         Embedding for Vision Transformer", 2024, arXiv 2403.13298, for the default of ``base``.
     """
 
+    @retells
     def __init__(
         self,
         head_dim: int,
         *,
-        modes: int | str | Sequence[str],
+        modes: int | str | Sequence[str] | None = None,
         periodic: Periodic = (),
         spacing: Spacing | None = None,
         base: float = 100.0,
     ) -> None:
         super().__init__()
-        try:
-            self.axes = ModeCoordinates.parse(modes, periodic, spacing)
-            self.pairs = pairs_a_mode(head_dim, self.axes.modes, "head_dim")
-            check_base(base)
-        except TensorAttentionError as cause:
-            raise cause.retold("RotaryEmbedding") from None
+        self.axes = ModeCoordinates.parse(modes, periodic, spacing)
+        self.modes = self.axes.modes
+        self.pairs = pairs_a_mode(head_dim, self.modes, "head_dim", base)
         self.head_dim, self.base = head_dim, base
 
     def extra_repr(self) -> str:
         """Describe the settings that are not the default ones."""
-        parts = [f"head_dim={self.head_dim}", f"modes={show_modes(self.axes.modes)}", *self.axes.shown()]
+        parts = [f"head_dim={self.head_dim}", f"modes={show_modes(self.modes)}", *self.axes.shown()]
         return ", ".join(parts + [f"base={self.base}"] * (self.base != 100))
 
+    @retells
     def forward(self, tensor: Tensor, *, coordinates: Coordinates | None = None) -> Tensor:
         """Turn queries or keys over a grid, the share of every mode by its own places.
 
@@ -107,23 +104,17 @@ class RotaryEmbedding(nn.Module):
             ModesError: If coordinates are not one a mode, or name a mode that does not exist.
             OptionError: If coordinates are not finite, or those of a circle are given without its period.
         """
-        modes = self.axes.modes
-        try:
-            grid = check_grid(tensor, modes, "tensor")
-            self._check_channels(grid)
-            checked = self.axes.check(coordinates, grid, tensor)
-            angles = [self._angles(mode, grid.sizes[mode], checked[mode], tensor) for mode in range(modes.order)]
-        except TensorAttentionError as cause:
-            shown = {"tensor": tuple(tensor.shape)} if isinstance(tensor, Tensor) else {}
-            raise cause.retold("RotaryEmbedding", describe(modes.names, shown) if shown else "") from None
-        ends = [2 * sum(self.pairs[: mode + 1]) for mode in range(modes.order)]
-        *shares, odd = tensor.tensor_split(ends, -1)
+        grid, order = check_grid(tensor, self.modes, "tensor"), self.modes.order
+        self._check_channels(grid.dim)
+        *shares, odd = tensor.tensor_split([2 * sum(self.pairs[: mode + 1]) for mode in range(order)], -1)
         turned = []
-        for mode, (share, angle) in enumerate(zip(shares, angles, strict=True)):
-            beside = (grid.sizes[mode] if k == mode else 1 for k in range(modes.order))
-            turned.append(_turn(share, angle.reshape(*angle.shape[:-2], *beside, angle.shape[-1])))
+        for mode, places in enumerate(self.axes.check(coordinates, grid, tensor)):
+            angles = self.axes.angles(mode, grid.sizes[mode], places, tensor, self.pairs[mode], self.base)
+            beside = (grid.sizes[mode] if k == mode else 1 for k in range(order))
+            turned.append(_turn(shares[mode], angles.reshape(*angles.shape[:-2], *beside, angles.shape[-1])))
         return torch.cat([*turned, odd], -1)
 
+    @retells
     def rotate_mode(self, tensor: Tensor, mode: int | str, *, coordinates: Tensor | None = None) -> Tensor:
         """Turn queries or keys pooled over all modes but one, in the share of that mode.
 
@@ -146,24 +137,21 @@ class RotaryEmbedding(nn.Module):
             ModesError: If the mode does not exist.
             OptionError: If coordinates are not finite, or those of a circle are given without its period.
         """
-        try:
-            index = self.axes.modes.index(mode)
-            alone = self.axes.alone(index)
-            grid = check_grid(tensor, alone.modes, "tensor")
-            self._check_channels(grid)
-            (vector,) = alone.check(None if coordinates is None else [coordinates], grid, tensor)
-            angle = self._angles(index, grid.sizes[0], vector, tensor)
-        except TensorAttentionError as cause:
-            raise cause.retold("RotaryEmbedding.rotate_mode") from None
-        start = 2 * sum(self.pairs[:index])
-        before, share, after = tensor.tensor_split([start, start + 2 * self.pairs[index]], -1)
-        return torch.cat([before, _turn(share, angle), after], -1)
+        index = self.modes.index(mode)
+        alone = self.axes.alone(index)
+        grid = check_grid(tensor, alone.modes, "tensor")
+        self._check_channels(grid.dim)
+        (places,) = alone.check(None if coordinates is None else [coordinates], grid, tensor)
+        angles = alone.angles(0, grid.sizes[0], places, tensor, self.pairs[index], self.base)
+        start, width = 2 * sum(self.pairs[:index]), 2 * self.pairs[index]
+        before, share, after = tensor.tensor_split([start, start + width], -1)
+        return torch.cat([before, _turn(share, angles), after], -1)
 
+    @retells
     def check_operator(self, operator: str, **options: Any) -> None:
         """Refuse an operator that averages keys of different turns.
 
-        What is left are operators that see the keys of all positions, and those that pool queries and keys for each
-        mode, which turn what is pooled.
+        What is left are operators that see the keys of all positions, and those that turn what they pool for each mode.
 
         Args:
             operator: Its name in `OPERATORS`.
@@ -172,32 +160,24 @@ class RotaryEmbedding(nn.Module):
         Raises:
             OptionError: If turned keys have no meaning for it, or there is no such operator or option.
         """
-        try:
-            record, order = get_operator(operator), self.axes.modes.order
-            needs = record.needs(order, **record.with_defaults(options))
-            seen = {kept for kept in (needs.kept if needs.keys is None else needs.keys) if kept}
-            if not record.pools and seen != {tuple(range(order))}:
-                raise OptionError(
-                    f"rotary has no meaning for operator {operator!r}, which averages keys of different turns.",
-                    hint="Add positions instead, which keeps exactness: SinCosPositions or LearnedPositions.",
-                )
-        except TensorAttentionError as cause:
-            raise cause.retold("RotaryEmbedding") from None
+        record, order = get_operator(operator), self.modes.order
+        needs = record.needs(order, **record.with_defaults(options))
+        seen = {kept for kept in (needs.kept if needs.keys is None else needs.keys) if kept}
+        if not record.pools and seen != {tuple(range(order))}:
+            raise OptionError(
+                f"rotary has no meaning for operator {operator!r}, which averages keys of different turns.",
+                hint="Add positions instead, which keeps exactness: SinCosPositions or LearnedPositions.",
+            )
 
-    def _check_channels(self, grid: GridShape) -> None:
+    def _check_channels(self, channels: int) -> None:
         """Refuse other channels than those of a head."""
-        if grid.dim != self.head_dim:
-            raise ShapeError(f"tensor has {grid.dim} channels, but head_dim is {self.head_dim}.")
-
-    def _angles(self, mode: int, size: int, coordinates: Vector, like: Tensor) -> Tensor:
-        """Return the angles of a mode, ``(n_m, pairs)`` or ``(*batch, n_m, pairs)``."""
-        places = self.axes.places(mode, size, coordinates, like)
-        return self.axes.angles(mode, places, self.pairs[mode], self.base).to(like.device)
+        if channels != self.head_dim:
+            raise ShapeError(f"tensor has {channels} channels, but head_dim is {self.head_dim}.")
 
 
 def _turn(share: Tensor, angles: Tensor) -> Tensor:
     """Turn neighbouring channels ``(*, 2K)`` as points of a plane by angles ``(*, K)``."""
-    dtype = accumulation_dtype(share.dtype)
+    dtype = torch.promote_types(share.dtype, torch.float32)  # half precision is multiplied in float32
     x, y = share.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # half precision is multiplied in float32
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2).to(share.dtype)

@@ -1,4 +1,4 @@
-"""Theorems as reusable checks, and the strategies that draw tensors for them. Needs Hypothesis.
+"""The oracle, and theorems as reusable checks with the strategies that draw tensors for them, which need Hypothesis.
 
 A user's own operator gets all that it claims in three lines::
 
@@ -6,72 +6,85 @@ A user's own operator gets all that it claims in three lines::
     from tensorattn.testing import check_operator
     check_operator(tensorattn.register_operator(MY_OPERATOR))
 
-and every single theorem is a function of an operator that raises `AssertionError` with a sentence and the smallest
+and every single law is a function of an operator that raises `AssertionError` with a sentence and the smallest
 counterexample::
 
     check_key_shift("additive", dtype=torch.float32, device="cuda", examples=1000)
 """
 
-try:
-    import hypothesis as _hypothesis  # noqa: F401
-except ImportError as _cause:
-    raise ImportError("tensorattn.testing needs Hypothesis; install it by: pip install hypothesis") from _cause
+from typing import NoReturn
 
-from tensorattn.testing.biasing import biases
-from tensorattn.testing.cases import Case, cases
-from tensorattn.testing.checks import (
-    CLAIMED,
-    UNIVERSAL,
-    Check,
-    check_constant_mode,
-    check_convex,
-    check_equals_flattened,
-    check_equals_flattened_on_additive,
-    check_equals_reference,
-    check_finite,
-    check_first_order_law,
-    check_gradients,
-    check_invisible_interaction,
-    check_key_shift,
-    check_log_sum_exp,
-    check_operator,
-    check_order_one,
-    check_permutation_equivariance,
-    check_precision,
-    check_refinement,
-    check_rotation,
-    check_scale_exchange,
-    check_value_affine,
-    check_weights_are_multiplicities,
-    check_zero_scale_mean,
-    checks_of,
-    for_all,
-)
-from tensorattn.testing.strategies import (
-    additive_tensors,
-    batch_sizes,
-    mode_partitions,
-    mode_sizes,
-    queries,
-    tensor_normals,
-    tensors,
-)
-from tensorattn.testing.subject import Subject, resolve
-from tensorattn.testing.tolerances import ALLOWED, allowed
-from tensorattn.testing.weighing import weights
+try:
+    from tensorattn.testing.check import Law, Subject, again, resolve
+    from tensorattn.testing.laws import (
+        CLAIMED,
+        UNIVERSAL,
+        check_causal,
+        check_constant_mode,
+        check_convex,
+        check_equals_flattened,
+        check_equals_flattened_on_additive,
+        check_equals_reference,
+        check_finite,
+        check_first_order_law,
+        check_gradients,
+        check_invisible_interaction,
+        check_key_shift,
+        check_log_sum_exp,
+        check_masks,
+        check_operator,
+        check_order_one,
+        check_permutation_equivariance,
+        check_positions,
+        check_precision,
+        check_refinement,
+        check_rotation,
+        check_scale_exchange,
+        check_value_affine,
+        check_weights_are_multiplicities,
+        check_zero_scale_mean,
+        checks_of,
+    )
+    from tensorattn.testing.strategies import (
+        ALLOWED,
+        Case,
+        additive_tensors,
+        allowed,
+        batch_sizes,
+        biases,
+        cases,
+        masks,
+        mode_partitions,
+        mode_sizes,
+        queries,
+        tensor_normals,
+        tensors,
+        weights,
+    )
+except ModuleNotFoundError as _cause:  # the oracle needs no Hypothesis
+    if _cause.name != "hypothesis":
+        raise
+
+    def __getattr__(name: str) -> NoReturn:
+        if name in __all__:
+            raise ImportError("tensorattn.testing needs Hypothesis; install it by: pip install hypothesis")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ALLOWED",
     "CLAIMED",
     "UNIVERSAL",
     "Case",
-    "Check",
+    "Law",
     "Subject",
     "additive_tensors",
+    "again",
     "allowed",
     "batch_sizes",
     "biases",
     "cases",
+    "check_causal",
     "check_constant_mode",
     "check_convex",
     "check_equals_flattened",
@@ -83,9 +96,11 @@ __all__ = [
     "check_invisible_interaction",
     "check_key_shift",
     "check_log_sum_exp",
+    "check_masks",
     "check_operator",
     "check_order_one",
     "check_permutation_equivariance",
+    "check_positions",
     "check_precision",
     "check_refinement",
     "check_rotation",
@@ -94,7 +109,7 @@ __all__ = [
     "check_weights_are_multiplicities",
     "check_zero_scale_mean",
     "checks_of",
-    "for_all",
+    "masks",
     "mode_partitions",
     "mode_sizes",
     "queries",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from tensorattn.operators import OPERATORS, Operator
+from tensorattn.functional import OPERATORS, Operator
 
 __all__ = ["OPTIONS", "Variant", "variants"]
 

@@ -1,1 +1,0 @@
-"""The command `python -m tensorattn attend`: operators side by side on a real recording."""

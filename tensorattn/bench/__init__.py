@@ -1,1 +1,0 @@
-"""The command `bench`: time and memory of operators and of their peers, after parity."""

@@ -1,0 +1,526 @@
+"""The command `attend`: operators side by side on a real recording, with a table of cost and error, and figures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensorattn.cli.common import (
+    Choice,
+    amount,
+    check_directory,
+    duration,
+    number,
+    parse_choices,
+    png_bytes,
+    positive,
+    progress,
+    require,
+    write_files,
+)
+from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
+from tensorattn.cli.figures import Place, input_figure, maps_figure, weights_figure
+from tensorattn.cli.recordings import Recording, load, parse_modes, sample_video, sample_volume
+from tensorattn.diagnose import ErrorEstimate, centred_error, sample_positions, takes_any_positions
+from tensorattn.diagnose.cost import cost, measure
+from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.functional import OPERATORS
+from tensorattn.functional.flattened import flattened_attention
+from tensorattn.functional.maps import attention_map
+
+__all__ = ["Job", "add_arguments", "default_choices", "examine", "prepare", "run"]
+
+PACKAGED = (  # the packaged recordings: where they come from, patch, and the query to draw
+    (sample_video, "2,2,2", "15,110,153"),  # on the wall between the chambers of the heart
+    (sample_volume, "2,2,2", "64,48,12"),
+)
+VARIANTS = ("additive:interaction=linear", "kao_qkv:centered=True")  # run by default beside every operator
+QUERIES = 64  # sampled queries on which full attention is computed
+MAX_POSITIONS = 100_000  # patches are chosen so that a recording has at most so many
+BUDGET_SECONDS = 12.0  # an operator that would take more CPU time than this is not run over the whole grid
+TRIAL = (2048, 32_768)  # queries and keys of the piece of full attention that tells the speed of the machine
+LARGEST_DEVIATION = 1e6  # of logits: beyond it float32 rounds them by more than a tenth
+STEPS = 4  # pieces of work beside the operators: embedding, sampled queries, baselines, figures
+
+DESCRIPTION = """\
+Show what attention operators do on a recording: a table of cost and error, and figures.
+
+Without FILE, two packaged recordings are taken: a video (an echocardiogram) and a volume (a brain).
+Otherwise FILE is read: .nii, .nii.gz, .npy, .npz, .tif, .dcm; .mp4 and .avi where PyAV is installed.
+"""
+
+EPILOG = """\
+How a recording becomes queries, keys and values (nothing is trained): it is cut into patches, padded with its last
+entries where sizes are not divisible; every entry of a patch is standardised over the recording; a random affine map
+takes each patch to --dim channels, which are layer-normalised; three independent random maps give queries, keys and
+values of every head. The logits of a query are scaled so that their standard deviation over the keys is --logit-std,
+in root mean square over queries and heads. That choice decides the ranking: what comes close to soft attention need
+not come close to sharp attention.
+
+How it is measured: FLOPs are counted from the sizes, averages, softmax and outer sums included. CPU time is on one
+thread, the median of a few calls where they are short. Peak extra memory is what the process held more than before
+the call, the output included (Linux). The centred error is |O - F| / |F - v| over 64 sampled queries: O the output,
+F full attention, v the mean of the values, so that answering with the mean scores 1.
+"""
+
+Array = np.ndarray[Any, Any]
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command.
+
+    Args:
+        parser: The parser of the command.
+    """
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    deviation = number(float, lambda x: 0 < x <= LARGEST_DEVIATION, f"positive and at most {LARGEST_DEVIATION:,.0f}")
+    seed = number(int, lambda n: 0 <= n < 2**63, "a whole number of at least 0 and below 2**63")
+    add = parser.add_argument
+    add("file", nargs="?", type=Path, metavar="FILE", help="a recording; without it, packaged ones")
+    add("--modes", help="names of the modes, 't h w', or their number; one more axis is channels")
+    add("--key", help="which array of an .npz archive to take")
+    add(
+        "--operator",
+        action="append",
+        metavar="NAME[:OPTION=VALUE]",
+        help=f"run this one only; may be given again: {', '.join(OPERATORS)}",
+    )
+    add("--dim", type=positive, default=64, help="channels, all heads together (default 64)")
+    add("--heads", type=positive, default=4, help="heads (default 4)")
+    add("--patch", help="sizes of a patch, '1,8,8' or one number for every mode (default: chosen)")
+    add("--logit-std", type=deviation, default=1.0, help="standard deviation of the logits (default 1.0)")
+    add("--query", help="element whose attention is drawn, '15,120,160' (default: the middle)")
+    add("--out", type=Path, default=Path("attend-out"), help="directory of figures (attend-out)")
+    add("--seed", type=seed, default=0, help="seed of the random maps and queries (default 0)")
+
+
+def default_choices() -> tuple[Choice, ...]:
+    """Return every registered operator, each followed by its variants."""
+    return parse_choices(
+        text for name in OPERATORS for text in (name, *(each for each in VARIANTS if each.split(":")[0] == name))
+    )
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """Read whole numbers apart by commas or spaces; none where anything else is among them."""
+    parts = text.replace(",", " ").split()
+    return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else []
+
+
+def _patch(text: str | None, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Read the sizes of a patch, one number for every mode or one a mode, and cut them to the modes; or choose them."""
+    if text is None:
+        return choose_patch(sizes, MAX_POSITIONS)
+    numbers = _whole_numbers(text)
+    if not numbers or 0 in numbers:
+        raise OptionError(f"--patch must be positive whole numbers, one or one a mode, got {text!r}.")
+    if len(numbers) not in (1, len(sizes)):
+        raise OptionError(f"--patch has {len(numbers)} numbers, but there are {len(sizes)} modes: {text!r}.")
+    return tuple(map(min, numbers * (len(sizes) // len(numbers)), sizes))
+
+
+def _query(text: str | None, sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Return the patch that holds the query to draw: the one in the middle, or the one the user points at."""
+    if text is None:
+        return tuple(count // 2 for count in grid_of(sizes, patch))
+    numbers = _whole_numbers(text)
+    if len(numbers) != len(sizes):
+        raise OptionError(f"--query must be {len(sizes)} whole numbers, one index a mode, got {text!r}.")
+    for mode, (index, size) in enumerate(zip(numbers, sizes, strict=True)):
+        if index >= size:
+            raise OptionError(f"--query has index {index} in mode {mode}, but its size is {size}.")
+    return tuple(index // part for index, part in zip(numbers, patch, strict=True))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What the parser read.
+
+    Returns:
+        The exit status.
+    """
+    lenient = arguments.operator is None
+    settle = partial(
+        prepare,
+        choices=default_choices() if lenient else parse_choices(arguments.operator),
+        lenient=lenient,
+        dim=arguments.dim,
+        heads=arguments.heads,
+        logit_std=arguments.logit_std,
+        seed=arguments.seed,
+    )
+    check_directory(arguments.out)
+    require("matplotlib.figure", extra="examples", purpose="drawing figures")
+    jobs = [settle(recording, patch=patch, query=query) for recording, patch, query in _recordings(arguments)]
+    reports, files = [], {}
+    with progress(sum(STEPS + len(job.flops) for job in jobs), unit="step") as step:
+        for job in jobs:
+            text, figures = examine(job, step)
+            reports.append(text)
+            files.update({name: png_bytes(figure) for name, figure in figures.items()})
+    report = "\n\n".join(reports) + "\n"
+    files["report.txt"] = report.encode()
+    written = write_files(arguments.out, files)
+    print(report)
+    print("written:", *(f"  {path}" for path in written), sep="\n")
+    return 0
+
+
+def _recordings(arguments: argparse.Namespace) -> list[tuple[Recording, str | None, str | None]]:
+    """Load what was asked for, each with its patch and query."""
+    if arguments.file is not None:
+        modes = None if arguments.modes is None else parse_modes(arguments.modes)
+        return [(load(arguments.file, modes=modes, key=arguments.key), arguments.patch, arguments.query)]
+    for option in ("modes", "key", "query"):
+        if getattr(arguments, option) is not None:
+            raise OptionError(f"--{option} needs a FILE: the packaged recordings have their own.")
+    return [
+        (sample(), patch if arguments.patch is None else arguments.patch, query) for sample, patch, query in PACKAGED
+    ]
+
+
+# ---- the work ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recording with everything settled that sizes alone decide.
+
+    Attributes:
+        recording: What was read.
+        place: Patches, and the query to draw.
+        flops: Operations over the whole grid, by choice.
+        notes: Why choices were left out.
+        dim: Channels, all heads together.
+        heads: Number of heads.
+        logit_std: Standard deviation of the logits of a query over the keys.
+        seed: Seed of the embedding and of the sampled queries.
+    """
+
+    recording: Recording
+    place: Place
+    flops: Mapping[Choice, int]
+    notes: tuple[str, ...]
+    dim: int
+    heads: int
+    logit_std: float
+    seed: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of patches along each mode."""
+        return grid_of(self.place.sizes, self.place.patch)
+
+
+def prepare(
+    recording: Recording,
+    choices: Iterable[Choice],
+    *,
+    patch: str | None = None,
+    query: str | None = None,
+    lenient: bool = True,
+    dim: int = 64,
+    heads: int = 4,
+    logit_std: float = 1.0,
+    seed: int = 0,
+) -> Job:
+    """Settle patches and query, and count operations: all that can be wrong is found before any work is done.
+
+    Args:
+        recording: What was read.
+        choices: Operators and their options.
+        patch: Sizes of a patch as text, or None to choose them.
+        query: The query to draw as text, one index a mode, in elements of the recording; None for the middle.
+        lenient: Whether an operator that has no meaning for a recording is left out with a note.
+        dim: Channels, all heads together.
+        heads: Number of heads.
+        logit_std: Standard deviation of the logits of a query over the keys.
+        seed: Seed of the embedding and of the sampled queries.
+
+    Returns:
+        The recording with all that was settled.
+
+    Raises:
+        OptionError: If an option has no meaning for the recording.
+    """
+    if dim % heads:
+        raise OptionError(f"--heads must divide --dim, but {heads} do not divide {dim}.")
+    if dim < 2:
+        raise OptionError(
+            f"--dim must be at least 2, got {dim}: a patch of a single channel is layer-normalised to zero."
+        )
+    sizes = recording.sizes
+    parts = _patch(patch, sizes)
+    grid = grid_of(sizes, parts)
+    if math.prod(grid) == 1:
+        told = "the recording" if patch is None else f"--patch {patch!r}"
+        raise OptionError(f"{told} leaves a single patch, there is nothing to attend to: {recording.describe()}.")
+    place = Place(recording.modes, sizes, parts, _query(query, sizes, parts))
+    flops, notes = {}, []
+    for choice in choices:
+        try:
+            flops[choice] = _count(choice, (heads, *grid, dim // heads))
+        except TensorAttentionError as cause:
+            if not lenient:
+                raise OptionError(f"--operator {choice.label!r}: {cause.rule}") from None
+            notes.append(f"{choice.label} left out: {cause.rule}")
+    return Job(recording, place, flops, tuple(notes), dim, heads, logit_std, seed)
+
+
+def _count(choice: Choice, shape: Sequence[int]) -> int:
+    """Count the operations of an operator over the whole grid."""
+    tensors = [torch.empty(shape, device="meta") for _ in range(3)]
+    found = cost(choice.record.function, *tensors, order=len(shape) - 2, scale=1.0, **choice.options)
+    return found.flops
+
+
+class _Sample(NamedTuple):
+    """Sampled queries ``(H, L, d)``, full attention on them, the mean of the values, and operations a second."""
+
+    positions: Tensor
+    query: Tensor
+    exact: Tensor
+    mean: Tensor
+    rate: float
+    population: int
+
+    def error(self, output: Tensor) -> ErrorEstimate:
+        """Compare outputs with full attention: those of the sampled queries, or of all over the grid."""
+        if output.shape != self.exact.shape:
+            output = output.flatten(1, -2)[:, self.positions]
+        return centred_error(output, self.exact, self.mean, population=self.population)
+
+
+def examine(
+    job: Job, step: Callable[[str], object], *, budget: float = BUDGET_SECONDS
+) -> tuple[str, Mapping[str, Any]]:
+    """Run every operator on a recording, and draw what one of its queries attends to.
+
+    Args:
+        job: The recording and what was settled.
+        step: Called with the name of every piece of work before it starts.
+        budget: CPU time in seconds; an operator that would take more is run on the sampled queries alone.
+
+    Returns:
+        The text to print, and figures by file name.
+    """
+
+    def start(work: str) -> None:
+        """Say what starts now."""
+        step(f"{job.recording.name}: {work}")
+
+    start("embedding")
+    array, patch = job.recording.array, job.place.patch
+    tokens = embed(array, patch, dim=job.dim, heads=job.heads, logit_std=job.logit_std, seed=job.seed)
+    start(f"full attention of {QUERIES} queries")
+    sample = _sample(tokens, job.seed)
+    rows = []
+    for choice, flops in job.flops.items():
+        start(choice.label)
+        rows.append(_row(choice, flops, tokens, sample, budget))
+    start("baselines")
+    rows.extend(_baselines(tokens, sample, job.seed))
+    start("figures")
+    figures = _draw(job.recording, job.place, tokens, tuple(job.flops))
+    lines = (*_heading(job, tokens), "", _table(rows), *_footnotes(rows, tokens, sample, budget), *job.notes)
+    return "\n".join(lines), figures
+
+
+def _sample(tokens: Tokens, seed: int) -> _Sample:
+    """Draw queries, compute full attention on them, and time a piece of it."""
+    query, key, value = (each.flatten(1, -2) for each in tokens[:3])
+    attend: Callable[..., Any] = partial(flattened_attention, order=1, scale=tokens.scale)
+    positions = sample_positions(query.shape[1], QUERIES, torch.Generator().manual_seed(seed))
+    sampled = query[:, positions].contiguous()
+    piece = query[:, : TRIAL[0]], key[:, : TRIAL[1]], value[:, : TRIAL[1]]
+    _, spent = measure(lambda: attend(*piece))
+    rate = cost(attend, *piece).flops / max(spent.seconds, 1e-9)
+    return _Sample(positions, sampled, attend(sampled, key, value), value.mean(dim=1), rate, query.shape[1])
+
+
+def _row(choice: Choice, flops: int, tokens: Tokens, sample: _Sample, budget: float) -> _Row:
+    """Run one operator over the whole grid, or on the sampled queries alone where the grid would take too long."""
+    query, key, value, scale = tokens
+    attend = partial(choice.record.function, order=key.ndim - 2, scale=scale, **choice.options)
+    if flops / sample.rate <= budget:
+        whole, (seconds, peak) = measure(lambda: attend(query, key, value))
+        return _Row(choice.label, flops, seconds, peak, sample.error(whole))
+    alone = takes_any_positions(choice.record, choice.options)
+    error = sample.error(attend(sample.query, key, value)) if alone else None
+    return _Row(choice.label, flops, flops / sample.rate, None, error, ran=False)
+
+
+def _baselines(tokens: Tokens, sample: _Sample, seed: int) -> list[_Row]:
+    """Return what every operator must be compared with: as many random keys as it has averages, and the mean."""
+    query, key, value, scale = tokens
+    count = max(2, sum(key.shape[1:-1]))
+    chosen = sample_positions(sample.population, count, torch.Generator().manual_seed(seed + 1))
+    few = [each.flatten(1, -2)[:, chosen].contiguous() for each in (key, value)]
+    attend = partial(flattened_attention, order=1, scale=scale)
+    output, spent = measure(lambda: attend(query, *few))
+    _, mean_spent = measure(lambda: value.mean(dim=tuple(range(1, value.ndim - 1))))
+    mean_error = sample.error(sample.mean.unsqueeze(1).expand_as(sample.exact))
+    return [
+        _Row(f"{len(chosen)} random keys", cost(attend, query, *few).flops, *spent, sample.error(output)),
+        _Row("mean of the values", value.numel(), *mean_spent, mean_error),
+    ]
+
+
+# ---- the figures ---------------------------------------------------------------------------------------------
+
+
+def _draw(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Draw the figures of one recording, with those operators that attend with one vector of weights a mode."""
+    token = int(np.ravel_multi_index(place.query, tokens.query.shape[1:-1]))
+    query = tokens.query.flatten(1, -2)[:, token : token + 1]
+    (exact,) = _attention(flattened_attention, query, tokens)
+    weights = _mode_weights(choices, query, tokens)
+    head = int(torch.special.entr(exact.flatten(1)).sum(dim=1).argmin())  # the sharpest: the one of least entropy
+    drawn: list[tuple[list[str], Tensor]] = [(["exact attention"], exact[head])]
+    for choice, vectors in weights.items():
+        of_head = [vector[head] for vector in vectors]
+        spread = attention_map(of_head, exact.shape[1:], operator=choice.record.name, **choice.options)
+        alike = (names for names, other in drawn[1:] if torch.allclose(spread, other, rtol=1e-3, atol=0))
+        names = next(alike, None)
+        if names is None:
+            drawn.append(([choice.label], spread))
+        else:
+            names.append(choice.label)
+    maps = {", ".join(names): spread.numpy() for names, spread in drawn}
+    along = {choice.label: [vector.numpy() for vector in vectors] for choice, vectors in weights.items()}
+    which = f"head {head + 1}" + (f", the sharpest of {len(exact)}" if len(exact) > 1 else "")
+    return {
+        f"{recording.name}-input.png": input_figure(recording, place),
+        f"{recording.name}-weights.png": weights_figure(recording, place, exact.numpy(), along),
+        f"{recording.name}-maps.png": maps_figure(recording, place, which, maps),
+    }
+
+
+def _attention(function: Callable[..., Any], query: Tensor, tokens: Tokens, **options: Any) -> list[Tensor]:
+    """Return the attention of one query, without the dimension that counts queries."""
+    settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True, **options}
+    return [weights.squeeze(1) for weights in function(query, tokens.key, tokens.value, **settings).attention]
+
+
+def _mode_weights(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> dict[Choice, list[Tensor]]:
+    """Return the weights ``(H, n_m)`` along each mode, of every operator that gives one vector a mode."""
+    wanted = [(tokens.key.shape[0], size) for size in tokens.key.shape[1:-1]]
+    plain = [choice.record for choice in choices if not choice.options]
+    found = {}
+    for choice in choices:
+        repeated = choice.options and choice.record in plain  # options change the output around the same weights
+        alone = takes_any_positions(choice.record, choice.options)
+        if repeated or not alone or choice.record.name == "flattened":
+            continue
+        try:
+            attention = _attention(choice.record.function, query, tokens, **choice.options)
+        except OptionError:  # its attention is no set of weights
+            continue
+        if [tuple(weights.shape) for weights in attention] == wanted:
+            found[choice] = attention
+    return found
+
+
+# ---- the report ----------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """One line of the table. What did not run over the whole grid has an extrapolated time, and no peak of memory."""
+
+    name: str
+    flops: int
+    seconds: float
+    peak_bytes: int | None
+    error: ErrorEstimate | None
+    ran: bool = True
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the words of the row."""
+        return (
+            self.name,
+            amount(self.flops),
+            duration(self.seconds) if self.ran else f"about {duration(self.seconds)} *",
+            ("n/a" if self.ran else "not run *") if self.peak_bytes is None else amount(self.peak_bytes, "B"),
+            "-" if self.error is None else _error_in_words(self.error),
+        )
+
+
+def _error_in_words(estimate: ErrorEstimate) -> str:
+    """Return an error and its standard error, or the error alone where it is exact to rounding."""
+    if math.isnan(estimate.error):
+        return "not a number"
+    if estimate.error < 5e-4:
+        return f"{estimate.error:.0e}" if estimate.error > 0 else "0"
+    spread = f" ± {estimate.standard_error:.3f}" if estimate.standard_error >= 5e-4 else ""
+    return f"{estimate.error:.3f}{spread}"
+
+
+def _table(rows: Iterable[_Row]) -> str:
+    """Lay rows out as an aligned table."""
+    headings = ("operator", "FLOPs", "CPU time", "peak extra memory", "centred error")
+    cells = [row.cells() for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    lines = ["   ".join(map(str.ljust, headings, widths)).rstrip()]
+    for name, *others in cells:
+        lines.append("   ".join((name.ljust(widths[0]), *map(str.rjust, others, widths[1:]))))
+    return "\n".join((lines[0], "-" * max(map(len, lines)), *lines[1:]))
+
+
+def _heading(job: Job, tokens: Tokens) -> list[str]:
+    """Say what was read and what it was turned into."""
+    place, grid = job.place, job.grid
+    padded = [
+        f"{name} from {size} to {g * p}"
+        for name, size, g, p in zip(place.names, place.sizes, grid, place.patch, strict=True)
+        if g * p != size
+    ]
+    return [
+        f"{job.recording.source}: {job.recording.describe()}",
+        f"  patches {'×'.join(map(str, place.patch))}: {'×'.join(map(str, grid))} = {math.prod(grid):,} positions, "
+        f"{sum(grid):,} mode averages",
+        *([f"  padded with its last entries: {', '.join(padded)}"] if padded else []),
+        *(f"  {note}" for note in job.recording.notes),
+        f"  {job.heads} heads of {job.dim // job.heads} channels, random maps of seed {job.seed}, "
+        f"logit standard deviation {job.logit_std:g} (scale {tokens.scale:.3g})",
+    ]
+
+
+def _footnotes(rows: Sequence[_Row], tokens: Tokens, sample: _Sample, budget: float) -> list[str]:
+    """Say how the errors were estimated, and what full attention would have needed where it was not run."""
+    heads, positions = tokens.key.shape[0], sample.population
+    lines = [
+        f"centred error: |O - F| / |F - v| on {len(sample.positions)} sampled queries, F full attention, v the mean of "
+        "the values; ± one standard error. Random keys: full attention to as many keys, drawn at random, as there are "
+        "mode averages; it costs as much as kao_kv.",
+    ]
+    (full,) = parse_choices(["flattened"])
+    if full.label not in [row.name for row in rows if row.ran]:
+        flops, matrix = _count(full, tokens.key.shape), 4 * positions**2
+        lines.append(
+            f"Full attention over all {positions:,} queries would have needed {amount(flops)}FLOP, about "
+            f"{duration(flops / sample.rate)} on one thread at the speed of a piece of it; "
+            f"its weights take {amount(matrix, 'B')} a head, {amount(heads * matrix, 'B')} in all, "
+            "in an implementation that stores them."
+        )
+    skipped = [row.name for row in rows if not row.ran]
+    if skipped:
+        lines.append(
+            f"* Not run over the whole grid, it would take more than {budget:.0f} s: {', '.join(skipped)}; "
+            "the error is of the sampled queries alone."
+        )
+    return [textwrap.fill(line, 110, subsequent_indent="  ", break_on_hyphens=False) for line in lines]

@@ -1,0 +1,502 @@
+"""Figures of a recording and of what one of its queries attends to. Every function returns one matplotlib figure.
+
+Weights are drawn relative to uniform attention: 1 is what every position would get if all got the same. Figures are
+made without pyplot, so no state outlives them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from tensorattn.cli.common import require
+from tensorattn.cli.recordings import MAX_ORDER, Recording
+from tensorattn.errors import OptionError, ShapeError, retells
+from tensorattn.modes import ModeSpec, is_integer
+
+__all__ = ["Place", "draw_attention_maps", "input_figure", "maps_figure", "weights_figure"]
+
+FRAMES = 6  # frames of a long mode that are drawn
+HEADS = 4  # heads whose weights are drawn
+PANEL = 2.5  # inches, height of a panel
+NARROWEST, WIDEST = 6.5, 20.0  # inches: room for a title, and what a page can hold
+LETTERS = 12  # letters of a title to an inch
+CARTESIAN = ("x", "y", "z")  # drawn as in a graph: the first to the right, the second upwards
+DARK = 0.6  # colours whose 99.5th percentile is below this share of white are brightened
+LARGEST_STRETCH = 2.0  # a panel is at most this much longer than wide, or wider than long
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind
+MARK = {"marker": "+", "markersize": 11, "markeredgewidth": 1.6, "linestyle": "none"}
+GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the query is, and how the grid of patches lies on the recording.
+
+    Attributes:
+        modes: The modes.
+        sizes: Sizes of the modes, in elements of the recording.
+        patch: Sizes of a patch.
+        query: Patch of the query, one index a mode.
+    """
+
+    modes: ModeSpec
+    sizes: tuple[int, ...]
+    patch: tuple[int, ...]
+    query: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the modes are called on an axis."""
+        return self.modes.names if self.modes.named else tuple(f"mode {name}" for name in self.modes.names)
+
+    @property
+    def element(self) -> tuple[int, ...]:
+        """The element in the middle of the query's patch."""
+        middles = (q * p + (p - 1) // 2 for q, p in zip(self.query, self.patch, strict=True))
+        return tuple(min(middle, size - 1) for middle, size in zip(middles, self.sizes, strict=True))
+
+    def centres(self, mode: int) -> Array:
+        """Return the coordinate of the middle of every patch along a mode, in elements.
+
+        Args:
+            mode: Index of the mode.
+        """
+        count = -(-self.sizes[mode] // self.patch[mode])
+        return np.arange(count) * self.patch[mode] + (self.patch[mode] - 1) / 2
+
+    def words(self) -> str:
+        """Return the query in words: ``the query, the 1×8 patch that contains t=14 h=121``."""
+        element = f"({', '.join(map(str, self.element))})"
+        if self.modes.named:
+            element = " ".join(f"{name}={index}" for name, index in zip(self.names, self.element, strict=True))
+        if math.prod(self.patch) == 1:
+            return f"the query {element}"
+        return f"the query, the {'×'.join(map(str, self.patch))} patch that contains {element}"
+
+
+# ---- what is drawn of a grid -----------------------------------------------------------------------------------
+
+
+class _Plane(NamedTuple):
+    """Two modes of a grid that are drawn, the others held at the query; the second downwards, or ``upwards``."""
+
+    across: int
+    along: int
+    upwards: bool
+
+    def cut(self, array: Array, position: Sequence[int]) -> Array:
+        """Return the slice of an array ``(n_1, …, n_N, ...)`` through a position, ``(along, across, ...)``."""
+        index: list[int | slice] = list(position)
+        index[self.across] = index[self.along] = slice(None)
+        plane = array[tuple(index)]
+        return plane if self.along < self.across else plane.swapaxes(0, 1)
+
+    def width(self, sizes: Sequence[int]) -> float:
+        """Return the width of the panel, for a height of one; long and narrow slices are stretched."""
+        return min(LARGEST_STRETCH, max(1 / LARGEST_STRETCH, sizes[self.across] / sizes[self.along]))
+
+    def others(self, order: int) -> list[int]:
+        """Return the modes that are held."""
+        return [mode for mode in range(order) if mode not in (self.across, self.along)]
+
+
+def _planes_through(sizes: Sequence[int], names: Sequence[str]) -> list[_Plane]:
+    """Choose the planes to draw: the largest one without time ``t``, then the largest others, at most three."""
+    pairs = itertools.combinations(range(len(sizes)), 2)
+    ranked = sorted(pairs, key=lambda pair: -math.prod(sizes[mode] for mode in pair))
+    still = next((pair for pair in ranked if all(names[mode] != "t" for mode in pair)), None)
+    ranked.sort(key=lambda pair: pair != still)
+    planes = []
+    for first, second in ranked[:3]:
+        graph = names[first] in CARTESIAN and names[second] in CARTESIAN
+        planes.append(_Plane(first, second, True) if graph else _Plane(second, first, False))
+    return planes
+
+
+def _frames(size: int, shown: int, include: int) -> tuple[int, ...]:
+    """Choose evenly spaced indices of a mode, at most so many, with a given one near their middle."""
+    count = min(shown, size)
+    step = size // count
+    every = range(include % step, size, step)
+    first = min(max(0, every.index(include) - count // 2), len(every) - count)
+    return tuple(every[first : first + count])
+
+
+def _display_values(array: Array) -> tuple[Array, str]:
+    """Turn values ``(n_1, …, n_N, C)`` into grey or colours between 0 and 1, and say in words what they show."""
+    channels = array.shape[-1]
+    if channels in (3, 4) and array.dtype == np.uint8:
+        colours = array[..., :3]
+        (white,) = _percentiles(colours, 99.5)
+        if not 0 < white < DARK * 255:
+            return colours, "colours as stored"
+        brightened = np.minimum(colours.astype(np.float32) / white, 1)
+        return brightened, f"colours {255 / white:.1f} times as bright, the 99.5th percentile is white"
+    grey = array[..., 0] if channels == 1 else array.mean(axis=-1, dtype=np.float64)
+    low, high = _percentiles(grey, 0.5, 99.5)
+    shown = np.clip((grey.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
+    words = "grey from the 0.5th to the 99.5th percentile"
+    return shown, words if channels == 1 else f"mean of {channels} channels, {words}"
+
+
+def _percentiles(array: Array, *shares: float) -> list[float]:
+    """Return percentiles of an array, of about a million of its numbers where it holds more."""
+    some = array.reshape(-1)[:: max(1, array.size // 10**6)]
+    return [float(each) for each in np.percentile(some.astype(np.float64), shares)]
+
+
+# ---- parts of figures ------------------------------------------------------------------------------------------
+
+
+def _new_figure(width: float, height: float, *title: str) -> Any:
+    """Return a figure that draws on its own canvas, wide enough for the lines of its title."""
+    figure_module = require("matplotlib.figure", extra="examples", purpose="drawing figures")
+    width, height = min(WIDEST, max(NARROWEST, width)), min(WIDEST, height)
+    figure = figure_module.Figure(figsize=(width, height), layout="constrained", dpi=120)
+    figure.suptitle("\n".join(textwrap.fill(line, int(width * LETTERS)) for line in title), fontsize=11)
+    return figure
+
+
+def _panel_height(widths: float, margin: float) -> float:
+    """Return the height of panels whose widths, for a height of one, sum to ``widths``: larger where they are few."""
+    return max(PANEL, min(2 * PANEL, (NARROWEST - margin) / widths))
+
+
+def _draw_plane(axes: Any, image: Array, plane: _Plane, place: Place, patch: Sequence[int], **options: Any) -> Any:
+    """Draw one slice in the coordinates of the recording."""
+    extent = (-0.5, image.shape[1] * patch[plane.across] - 0.5, -0.5, image.shape[0] * patch[plane.along] - 0.5)
+    drawn = axes.imshow(image, origin="lower", extent=extent, aspect="auto", interpolation="nearest", **options)
+    axes.set_xlim(-0.5, place.sizes[plane.across] - 0.5)
+    limits = (-0.5, place.sizes[plane.along] - 0.5)
+    axes.set_ylim(limits if plane.upwards else limits[::-1])
+    axes.set_xlabel(place.names[plane.across])
+    axes.set_ylabel(place.names[plane.along])
+    axes.locator_params(nbins=5, integer=True, min_n_ticks=1)
+    return drawn
+
+
+def _mark_query(axes: Any, plane: _Plane, place: Place) -> None:
+    """Mark the query with a cross that is seen on black and on white."""
+    point = ([place.element[plane.across]], [place.element[plane.along]])
+    axes.plot(*point, **{**MARK, "markersize": 14, "markeredgewidth": 3.6}, color="white")
+    axes.plot(*point, **MARK, color="black")
+
+
+def _draw_series(axes: Any, recording: Recording, place: Place) -> None:
+    """Draw the channels of a series, up to six of them, and mark the query."""
+    channels = min(recording.channels, len(COLOURS))
+    for channel in range(channels):
+        axes.plot(recording.array[:, channel].astype(np.float64), color=COLOURS[channel], linewidth=1)
+    axes.axvline(place.element[0], color="black", linewidth=1, linestyle=":")
+    axes.set_xlabel(place.names[0])
+    axes.set_ylabel("value" if recording.channels == 1 else f"channels 1 to {channels} of {recording.channels}")
+    axes.margins(x=0.01)
+
+
+# ---- the figures -----------------------------------------------------------------------------------------------
+
+
+def input_figure(recording: Recording, place: Place) -> Any:
+    """Draw the recording: a curve, an image, or frames along its longest remaining mode.
+
+    Args:
+        recording: What was read.
+        place: Where the query is.
+
+    Returns:
+        The figure.
+    """
+    order, names = len(place.sizes), place.names
+    if order == 1:
+        title = f"{recording.name}: all {recording.sizes[0]} values; dotted: {place.words()}"
+        figure = _new_figure(9.0, PANEL + 0.8, title)
+        _draw_series(figure.add_subplot(), recording, place)
+        return figure
+    values, words = _display_values(recording.array)
+    plane = _planes_through(place.sizes, names)[0]
+    rest = plane.others(order)
+    stepped = max(rest, key=lambda mode: place.sizes[mode], default=None)
+    steps = (0,) if stepped is None else _frames(place.sizes[stepped], FRAMES, place.element[stepped])
+    rows = math.ceil(len(steps) / 3)
+    columns = math.ceil(len(steps) / rows)
+    fixed = ", ".join(f"{names[mode]} = {place.element[mode]}" for mode in rest if mode != stepped)
+    shown = "" if stepped is None else f"{len(steps)} of {place.sizes[stepped]} slices along {names[stepped]}"
+    panel = _panel_height(columns * plane.width(place.sizes), 0.8)
+    figure = _new_figure(
+        columns * panel * plane.width(place.sizes) + 0.8,
+        rows * (panel + 0.5) + 0.6,
+        f"{recording.name}: {shown or 'the whole image'}{f', at {fixed}' if fixed else ''}",
+        f"the cross marks {place.words()}",
+        words,
+    )
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(steps) :]:
+        axes.set_visible(False)
+    for index, (axes, step) in enumerate(zip(grid.flat, steps, strict=False)):
+        position = list(place.element)
+        if stepped is not None:
+            position[stepped] = step
+            axes.set_title(f"{names[stepped]} = {step}", fontsize=10)
+        _draw_plane(axes, plane.cut(values, position), plane, place, (1,) * order, **GREY)
+        axes.label_outer()
+        if index + columns >= len(steps):  # nothing below it, not even where the last row is not full
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel(names[plane.across])
+        if tuple(position) == place.element:
+            _mark_query(axes, plane, place)
+    return figure
+
+
+def weights_figure(recording: Recording, place: Place, exact: Array, weights: Mapping[str, Sequence[Array]]) -> Any:
+    """Draw the attention of the query along each mode: one row a head, one column a mode.
+
+    Args:
+        recording: What was read.
+        place: Where the query is.
+        exact: Weights of full attention ``(H, g_1, …, g_N)``; each column shows their sum over the other modes.
+        weights: For every operator, its weights ``(H, g_m)`` along each mode.
+
+    Returns:
+        The figure.
+    """
+    order, heads = len(place.sizes), min(HEADS, exact.shape[0])
+    which = f"all {heads} heads" if heads == exact.shape[0] else f"heads 1 to {heads} of {exact.shape[0]}"
+    figure = _new_figure(
+        3.3 * order + 0.6,
+        1.75 * heads + 1.3,
+        f"{recording.name}: attention of {place.words()}",
+        f"along each mode, {which}; 1 = uniform attention; dotted: the query",
+    )
+    grid = figure.subplots(heads, order, squeeze=False, sharex="col", sharey="row")
+    for head, mode in itertools.product(range(heads), range(order)):
+        axes, centres = grid[head, mode], place.centres(mode)
+        size, others = len(centres), tuple(m for m in range(order) if m != mode)
+        style = {"marker": "o", "markersize": 3} if size <= 24 else {}
+        axes.axhline(1, color="0.75", linewidth=0.8)
+        axes.axvline(place.element[mode], color="black", linewidth=1, linestyle=":")
+        axes.plot(centres, size * exact[head].sum(axis=others), color="black", linewidth=2.2, alpha=0.55, **style)
+        for colour, each in zip(itertools.cycle(COLOURS), weights.values(), strict=False):
+            axes.plot(centres, size * each[mode][head], color=colour, linewidth=1.3, **style)
+        axes.set_xlim(-0.5, place.sizes[mode] - 0.5)
+        axes.locator_params(axis="x", nbins=6, integer=True, min_n_ticks=1)
+        if head == heads - 1:
+            axes.set_xlabel(place.names[mode])
+    for head in range(heads):  # once the rows are drawn, whose panels share a scale
+        grid[head, 0].set_ylabel(f"head {head + 1}")
+        grid[head, 0].set_ylim(bottom=0)
+    labels = ["exact attention, summed over the other modes", *(_weights_label(*each) for each in weights.items())]
+    columns = _legend_columns([len(label) for label in labels], int(figure.get_figwidth() * LETTERS))
+    figure.legend(grid[-1, -1].lines[2:], labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _legend_columns(widths: Sequence[int], room: int) -> int:
+    """Return the number of columns of a legend: as few lines as there is room for, of about the same length."""
+    count = len(widths)
+    for rows in range(1, count):
+        columns = math.ceil(count / rows)
+        cuts = [(count * column) // columns for column in range(columns + 1)]
+        if sum(max(widths[start:end]) + 8 for start, end in itertools.pairwise(cuts)) <= room:
+            return columns
+    return 1
+
+
+def _weights_label(name: str, weights: Sequence[Array]) -> str:
+    """Name an operator, and say so where its modes share one softmax."""
+    total = sum(float(vector[0].sum()) for vector in weights)
+    return f"{name} (one softmax for all modes)" if len(weights) > 1 and abs(total - 1) < 1e-3 else name
+
+
+def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str, Array]) -> Any:
+    """Draw attention maps of the query over the grid, under the recording: one row a map, one column a slice.
+
+    Args:
+        recording: What was read.
+        place: Where the query is.
+        head: Which head it is, in words, or nothing.
+        maps: Weights ``(g_1, …, g_N)`` that sum to one, by what they are; the first is the exact one.
+
+    Returns:
+        The figure.
+    """
+    order = len(place.sizes)
+    title = f"{recording.name}: attention of {place.words()}{head and '; '}{head}"
+    if order == 1:
+        return _series_maps(recording, place, maps, title)
+    planes = _planes_through(place.sizes, place.names)
+    values, words = _display_values(recording.array)
+    widths = [plane.width(place.sizes) for plane in planes]
+    panel = _panel_height(sum(widths), 2.0)
+    figure = _new_figure(
+        panel * sum(widths) + 2.0,
+        (len(maps) + 1) * (panel + 0.35) + 0.7,
+        f"{title}{'; slices through the query' if order > 2 else ''}",
+        f"each weight relative to uniform attention, one colour scale; input: {words}",
+    )
+    grid = figure.subplots(len(maps) + 1, len(planes), squeeze=False, width_ratios=widths)
+    ratios = [np.log2(np.maximum(each * each.size, 1e-30)) for each in maps.values()]
+    exact = np.concatenate([plane.cut(ratios[0], place.query).ravel() for plane in planes])
+    limit = max(0.5, float(np.percentile(np.abs(exact), 99.5)))
+    for (row, column), axes in np.ndenumerate(grid):
+        plane = planes[column]
+        if row == 0:
+            _draw_plane(axes, plane.cut(values, place.element), plane, place, (1,) * order, **GREY)
+            if order == 3:
+                (held,) = plane.others(order)
+                axes.set_title(f"{place.names[held]} = {place.element[held]}", fontsize=10)
+        else:
+            image = plane.cut(ratios[row - 1], place.query)
+            drawn = _draw_plane(axes, image, plane, place, place.patch, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        _mark_query(axes, plane, place)
+        if row < len(maps):
+            axes.set_xlabel("")
+            axes.tick_params(labelbottom=False)
+    beside = {"xycoords": "axes fraction", "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "center"}
+    for axes, label in zip(grid[:, 0], ["input", *maps], strict=True):
+        axes.annotate(label, (0, 0.5), xytext=(-52, 0), **beside, fontsize=10, fontweight="bold")
+    bar = figure.colorbar(drawn, ax=list(grid[1:].flat), extend="both", shrink=0.8, aspect=30)
+    ticks = _ratio_ticks(limit)
+    labels = [f"{ratio:.3g}" if ratio >= 1 else f"1/{1 / ratio:.3g}" for ratio in ticks]
+    bar.set_ticks([math.log2(ratio) for ratio in ticks], labels=labels)
+    bar.set_label("weight / uniform weight")
+    return figure
+
+
+def _ratio_ticks(limit: float) -> list[float]:
+    """Return ratios to mark on a scale from ``-limit`` to ``limit`` in powers of two."""
+    if limit < 1:
+        ratios = [1 / 1.9, 1 / 1.6, 1 / 1.4, 1 / 1.2, 1, 1.2, 1.4, 1.6, 1.9]
+        return [ratio for ratio in ratios if abs(math.log2(ratio)) <= limit]
+    step = math.ceil(limit / 4)
+    return [2.0**power for power in range(-4 * step, 4 * step + 1, step) if abs(power) <= limit]
+
+
+def _series_maps(recording: Recording, place: Place, maps: Mapping[str, Array], title: str) -> Any:
+    """Draw the attention of a query over a series, under the series."""
+    figure = _new_figure(9.0, 2 * PANEL + 1.2, title, "each weight relative to uniform attention")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _draw_series(upper, recording, place)
+    upper.set_xlabel("")
+    for index, (label, each) in enumerate(maps.items()):
+        exact = {"linewidth": 2.4, "alpha": 0.55, "color": "black"}
+        style = exact if index == 0 else {"color": COLOURS[(index - 1) % len(COLOURS)]}
+        lower.plot(place.centres(0), each * each.size, label=label, **style)
+    lower.axvline(place.element[0], color="black", linewidth=1, linestyle=":")
+    lower.axhline(1, color="0.75", linewidth=0.8)
+    lower.set_xlabel(place.names[0])
+    lower.set_ylabel("weight / uniform")
+    lower.set_xlim(-0.5, place.sizes[0] - 0.5)
+    lower.legend(frameon=False)
+    return figure
+
+
+# ---- maps of anyone's own model ---------------------------------------------------------------------------------
+
+
+@retells
+def draw_attention_maps(
+    maps: Mapping[str, Tensor | Array] | Tensor | Array,
+    data: Tensor | Array,
+    *,
+    at: Sequence[int],
+    modes: int | str | Sequence[str] | None = None,
+    title: str = "attention",
+) -> Any:
+    r"""Draw attention maps of one query over the data: slices through the query, one row a map, the data on top.
+
+    Weights are drawn relative to uniform attention, on one scale of colours that the first map sets. Maps of a grid of
+    patches are stretched over the elements that each patch holds.
+
+    Args:
+        maps: Weights over the grid, by what they are; or those of one map. As `attention_map` returns them, of one
+            sample and head.
+        data: What the model saw: a video, a volume, an image, a series.
+        at: The query, one index a mode of the grid.
+        modes: Names of the modes, as in ``"t h w"``; numbers by default.
+        title: What it is, in words.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` that belongs to no window: save it by ``figure.savefig("maps.png")``.
+
+    Raises:
+        ShapeError: If the maps differ in size, or do not lie on the data.
+        OptionError: If there is no map, or ``at`` does not name one of its places.
+        ModesError: If ``modes`` does not fit.
+        MissingPackageError: If matplotlib is not installed.
+
+    Shape:
+        - maps: :math:`(g_1, \dots, g_N)` with at most six modes
+        - data: :math:`(n_1, \dots, n_N)` or, with channels, :math:`(n_1, \dots, n_N, C)`; :math:`n_m` indices lie in
+          :math:`g_m` patches of equal size, the last of which may be smaller
+
+    Examples:
+        >>> import torch
+        >>> video, weights = torch.rand(8, 32, 32, 3), torch.rand(8, 16, 16)
+        >>> figure = draw_attention_maps(weights / weights.sum(), video, at=(4, 8, 8), modes="t h w")
+        >>> len(figure.axes)  # three slices of the video, three of the map, and the scale
+        7
+    """
+    named = dict(maps) if isinstance(maps, Mapping) else {"weights": maps}
+    arrays = {name: _array(each, f"maps[{name!r}]") for name, each in named.items()}
+    if not arrays:
+        raise OptionError("maps is empty, but at least one map is needed.")
+    (first, grid), *others = [(name, each.shape) for name, each in arrays.items()]
+    for name, shape in others:
+        if shape != grid:
+            raise ShapeError(f"the map has shape {grid} in maps[{first!r}] but {shape} in maps[{name!r}].")
+    order, values = len(grid), _array(data, "data")
+    if not 1 <= order <= MAX_ORDER:
+        raise ShapeError(f"a map has {order} modes, but 1 to {MAX_ORDER} can be drawn.")
+    if values.ndim not in (order, order + 1):
+        raise ShapeError(
+            f"data has {values.ndim} dimensions, but {order} modes need {order}, or {order + 1} with channels."
+        )
+    values = values[..., None] if values.ndim == order else values
+    spec = ModeSpec.parse(order if modes is None else modes)
+    if spec.order != order:
+        raise ShapeError(f"modes names {spec.order} modes, but the maps have {order}.")
+    patch = _patch(grid, values.shape[:-1], spec)
+    recording = Recording(title, title, values, spec)
+    return maps_figure(recording, Place(spec, recording.sizes, patch, _place(at, grid)), "", arrays)
+
+
+def _array(given: Any, what: str) -> Array:
+    """Read numbers as an array of NumPy."""
+    if isinstance(given, Tensor):
+        given = given.detach().float().cpu().numpy()
+    array = np.asarray(given)
+    if array.dtype.kind not in "fiub":
+        raise OptionError(f"{what} must hold real numbers, got {array.dtype}.")
+    return array
+
+
+def _patch(grid: Sequence[int], sizes: Sequence[int], spec: ModeSpec) -> tuple[int, ...]:
+    """Sizes of the patches that a grid lies in."""
+    patch = tuple(-(-size // count) for count, size in zip(grid, sizes, strict=True))
+    for mode, (part, count, size) in enumerate(zip(patch, grid, sizes, strict=True)):
+        if -(-size // part) != count:
+            raise ShapeError(
+                f"mode {spec.label(mode)} has size {size} in data, which patches of equal size do not cut into {count}."
+            )
+    return patch
+
+
+def _place(at: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
+    """Check the place of a query."""
+    indices = tuple(at)
+    if len(indices) != len(grid) or not all(map(is_integer, indices)):
+        raise OptionError(f"at must be {len(grid)} integers, got {at!r}.")
+    for mode, (index, size) in enumerate(zip(indices, grid, strict=True)):
+        if not -size <= index < size:
+            raise OptionError(f"at has index {index} in mode {mode}, but the size there is {size}.")
+    return tuple(int(index) % size for index, size in zip(indices, grid, strict=True))

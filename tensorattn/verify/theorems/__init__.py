@@ -1,1 +1,0 @@
-"""Theorems that are not about one operator alone, one subject a file."""
