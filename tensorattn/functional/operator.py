@@ -124,20 +124,6 @@ class AttentionResult(NamedTuple):
     attention: Any = None
 
 
-class AttentionResult(NamedTuple):
-    """What an operator returns when more than the output is asked for.
-
-    Attributes:
-        output: Output ``(*batch, *positions, D_v)``.
-        lse: Log-sum-exp of the logits ``(*batch, *positions)``, if asked for.
-        attention: Attention weights, if asked for, a tuple; its layout is told by each operator.
-    """
-
-    output: Any
-    lse: Any = None
-    attention: Any = None
-
-
 @dataclass(frozen=True)
 class Operator:
     """Record of one operator.
