@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from modules import draw
 
@@ -14,8 +15,25 @@ GRADIENTS = {"rtol": 1e-9, "atol": 1e-11}
 HALVES = [torch.bfloat16, torch.float16]
 VARIANTS = variants()
 DEFAULTS = VARIANTS[: len(OPERATORS)]
+QUICK = [*DEFAULTS, *(v for v in VARIANTS if str(v) in ("additive interaction=linear", "additive include_self=True"))]
 CAUSAL = [variant for variant in VARIANTS if "causal" not in variant.operator.lacks]
 PARAMETERS = [f"{name}_proj.{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias")]
+
+
+def more(*values, quick=1):
+    """The first values by default, the others where all is tried."""
+    return [*values[:quick], *(pytest.param(value, marks=pytest.mark.thorough) for value in values[quick:])]
+
+
+def some(variants):
+    """Variants of an operator by default, with their options where all is tried."""
+    quick = [variant for variant in variants if variant in QUICK]
+    every = more(*quick, *(variant for variant in variants if variant not in QUICK), quick=len(quick))
+    return pytest.mark.parametrize("variant", every, ids=str)
+
+
+every_variant, every_causal = some(VARIANTS), some(CAUSAL)
+every_operator = pytest.mark.parametrize("variant", DEFAULTS, ids=str)
 
 
 def make(variant, modes=2, embed_dim=8, num_heads=2, dtype=torch.float64, **settings):
