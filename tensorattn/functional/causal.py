@@ -331,10 +331,10 @@ class _Time:
         count = self.frame_count(())
         first = (count > 0).to(torch.uint8).argmax(-1, keepdim=True).unsqueeze(-1)
         origins = tuple([m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])).to(wide) for m in (value, key)])
+        known = (count.cumsum(-1) > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
         if self.before is not None and self.before.moments and self.before.total is not None:
             earlier, origin = (self.before.total > 0)[..., None, None], self.before.moments[0].to(wide).unsqueeze(-2)
-            origins = tuple([torch.where(earlier, origin, own) for own in origins])
-        known = (count.cumsum(-1) > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
+            origins, known = tuple([torch.where(earlier, origin, own) for own in origins]), known | earlier
         origins = (torch.where(known, origins[0], 0.0), torch.where(known, origins[1], 0.0))
         return Moments.of(within.to(wide), value.to(wide), key.to(wide), count, origins)
 
