@@ -20,6 +20,7 @@ from tensorattn.functional.operator import (
     AttentionResult,
     Bias,
     Operator,
+    causal_bias,
     check_indices,
     default_scale,
     get_operator,
@@ -34,6 +35,7 @@ from tensorattn.masks import (
     Weights,
     accumulation_dtype,
     beside,
+    is_recorded,
     read_weights,
     without_absent,
 )
@@ -569,7 +571,7 @@ class TensorAttention(nn.Module):
         if order > 1:  # what the map makes of zero, its bias, counts once
             *others, zero = others
             first = torch.sub(first, zero, alpha=order - 1)
-        memory = None if torch.compiler.is_compiling() else memory_order(x.stride())
+        memory = None if is_recorded() else memory_order(x.stride())
         spread = AttentionResult((first, *others))
         return spread_parts(spread, (x.shape[0], *sizes), first.dtype, memory)._replace(attention=result.attention)
 
@@ -711,7 +713,8 @@ class TensorAttention(nn.Module):
                 if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
                     raise ShapeError(
                         f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in "
-                        f"{type(position_bias).__name__}, but needs {(self.num_heads, size, size)} or {(1, size, size)}."
+                        f"{type(position_bias).__name__}, but needs {(self.num_heads, size, size)} or "
+                        f"{(1, size, size)}."
                     )
                 part = part.to(dtype)
                 if frames is not None:
