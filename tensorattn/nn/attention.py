@@ -20,6 +20,7 @@ from tensorattn.functional.operator import (
     AttentionResult,
     Bias,
     Operator,
+    causal_bias,
     check_indices,
     default_scale,
     get_operator,
