@@ -237,8 +237,9 @@ def _attention(
     if torch.compiler.is_compiling() or dropout_p > 0 or not is_transformed(*tensors):
         return _kernel(query, key, value, bias, scale, dropout_p)
     with torch.no_grad():
-        if is_transformed():  # by torch.func, or forwards
-            return _Attention.apply(query, key, value, bias, scale)
+        transformed = is_transformed()  # by torch.func, or forwards
+    if transformed:
+        return _Attention.apply(query, key, value, bias, scale)
     return _TwiceDifferentiable.apply(_kernel(query, key, value, bias, scale), query, key, value, bias, scale)
 
 
