@@ -22,7 +22,7 @@ from typing import Any
 import opt_einsum
 from opt_einsum.helpers import flop_count
 
-from tensorattn.errors import OptionError, check, is_integer, retells
+from tensorattn.errors import OptionError, is_integer, retells
 from tensorattn.modes import Family, Kept, ModeSpec, check_order, main_effects, mode_subsets
 
 __all__ = ["Edge", "Plan", "Step", "make_plan", "memory_order", "plan", "tree"]
