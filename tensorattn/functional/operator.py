@@ -15,8 +15,8 @@ Args:
         queries are on the grid of the keys give zero where a position takes no part.
     lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
         ``(*batch, N)``, or one entry a mode, None for all.
-    bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a query
-        at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
+    bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
+        query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
     causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with the
         frames of the keys.
     dropout_p: Probability of dropping an attention weight, whenever it is not 0.
@@ -44,7 +44,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ from tensorattn.averages.plan import memory_order
 from tensorattn.errors import DtypeError, OptionError, ShapeError, check, check_scale, retells
 from tensorattn.functional.causal import causal_summary, frames_first, frames_last
 from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens
-from tensorattn.functional.summary import Means, Needs, Summary, make_summary
+from tensorattn.functional.summary import Means, Needs, make_summary
 from tensorattn.masks import (
     GivenWeights,
     Lengths,
@@ -108,20 +108,6 @@ class Claim(StrEnum):
 
 
 SYMMETRIES = frozenset({Claim.KEY_SHIFT, Claim.VALUE_AFFINE, Claim.ROTATION})
-
-
-class AttentionResult(NamedTuple):
-    """What an operator returns when more than the output is asked for.
-
-    Attributes:
-        output: Output ``(*batch, *positions, D_v)``.
-        lse: Log-sum-exp of the logits ``(*batch, *positions)``, if asked for.
-        attention: Attention weights, if asked for, a tuple; its layout is told by each operator.
-    """
-
-    output: Any
-    lse: Any = None
-    attention: Any = None
 
 
 class AttentionResult(NamedTuple):
@@ -284,7 +270,7 @@ def attention_function(function: Callable[..., Any]) -> AttentionFunction:
     shared = [each for name, each in inspect.signature(run).parameters.items() if name in Shared.__annotations__]
     vars(told)["__signature__"] = inspect.Signature([*own, *shared])
     told.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nWhat all operators share:\n\n{_SHARED}"
-    return told  # type: ignore[return-value]
+    return told
 
 
 _SHARED = (__doc__ or "").partition("Args:\n")[2]
