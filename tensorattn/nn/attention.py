@@ -20,6 +20,7 @@ from tensorattn.functional.operator import (
     AttentionResult,
     Bias,
     Operator,
+    causal_bias,
     check_indices,
     default_scale,
     get_operator,
@@ -527,11 +528,11 @@ class TensorAttention(nn.Module):
         if self.checkpoint and torch.is_grad_enabled():
             steps = range(0, length, max(1, min(length, CHECKPOINTED // max(1, width // 4))))
             parts = [self._recomputed(attend, slice(start, start + steps.step))[0] for start in steps]
-            output = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+            found: Tensor | None = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
         else:
-            output = in_chunks(attend, length, width, flat, *parameters, *_tensors_of(summary))[0]
-        assert output is not None
-        return AttentionResult(output.unflatten(-2, positions))
+            found = in_chunks(attend, length, width, flat, *parameters, *_tensors_of(summary))[0]
+        assert found is not None
+        return AttentionResult(found.unflatten(-2, positions))
 
     def _recomputed(self, attend: Callable[[slice], tuple[Tensor, ...]], part: slice) -> tuple[Tensor, ...]:
         """Attend, and in the backward pass once more instead of keeping what is inside, where that is wanted."""
@@ -550,13 +551,13 @@ class TensorAttention(nn.Module):
         return tensor.squeeze(3 + mode).movedim(1, 2 + mode)
 
     def _from_averages(self, x: Tensor, weights: Weights, needs: Needs, settings: dict[str, Any]) -> AttentionResult:
-        """Attend from averages: queries are projected in S rows, and what is an outer sum is projected back in S rows."""
+        """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
         record, sizes, order = get_operator(self.operator), tuple(x.shape[1:-1]), self.modes.order
         summary = make_summary(x, x, needs, weights).in_type(x.dtype)
         queries = self._project_queries(_means_of(x, summary, needs.queries or (), weights))
         summary = self._project(summary, x.dtype)
         if self.q_norm is not None and self.k_norm is not None:
-            settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+            settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
         if self.rotary is not None:
             turned = [self._turned(means, self.rotary) for means in (queries, summary.key_means)]
             queries, summary = turned[0], dataclasses.replace(summary, key_means=turned[1])
@@ -604,7 +605,7 @@ class TensorAttention(nn.Module):
             if needs.queries is not None:
                 queries = _means_of(query, None, needs.queries, weights)
             if self.q_norm is not None and self.k_norm is not None:
-                settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+                settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
             if self.rotary is not None and record.pools:
                 queries = self._turned(queries, self.rotary)
                 summary = dataclasses.replace(summary, key_means=self._turned(summary.key_means, self.rotary))
@@ -651,7 +652,7 @@ class TensorAttention(nn.Module):
     # --------------------------------------------------------------------------------------------------------- project
 
     def _project(self, summary: Summary, dtype: torch.dtype) -> Summary:
-        """Call the projections with a summary of inputs: that of keys and values, with heads as last batch dimension."""
+        """Call the projections with a summary of inputs; return that of keys and values, heads the last batch dim."""
         summary = summary.in_type(dtype)
         if self.mode_projections:
             keys = self._project_modes(summary.key_means, self.k_proj)
