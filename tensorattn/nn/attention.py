@@ -113,6 +113,8 @@ class TensorAttention(nn.Module):
         )
     """
 
+    __call__: Callable[..., Tensor]  # a module says Any
+
     @retells
     def __init__(
         self,
