@@ -45,6 +45,14 @@ class TensorAttentionError(ValueError):
     Attributes:
         rule: The rule that was broken, one sentence, without the name of any function.
         hint: What to do about it, or an empty string.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> try:
+        ...     ta.mode_averages(torch.zeros(4, 0, 8), order=2)
+        ... except ta.TensorAttentionError as error:
+        ...     print(type(error).__name__, error.rule)
+        ShapeError mode 1 has size 0 in tensor, but every mode needs at least 1 index.
     """
 
     def __init__(self, rule: str, *, hint: str = "", teller: str = "", reading: str = "") -> None:

@@ -91,7 +91,13 @@ Bias = tuple[Tensor | None, ...]  # for each mode ``(*batch, P_m, n_m)``, or Non
 
 
 class Claim(StrEnum):
-    """A property that an operator may claim. What every operator has by construction is not listed."""
+    """A property that an operator may claim. What every operator has by construction is not listed.
+
+    Examples:
+        >>> import tensorattn as ta
+        >>> ta.Claim.CONVEX in ta.get_operator("kao_kv").claims(), ta.Claim.CONVEX.value
+        (True, 'the output lies within the range of the values')
+    """
 
     EXACT = "equals flattened attention, whatever the data"
     EXACT_ON_ADDITIVE = "equals flattened attention where keys and values are additive over modes"
@@ -117,6 +123,13 @@ class AttentionResult(NamedTuple):
         output: Output ``(*batch, *positions, D_v)``.
         lse: Log-sum-exp of the logits ``(*batch, *positions)``, if asked for.
         attention: Attention weights, if asked for, a tuple; its layout is told by each operator.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> output, lse, attention = ta.additive_attention(q, k, v, order=2, return_lse=True)
+        >>> output.shape, lse.shape, attention
+        (torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 5]), None)
     """
 
     output: Any
@@ -143,6 +156,25 @@ class Operator:
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
             and the options to weights over the grid; None if they have no such form.
         lacks: Arguments without a meaning for it, each with the reason.
+
+    Examples:
+        One file, one record: an operator that answers every query with the mean of the values, as function and layer.
+
+        >>> import torch, tensorattn as ta
+        >>> from tensorattn.functional.operator import attention_function, run
+        >>> @attention_function
+        ... def mean_attention(query, key, value, *, order, **shared):
+        ...     return run(MEAN, query, key, value, order=order, options={}, **shared)
+        >>> def attend(query, summary, **settings):
+        ...     mean = summary.value(())
+        ...     places = (1,) * (query.dim() - mean.dim())  # queries are (*batch, *positions, D)
+        ...     return ta.AttentionResult(mean.reshape(*summary.batch, *places, -1).expand(*query.shape[:-1], -1))
+        >>> claims = frozenset({ta.Claim.CONVEX, ta.Claim.ZERO_SCALE_MEAN})
+        >>> MEAN = ta.Operator("mean", mean_attention, lambda order: ta.Needs(((),)), attend, lambda: claims)
+        >>> layer = ta.TensorAttention(8, 2, modes="h w", operator=ta.register_operator(MEAN).name)
+        >>> layer(torch.randn(2, 4, 5, 8), lengths={"h": torch.tensor([4, 3])}).shape
+        torch.Size([2, 4, 5, 8])
+        >>> del ta.OPERATORS["mean"]
     """
 
     name: str

@@ -51,6 +51,12 @@ class Needs(NamedTuple):
             attends by itself.
         indices: Whether it counts how often each index of a mode is there, in a softmax over modes or a sum over
             positions, which weights of whole positions do not tell.
+
+    Examples:
+        >>> import tensorattn as ta
+        >>> additive = ta.get_operator("additive")
+        >>> additive.needs(2, **additive.options).kept  # means of the rows and of the columns, and the grand mean
+        ((0,), (1,), ())
     """
 
     kept: Family
@@ -253,6 +259,13 @@ class Summary:
         covariance: Second central moment of values and keys, ``(*batch, D_v, D)``, if asked for.
         key_covariance: Second central moment of the keys, ``(*batch, D, D)``, if asked for.
         indices: Whether it is known how often the indices of each mode count.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> video = torch.randn(2, 6, 14, 14, 32)
+        >>> summary = ta.summarize(video, video, order=3)
+        >>> [tuple(mean.shape) for mean in summary.values]
+        [(2, 6, 32), (2, 14, 32), (2, 14, 32), (2, 32)]
     """
 
     sizes: tuple[int, ...]
@@ -378,7 +391,11 @@ class Summary:
         )
 
     def in_type(self, dtype: torch.dtype) -> Summary:
-        """Return the same summary with means of another type."""
+        """Return the same summary with means of another type.
+
+        Args:
+            dtype: The type.
+        """
         keys = self.key_means.map(lambda rows: rows.to(dtype))
         same = self.value_means is self.key_means
         values = keys if same else self.value_means.map(lambda rows: rows.to(dtype))
