@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.functional.summary import Means, Moments, Needs, Sums, Summary, make_summary
+from tensorattn.functional.summary import Means, Moments, Needs, Summary, Sums, make_summary
 from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype
 from tensorattn.modes import Family, Kept
 
@@ -336,12 +336,12 @@ class _Time:
             return Moments.of(within.to(wide), value.to(wide), key.to(wide), self.weights, origins)
         count = self.frame_count(())
         first = (count > 0).to(torch.uint8).argmax(-1, keepdim=True).unsqueeze(-1)
-        origins = tuple([m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])).to(wide) for m in (value, key)])
+        at_first = [m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])).to(wide) for m in (value, key)]
         if self.before is not None and self.before.moments and self.before.total is not None:
             earlier, origin = (self.before.total > 0)[..., None, None], self.before.moments[0].to(wide).unsqueeze(-2)
-            origins = tuple([torch.where(earlier, origin, own) for own in origins])
+            at_first = [torch.where(earlier, origin, own) for own in at_first]
         known = (count.cumsum(-1) > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
-        origins = (torch.where(known, origins[0], 0.0), torch.where(known, origins[1], 0.0))
+        origins = (torch.where(known, at_first[0], 0.0), torch.where(known, at_first[1], 0.0))
         return Moments.of(within.to(wide), value.to(wide), key.to(wide), count, origins)
 
     def running_moments(self, of_keys: bool) -> Moments:

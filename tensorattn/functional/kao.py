@@ -61,8 +61,8 @@ def kao_kv(query: Tensor, key: Tensor, value: Tensor, *, order: int, **shared: U
         order: Number of modes N.
         **shared: What all operators share, as told below.
 
-    A mask that is no product over modes makes masked averages, each counted in proportion to the positions present, those
-    of a mode together as often as there are of them; it excludes ``weights``.
+    A mask that is no product over modes makes masked averages, each counted in proportion to the positions present,
+    those of a mode together as often as there are of them; it excludes ``weights``.
 
     Returns:
         The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
@@ -213,7 +213,7 @@ def _attend_from_averages(
     counts = counting_numbers(main_effects(order)) if centered else {}
     tokens = summary.tokens(counts) if centered else summary.mode_tokens()
     rows = queries.joined((*main_effects(order), ()) if centered else main_effects(order))
-    settings |= {"scale": scale, "return_attention": return_attention}
+    settings.update(scale=scale, return_attention=return_attention)
     output, lse, attention, _ = attend_tokens(rows, tokens, **settings)
     lengths = (*sizes, 1) if centered else sizes
     outputs, lses = output.split_with_sizes(lengths, -2), None if lse is None else lse.split_with_sizes(lengths, -1)

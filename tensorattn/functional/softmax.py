@@ -1,8 +1,8 @@
 """Attention of queries to sets of tokens, one softmax a set. It has never heard of modes.
 
-A set goes through `torch.nn.functional.scaled_dot_product_attention`, unless log-sum-exps or attention weights are asked
-for: then logits are written out, with all sets in one product. The kernel can be differentiated backwards once; second
-derivatives and forward ones are written out as plain operations, where they are asked for.
+A set goes through `torch.nn.functional.scaled_dot_product_attention`, unless log-sum-exps or attention weights are
+asked for: then logits are written out, with all sets in one product. The kernel can be differentiated backwards once;
+second derivatives and forward ones are written out as plain operations, where they are asked for.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _attention(
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout_p: float = 0.0
 ) -> Tensor:
-    """Call the kernel, which is fused for two batch dimensions, contiguous channels, and as many in keys as in values."""
+    """Call the kernel, fused for two batch dimensions, contiguous channels, and as many in keys as in values."""
     batch, dim = query.shape[:-2], value.shape[-1]
     missing = query.shape[-1] - dim
     if missing > 0:
@@ -314,8 +314,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        """Take what is mapped over as one more batch dimension: a generated rule would call the kernel for each entry."""
-        moved = [
+        """Take what is mapped over as a batch dimension; a generated rule would call the kernel for each entry."""
+        moved: list[Any] = [
             tensor
             if tensor is None
             else tensor.expand(info.batch_size, *tensor.shape)

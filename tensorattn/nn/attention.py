@@ -114,6 +114,8 @@ class TensorAttention(nn.Module):
         )
     """
 
+    __call__: Callable[..., Tensor]  # a module says Any
+
     @retells
     def __init__(
         self,
@@ -546,13 +548,13 @@ class TensorAttention(nn.Module):
         return tensor.squeeze(3 + mode).movedim(1, 2 + mode)
 
     def _from_averages(self, x: Tensor, weights: Weights, needs: Needs, settings: dict[str, Any]) -> AttentionResult:
-        """Attend from averages: queries are projected in S rows, and what is an outer sum is projected back in S rows."""
+        """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
         record, sizes, order = get_operator(self.operator), tuple(x.shape[1:-1]), self.modes.order
         summary = make_summary(x, x, needs, weights).in_type(x.dtype)
         queries = self._project_queries(_means_of(x, summary, needs.queries or (), weights))
         summary = self._project(summary, x.dtype)
         if self.q_norm is not None and self.k_norm is not None:
-            settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+            settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
         if self.rotary is not None:
             turned = [self._turned(means, self.rotary) for means in (queries, summary.key_means)]
             queries, summary = turned[0], dataclasses.replace(summary, key_means=turned[1])
@@ -600,7 +602,7 @@ class TensorAttention(nn.Module):
             if needs.queries is not None:
                 queries = _means_of(query, None, needs.queries, weights)
             if self.q_norm is not None and self.k_norm is not None:
-                settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+                settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
             if self.rotary is not None and record.pools:
                 queries = self._turned(queries, self.rotary)
                 summary = dataclasses.replace(summary, key_means=self._turned(summary.key_means, self.rotary))
@@ -647,7 +649,7 @@ class TensorAttention(nn.Module):
     # --------------------------------------------------------------------------------------------------------- project
 
     def _project(self, summary: Summary, dtype: torch.dtype) -> Summary:
-        """Call the projections with a summary of inputs: that of keys and values, with heads as last batch dimension."""
+        """Call the projections with a summary of inputs; return that of keys and values, heads the last batch dim."""
         summary = summary.in_type(dtype)
         if self.mode_projections:
             keys = self._project_modes(summary.key_means, self.k_proj)

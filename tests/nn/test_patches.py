@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from modules import MISSING, by_way_of_meta, draw, reading, refused
-from tensorattn.cli.embedding import patchify
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 import tensorattn as ta
+from tensorattn.cli.embedding import patchify
 from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError
 from tensorattn.nn.patches import grid_of
 from tensorattn.testing.strategies import mode_sizes
