@@ -280,10 +280,10 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # read in any case, so that a checkpoint keeps them no longer
+        query, key, value, bias = ctx.saved_tensors  # read in any case, so that a checkpoint keeps them no longer
         if not torch.is_grad_enabled():
             return grad, None, None, None, None, None
-        return None, *_gradients(*tensors, ctx.scale, grad), None
+        return None, *_gradients(query, key, value, bias, ctx.scale, grad), None
 
 
 class _Attention(torch.autograd.Function):
@@ -301,7 +301,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(*ctx.saved_tensors, ctx.scale, grad), None
+        query, key, value, bias = ctx.saved_tensors
+        return *_gradients(query, key, value, bias, ctx.scale, grad), None
 
     @staticmethod
     def jvp(ctx: Any, query_t: Any, key_t: Any, value_t: Any, bias_t: Any, *_: None) -> Tensor:
