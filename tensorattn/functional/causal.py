@@ -112,6 +112,12 @@ def causal_summary(
     others = [k for k in range(order) if k != mode]
     frames = key.movedim(batch + mode, batch)
     frame_values = frames if value is key else value.movedim(batch + mode, batch)
+    weight = weights.vectors[mode]
+    if needs.second_moment and weight is not None:  # moments multiply, and what is absent may be NaN
+        present = weight[(..., *(None,) * order)] > 0
+        same = frame_values is frames
+        frames = torch.where(present, frames, 0.0)
+        frame_values = frames if same else torch.where(present, frame_values, 0.0)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
     per_frame = make_summary(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
     time = _Time(per_frame, weights, mode, batch, past, window)

@@ -777,8 +777,8 @@ def _covariance(
     left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, share: Tensor | None, order: int
 ) -> Tensor:
     """Second central moment of two tensors over the grid."""
-    if order == 0:
-        return _covariance(left.unsqueeze(-2), right.unsqueeze(-2), left_mean, right_mean, share, 1)
+    if order == 0:  # one position has no spread
+        return left_mean.new_zeros((*left_mean.shape, right_mean.shape[-1]))
     first, modes = left.dim() - order - 1, (None,) * order
     right_centred = right.to(right_mean.dtype) - right_mean[(..., *modes, slice(None))]
     left_centred = right_centred if left is right else left.to(left_mean.dtype) - left_mean[(..., *modes, slice(None))]

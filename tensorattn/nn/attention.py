@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from tensorattn.functional.operator import (
     get_operator,
     spread_parts,
 )
-from tensorattn.functional.softmax import in_chunks
+from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Means, Needs, Summary, make_summary
 from tensorattn.masks import (
     GivenWeights,
@@ -516,31 +517,25 @@ class TensorAttention(nn.Module):
         whole = "bias" in settings or settings["return_attention"] or operator.query == "grid"
         flat = x if whole else x.flatten(batch, -2)
 
-        def attend(part: slice) -> tuple[Tensor, ...]:
-            chunk = flat if part == slice(None) else flat[..., part, :]
+        def attend(chunk: Tensor) -> tuple[Tensor, ...]:
             own = {"own": tuple([self._heads(to(chunk), batch) for to in (self.k_proj, self.v_proj)])} if owns else {}
             result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
             return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
 
+        recomputes = self.checkpoint and torch.is_grad_enabled()
+        attend_again = functools.partial(recompute, attend, use_reentrant=False) if recomputes else attend
         if whole:
-            output, *attention = self._recomputed(attend, slice(None))
+            output, *attention = attend_again(x)
             return AttentionResult(output, None, tuple(attention) or None)
-        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * 4 * self.embed_dim
-        parameters = list(self.parameters())
-        if self.checkpoint and torch.is_grad_enabled():
-            steps = range(0, length, max(1, min(length, CHECKPOINTED // max(1, width // 4))))
-            parts = [self._recomputed(attend, slice(start, start + steps.step))[0] for start in steps]
-            found: Tensor | None = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        width = math.prod(flat.shape[:batch]) * self.embed_dim
+        if recomputes:
+            parts = [attend_again(chunk)[0] for chunk in flat.split(max(1, CHUNK // width), -2)]
+            joined: Tensor | None = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
         else:
-            found = in_chunks(attend, length, width, flat, *parameters, *_tensors_of(summary))[0]
-        assert found is not None
-        return AttentionResult(found.unflatten(-2, positions))
-
-    def _recomputed(self, attend: Callable[[slice], tuple[Tensor, ...]], part: slice) -> tuple[Tensor, ...]:
-        """Attend, and in the backward pass once more instead of keeping what is inside, where that is wanted."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return recompute(attend, part, use_reentrant=False)
-        return attend(part)
+            held = [*self.parameters(), *_tensors_of(summary)]
+            joined = in_chunks(lambda part: attend(flat[..., part, :]), flat.shape[-2], 4 * width, flat, *held)[0]
+        assert joined is not None
+        return AttentionResult(joined.unflatten(-2, positions))
 
     def _from_frames(self, x: Tensor, summary: Summary, mode: int, settings: dict[str, Any]) -> AttentionResult:
         """Attend from each frame to what it may know of those up to its own."""
@@ -720,9 +715,6 @@ class TensorAttention(nn.Module):
                 part = part.unsqueeze(0)
             found.append(part)
         return tuple(found)
-
-
-CHECKPOINTED = 1 << 22  # elements of queries that are attended from at a time where the backward pass attends again
 
 
 def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ...]], weights: Weights) -> Means:
