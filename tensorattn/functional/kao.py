@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -214,11 +215,18 @@ def _attend_from_averages(
     tokens = summary.tokens(counts) if centered else summary.mode_tokens()
     rows = queries.joined((*main_effects(order), ()) if centered else main_effects(order))
     settings.update(scale=scale, return_attention=return_attention)
-    output, lse, attention, _ = attend_tokens(rows, tokens, **settings)
+    output, lse, attention, alive = attend_tokens(rows, tokens, **settings)
     lengths = (*sizes, 1) if centered else sizes
-    outputs, lses = output.split_with_sizes(lengths, -2), None if lse is None else lse.split_with_sizes(lengths, -1)
+    outputs = output.split_with_sizes(lengths, -2)
+    lses = None if lse is None else lse.split_with_sizes(lengths, -1)
     if centered:
-        outputs, lses = _less_grand_mean(outputs), None if lses is None else _less_grand_mean(lses)
+        outputs = _less_grand_mean(outputs)
+        if lses is not None:
+            first, *others = _less_grand_mean(lses)
+            if alive is not None:  # of a sample that is absent: minus infinity less minus infinity would be NaN
+                seen = alive.any(-1, keepdim=True)
+                first, *others = torch.where(seen, first, -math.inf), *[torch.where(seen, each, 0.0) for each in others]
+            lses = (first, *others)
     weights = None
     if attention is not None:
         columns = attention[:order] if centered else attention[0].split_with_sizes(sizes, -1)

@@ -237,8 +237,9 @@ def _attention(
     if torch.compiler.is_compiling() or dropout_p > 0 or not is_transformed(*tensors):
         return _kernel(query, key, value, bias, scale, dropout_p)
     with torch.no_grad():
-        if is_transformed():  # by torch.func, or forwards
-            return _Attention.apply(query, key, value, bias, scale)
+        transformed = is_transformed()  # by torch.func, or forwards
+    if transformed:
+        return _Attention.apply(query, key, value, bias, scale)
     return _TwiceDifferentiable.apply(_kernel(query, key, value, bias, scale), query, key, value, bias, scale)
 
 
@@ -279,10 +280,10 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # read in any case, so that a checkpoint keeps them no longer
+        query, key, value, bias = ctx.saved_tensors  # read in any case, so that a checkpoint keeps them no longer
         if not torch.is_grad_enabled():
             return grad, None, None, None, None, None
-        return None, *_gradients(tensors, ctx.scale, grad), None
+        return None, *_gradients(query, key, value, bias, ctx.scale, grad), None
 
 
 class _Attention(torch.autograd.Function):
@@ -300,7 +301,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx.saved_tensors, ctx.scale, grad), None
+        query, key, value, bias = ctx.saved_tensors
+        return *_gradients(query, key, value, bias, ctx.scale, grad), None
 
     @staticmethod
     def jvp(ctx: Any, query_t: Any, key_t: Any, value_t: Any, bias_t: Any, *_: None) -> Tensor:
@@ -328,9 +330,10 @@ class _Attention(torch.autograd.Function):
         return _Attention.apply(query, key, value, bias, inputs[4]), 0
 
 
-def _gradients(tensors: Sequence[Any], scale: float, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, grad: Tensor
+) -> tuple[Tensor | None, ...]:
     """Write out the derivatives of the kernel by queries, keys, values and bias."""
-    query, key, value, bias = tensors
     weights = _weights(query, key, bias, scale)
     of_weights = grad @ value.mT
     of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))

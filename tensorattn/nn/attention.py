@@ -496,9 +496,9 @@ class TensorAttention(nn.Module):
         if self.position_bias is not None:
             settings["bias"] = self._bias(self.position_bias, x, None if projected else frames)
         if projected:
-            return self._from_projected(x, weights, frames, settings)
+            return self._again(self._from_projected)(x, weights, frames, settings)
         if needs.queries is not None:
-            return self._from_averages(x, weights, needs, settings)
+            return self._again(self._from_averages)(x, weights, needs, settings)
         if frames is None:
             return self._from_positions(x, self._project(make_summary(x, x, needs, weights), x.dtype), settings)
         summary, _ = causal_summary(x, x, needs, weights, frames)
@@ -522,20 +522,24 @@ class TensorAttention(nn.Module):
             result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
             return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
 
-        recomputes = self.checkpoint and torch.is_grad_enabled()
-        attend_again = functools.partial(recompute, attend, use_reentrant=False) if recomputes else attend
+        attend_again = self._again(attend)
         if whole:
             output, *attention = attend_again(x)
             return AttentionResult(output, None, tuple(attention) or None)
-        width = math.prod(flat.shape[:batch]) * self.embed_dim
-        if recomputes:
+        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * self.embed_dim
+        if attend_again is not attend:
             parts = [attend_again(chunk)[0] for chunk in flat.split(max(1, CHUNK // width), -2)]
-            joined: Tensor | None = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-        else:
-            held = [*self.parameters(), *_tensors_of(summary)]
-            joined = in_chunks(lambda part: attend(flat[..., part, :]), flat.shape[-2], 4 * width, flat, *held)[0]
-        assert joined is not None
-        return AttentionResult(joined.unflatten(-2, positions))
+            return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
+        held = [*self.parameters(), *_tensors_of(summary)]
+        output, *_ = in_chunks(lambda part: attend(flat[..., part, :]), length, 4 * width, flat, *held)
+        assert output is not None
+        return AttentionResult(output.unflatten(-2, positions))
+
+    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make the backward pass call a function again instead of keeping what is inside, where that is wanted."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return functools.partial(recompute, function, use_reentrant=False)
+        return function
 
     def _from_frames(self, x: Tensor, summary: Summary, mode: int, settings: dict[str, Any]) -> AttentionResult:
         """Attend from each frame to what it may know of those up to its own."""
