@@ -472,16 +472,16 @@ def attend_positions(query: Tensor, tokens: Tokens, batch: int, **settings: Any)
     Returns:
         Output, log-sum-exp, attention weights and who is alive, with the positions of the query.
     """
-    positions = tuple(query.shape[batch:-1])
-    flat = query.reshape(*query.shape[:batch], math.prod(positions), query.shape[-1])
+    shape = query.shape[:-1]
+    flat = query.reshape(*shape[:batch], math.prod(shape[batch:]), query.shape[-1])
     found = attend_tokens(flat, tokens, **settings)
     alive = found.alive
     if alive is not None:
-        alive = alive.expand(*alive.shape[:-1], flat.shape[-2]).unflatten(-1, positions)
+        alive = alive.expand(*alive.shape[:-1], flat.shape[-2]).reshape((*alive.shape[:-1], *shape[batch:]))
     return Attended(
-        found.output.unflatten(-2, positions),
-        None if found.lse is None else found.lse.unflatten(-1, positions),
-        None if found.attention is None else tuple([part.unflatten(-2, positions) for part in found.attention]),
+        found.output.reshape(*shape, found.output.shape[-1]),
+        None if found.lse is None else found.lse.reshape(shape),
+        None if found.attention is None else tuple([part.reshape(*shape, part.shape[-1]) for part in found.attention]),
         alive,
     )
 

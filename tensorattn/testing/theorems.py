@@ -340,7 +340,7 @@ def _orders(least: int, most: int) -> Callable[[Asked, Any], Any]:
 def counted_once(ta: Any, case: int, draw: Draw) -> Comparisons:
     """A family of kept sets and all their parts; all sets of r of N modes; the case is N."""
     subsets = st.sets(st.integers(0, case - 1), min_size=1).map(sorted)
-    family, of = draw(st.lists(subsets, min_size=1, max_size=6)), ta.truncation
+    family, of = draw(st.lists(subsets, min_size=1, max_size=6)), ta.functional.additive
     counts = of.counting_numbers(of.kept_family(case, family, None))
     totals = torch.tensor([sum(n for more, n in counts.items() if {*kept} <= {*more}) for kept in counts]).double()
     yield Comparison(f"every effect of the family {family} must be counted once", totals, torch.ones_like(totals))
@@ -959,6 +959,7 @@ def adjoint(ta: Any, case: Case, draw: Draw) -> Comparisons:
     expected = reference.outer_sum([exact(other) for other in others])
     yield Comparison("an outer sum must be a broadcast sum", total, expected, tolerance)
     (back,) = torch.autograd.grad(means, leaf, [other.detach() for other in others])
+    pairs: list[tuple[str, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]]
     pairs = [("averaging", means, others, back, case.key)]
     pairs.append(("an outer sum", others, torch.autograd.grad(total, others, case.key), total, case.key))
     for what, left, right, one, other in pairs:
