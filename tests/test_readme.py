@@ -334,7 +334,7 @@ def test_the_numbers_of_the_first_page_are_true():
     sizes = (30, 240, 320)
     positions, averages = math.prod(sizes), sum(sizes)
     assert sample_video().sizes == sizes
-    assert README.count(f"{positions:,}") == 2 and f"{averages:>11,}" in README
+    assert README.count(f"{positions:,}") == 2 and f"{averages:>10,}" in README
     assert f"{4 * positions**2 / 1e12:.0f} TB in float32" in flat(README)
     assert 1.9 < ta.plan(sizes, dim=64, modes=3).passes < 2.2  # "about two readings of the tensor"
 
