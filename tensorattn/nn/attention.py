@@ -711,9 +711,10 @@ class TensorAttention(nn.Module):
         for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
             if part is not None:
                 if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
+                    kind, needed = type(position_bias).__name__, f"{(self.num_heads, size, size)} or {(1, size, size)}"
                     raise ShapeError(
-                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in "
-                        f"{type(position_bias).__name__}, but needs {(self.num_heads, size, size)} or {(1, size, size)}."
+                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in {kind}, but needs "
+                        f"{needed}."
                     )
                 part = part.to(dtype)
                 if frames is not None:
