@@ -335,10 +335,10 @@ class _Time:
         count = self.frame_count(())
         first = (count > 0).to(torch.uint8).argmax(-1, keepdim=True).unsqueeze(-1)
         at_first = [m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])).to(wide) for m in (value, key)]
+        known = (count.cumsum(-1) > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
         if self.before is not None and self.before.moments and self.before.total is not None:
             earlier, origin = (self.before.total > 0)[..., None, None], self.before.moments[0].to(wide).unsqueeze(-2)
-            at_first = [torch.where(earlier, origin, own) for own in at_first]
-        known = (count.cumsum(-1) > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
+            at_first, known = [torch.where(earlier, origin, own) for own in at_first], known | earlier
         origins = (torch.where(known, at_first[0], 0.0), torch.where(known, at_first[1], 0.0))
         return Moments.of(within.to(wide), value.to(wide), key.to(wide), count, origins)
 

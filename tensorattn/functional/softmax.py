@@ -160,7 +160,7 @@ def in_chunks(
     Returns:
         The results for all queries.
     """
-    step = max(1, CHUNK // max(1, width))
+    step = max(64, CHUNK // max(1, width))
     eager = not torch.compiler.is_compiling() and tensors[0].device.type == "cpu" and not is_transformed(*tensors)
     if not eager or step >= length:
         return attend(slice(None))

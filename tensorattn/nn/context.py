@@ -12,7 +12,7 @@ from torch import Tensor
 from tensorattn.errors import DtypeError, OptionError, ShapeError
 from tensorattn.functional.operator import Operator, check_indices
 from tensorattn.functional.summary import Needs, Summary, make_summary
-from tensorattn.masks import accumulation_dtype, in_autocast, read_weights
+from tensorattn.masks import accumulation_dtype, in_autocast, read_weights, without_absent
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 
@@ -84,6 +84,11 @@ class ContextReader:
             spoken.get("weights"), spoken.get("mask"), spoken.get("lengths"), grid, key, modes, of="context"
         )
         check_indices(needs, weights)
+        counts = weights.over_grid()
+        if counts is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
+            alone = value is key
+            key = without_absent(key, counts > 0)
+            value = key if alone else without_absent(value, counts > 0)
         return make_summary(key, value, needs, weights)
 
     def read(self, context: Any, x: Tensor, parameter: Tensor | None, **spoken: Any) -> Summary:

@@ -94,6 +94,7 @@ class AttentionStream:
                 raise OptionError(f"layer has {name}, which would need the place of every frame so far.")
         _check_window(window)
         self.layer, self.window = layer, window
+        self.modes, self.channels_first = layer.modes, layer.channels_first  # for messages
         self._mode = layer.causal
         self._state: StreamState | None = None
 
