@@ -215,18 +215,14 @@ def _attend_from_averages(
     tokens = summary.tokens(counts) if centered else summary.mode_tokens()
     rows = queries.joined((*main_effects(order), ()) if centered else main_effects(order))
     settings.update(scale=scale, return_attention=return_attention)
-    output, lse, attention, alive = attend_tokens(rows, tokens, **settings)
+    output, lse, attention, _ = attend_tokens(rows, tokens, **settings)
     lengths = (*sizes, 1) if centered else sizes
     outputs = output.split_with_sizes(lengths, -2)
     lses = None if lse is None else lse.split_with_sizes(lengths, -1)
     if centered:
+        if lses is not None:  # of a sample without any position all are minus infinity, which is taken off once
+            lses = _less_grand_mean((*lses[:-1], lses[-1].masked_fill(lses[-1] == -math.inf, 0.0)))
         outputs = _less_grand_mean(outputs)
-        if lses is not None:
-            first, *others = _less_grand_mean(lses)
-            if alive is not None:  # of a sample that is absent: minus infinity less minus infinity would be NaN
-                seen = alive.any(-1, keepdim=True)
-                first, *others = torch.where(seen, first, -math.inf), *[torch.where(seen, each, 0.0) for each in others]
-            lses = (first, *others)
     weights = None
     if attention is not None:
         columns = attention[:order] if centered else attention[0].split_with_sizes(sizes, -1)
@@ -248,7 +244,7 @@ def _attend_from_averages(
 def _less_grand_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Take what the grand mean gives N−1 times from what one of the N modes gives."""
     first, *others, grand = parts
-    return torch.sub(first, grand, alpha=len(others)), *others
+    return (torch.sub(first, grand, alpha=len(others)), *others) if others else (first,)
 
 
 def _correction(

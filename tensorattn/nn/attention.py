@@ -596,6 +596,8 @@ class TensorAttention(nn.Module):
                 settings["own"] = tuple([frames_first(part, frames, heads) for part in settings["own"]])
             if "bias" in settings:
                 settings["bias"] = causal_bias(settings["bias"], frames)
+            if "gain" in settings:
+                settings["gain"] = settings["gain"].unsqueeze(-1)
             summary, _ = causal_summary(key, value, needs, weights, frames)
             result = record.attend(frames_first(query, frames, heads), summary, **settings)
             attention = result.attention and tuple([frames_last(part, frames, heads) for part in result.attention])
@@ -710,9 +712,9 @@ class TensorAttention(nn.Module):
             if part is not None:
                 if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
                     raise ShapeError(
-                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)}, but needs "
-                        f"{(self.num_heads, size, size)} or {(1, size, size)}."
-                    ).retold(type(position_bias).__name__)
+                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in "
+                        f"{type(position_bias).__name__}, but needs {(self.num_heads, size, size)} or {(1, size, size)}."
+                    )
                 part = part.to(dtype)
                 if frames is not None:
                     part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)

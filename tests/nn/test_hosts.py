@@ -27,7 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     **{name: {"operator": name} for name in ta.OPERATORS},
     "additive, interaction": {"operator": "additive", "interaction": "linear"},
     "truncated, interaction": {"operator": "truncated", "interaction": "linear"},
-    "kao_qkv, interaction": {"operator": "kao_qkv", "interaction": "linear"},
+    "kao_qkv, interaction": {"operator": "kao_qkv", "centered": True, "interaction": "linear"},
     "kronecker_sum, mode_projections": {"operator": "kronecker_sum", "mode_projections": True},
     "additive, causal": {"operator": "additive", "causal": "t"},
     "without biases": {"operator": "kao_kv", "bias": False},
@@ -216,7 +216,7 @@ def test_maps_of_eight_bits_run(name):
         with torch.no_grad():
             near, exact = quantized(x), layer(x)
     assert not projections(quantized) and near.dtype == torch.float32
-    assert 0 < float((near - exact).norm() / exact.norm()) < 0.05
+    assert 0 < float((near - exact).norm() / exact.norm()) < 0.1  # one softmax a mode: the rounding of each adds up
 
 
 # ---- parameters from elsewhere -------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_a_check_passes_on_what_the_mistakes_are_made_of(check):
 OF_THEOREMS = [
     (theorems.independent_groups, "another scale", "truncated_attention", rescaled),
     (theorems.independent_groups, "weights left out", "truncated_attention", without("weights")),
-    (theorems.independent_groups, "pairs only", "truncated_attention", without("interaction_order")),
+    (theorems.all_modes, "pairs only", "truncated_attention", without("interaction_order")),
     (theorems.groups_as_modes, "another scale", "additive_attention", rescaled),
     (theorems.groups_as_modes, "weights left out", "additive_attention", without("weights")),
     (theorems.groups_as_modes, "one softmax", "additive_attention", instead(ta.kao_kv)),
