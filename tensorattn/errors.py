@@ -12,7 +12,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class TensorAttentionError(ValueError):
     Attributes:
         rule: The rule that was broken, one sentence, without the name of any function.
         hint: What to do about it, or an empty string.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> try:
+        ...     ta.mode_averages(torch.zeros(4, 0, 8), order=2)
+        ... except ta.TensorAttentionError as error:
+        ...     print(type(error).__name__, error.rule)
+        ShapeError mode 1 has size 0 in tensor, but every mode needs at least 1 index.
     """
 
     def __init__(self, rule: str, *, hint: str = "", teller: str = "", reading: str = "") -> None:
@@ -184,7 +192,7 @@ def _read_module_call(function: Callable[..., Any], args: Sequence[Any], kwargs:
     return describe(modes.names, tensors, channels_first=getattr(args[0], "channels_first", False))
 
 
-def is_integer(number: object) -> bool:
+def is_integer(number: object) -> TypeGuard[int]:
     """Tell whether something is an integer, of Python or of NumPy, and no truth value.
 
     Args:

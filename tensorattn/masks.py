@@ -205,7 +205,7 @@ class _Reader:
         if readable(tensor) and tensor.numel():
             self.asked.append((tensor, judge))
 
-    def vectors(self, given: Sequence[Any], part_of: int | None) -> Vectors:
+    def vectors(self, given: Any, part_of: int | None) -> Vectors:
         """Check one vector of weights a mode."""
         parts = mode_parts(given, self.order, "weights", "vectors", WeightsError)
         return tuple(
@@ -324,7 +324,7 @@ def _times(vector: Vector, part: Vector) -> Vector:
 
 def is_recorded() -> bool:
     """Tell whether a graph is recorded: what is in it is then plain operations, and depends on no size."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def readable(tensor: Tensor) -> bool:

@@ -60,7 +60,7 @@ class ModeSpec:
         if is_integer(modes):
             check_order(modes, "modes")
             return cls(tuple(str(k) for k in range(modes)), named=False)
-        if not isinstance(modes, str | Sequence):
+        if not isinstance(modes, (str, Sequence)):
             raise ModesError(f"modes must be a number or names, got {modes!r}.")
         names = tuple(modes.split()) if isinstance(modes, str) else tuple(modes)
         if not names:
@@ -150,7 +150,7 @@ def mode_parts(given: Any, order: int, argument: str, noun: str, kind: type[Tens
     needs = f"order {order} needs {order} {noun}, one a mode"
     if getattr(given, "ndim", 0):
         raise kind(f"{argument} has a single tensor, but {needs}.")
-    if isinstance(given, str | Mapping) or not isinstance(given, Iterable) or hasattr(given, "ndim"):
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable) or hasattr(given, "ndim"):
         raise kind(f"{argument} is {given!r}, but {needs}.")
     parts = tuple(given)
     if len(parts) != order:

@@ -39,7 +39,7 @@ from tensorattn.masks import (
     read_weights,
     without_absent,
 )
-from tensorattn.modes import Family, GridShape, Kept, grid_shape, main_effects
+from tensorattn.modes import Family, Kept, grid_shape, main_effects
 
 __all__ = [
     "additive_part",
@@ -240,7 +240,7 @@ def broadcast_sum(
 
 
 def _add_up(parts: Sequence[Tensor], family: Family, shape: tuple[int, ...], memory: tuple[int, ...]) -> Tensor:
-    """Add parts in the order of memory, those of the outermost modes first, so that one sum is as large as the result."""
+    """Add parts in the order of memory, the outermost modes first, so that one sum is as large as the result."""
     batch = parts[0].dim() - len(family[0]) - 1
     order, in_order = len(shape) - batch - 1, list(memory) == list(range(len(shape)))
     viewed = {}

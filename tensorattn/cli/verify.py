@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 import tensorattn
-from tensorattn.attend.optional import require
+from tensorattn.cli.common import progress, require
 from tensorattn.errors import OptionError
 from tensorattn.functional import OPERATORS, get_operator
-from tensorattn.progress import progress
 
-__all__ = ["Verdict", "carry_out", "register", "report", "trials"]
+__all__ = ["Verdict", "add_arguments", "carry_out", "report", "run", "trials"]
 
 DTYPES = {
     "float64": torch.float64,
@@ -51,18 +50,13 @@ RIGHT = (3, 4, 5)  # columns of numbers
 Trial = tuple[Any, Any, Any]  # a law, the variant of an operator that it is tried for or None, and how
 
 
-def register(commands: Any) -> None:
-    """Add the command to the commands of the package.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser.
 
     Args:
-        commands: What `argparse.ArgumentParser.add_subparsers` returns.
+        parser: The parser.
     """
-    parser = commands.add_parser(
-        "verify",
-        help="try claims and theorems on random cases of a type and device, with a table of errors and verdicts",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.description = DESCRIPTION
     parser.add_argument("--dtype", default="float64", help=f"{', '.join(DTYPES)} (default float64)")
     parser.add_argument("--device", default="cpu", help="device of the tensors (default cpu)")
     parser.add_argument("--order", type=_whole, help="number of modes (default: drawn, from 1 to 4)")
@@ -73,7 +67,6 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--operator", metavar="NAME", help=f"only what is said of this operator: {', '.join(OPERATORS)}"
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

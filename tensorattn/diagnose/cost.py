@@ -101,6 +101,12 @@ class Cost:
             the gradient of the output. It holds the results themselves, and until the backward pass is over all that
             is kept for it. Buffers inside kernels and libraries are not known and not counted.
         results: Bytes of the results alone: the output, and in training the gradients of inputs and parameters.
+
+    Examples:
+        >>> import tensorattn as ta
+        >>> whole, layer = (ta.cost(name, (16, 28, 28), dim=32, modes="t h w") for name in ("flattened", "kao_kv"))
+        >>> whole.flops > 50 * layer.flops
+        True
     """
 
     title: str

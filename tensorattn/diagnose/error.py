@@ -142,7 +142,7 @@ def error_estimate(
     positions = sample_positions(count, n_queries, generator).to(query.device)
     sampled = query.reshape(*batch, count, query.shape[-1])[..., positions, :]
     present: dict[str, Any] = {"order": order, "weights": weights}
-    present |= {name: given for name, given in (("mask", mask), ("lengths", lengths)) if given is not None}
+    present.update({name: given for name, given in (("mask", mask), ("lengths", lengths)) if given is not None})
     exact = get_operator("flattened").function(sampled, key, value, scale=scale, **present)
     mean = summarize(value, value, kept=[()], **present).value(())
     if record is not None and takes_any_positions(record, options):

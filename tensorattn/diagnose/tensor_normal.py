@@ -326,6 +326,12 @@ class CrossCovariance:
     Attributes:
         mode_factors: One matrix :math:`M_m` a mode, ``(*batch, p_m, q_m)``; an averaged mode has size 1 on its side.
         channel_factor: Covariance of the channels ``(*batch, D, D)``, or None.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> law = ta.TensorNormal(torch.zeros(2, 3), [torch.eye(2), torch.eye(3)])
+        >>> [tuple(factor.shape) for factor in ta.marginal_cross_covariance(law, (0,), (1,)).mode_factors]
+        [(2, 1), (1, 3)]
     """
 
     mode_factors: tuple[Tensor, ...]

@@ -37,7 +37,7 @@ from tensorattn.functional.operator import (
 from tensorattn.functional.softmax import merge_attention
 from tensorattn.functional.summary import Needs, Summary
 from tensorattn.masks import accumulation_dtype
-from tensorattn.modes import Family, Kept, ModeSpec, check_order, main_effects, mode_parts, mode_subsets
+from tensorattn.modes import Family, Kept, ModeSpec, check_order, mode_parts, mode_subsets
 
 __all__ = [
     "ADDITIVE",
@@ -323,7 +323,7 @@ def _attend(
     if bias is not None:
         pairs = zip(tokens.sets, counts, strict=True)
         tokens = tokens._replace(sets=tuple([biased(each, u, bias, positions, summary.sizes) for each, u in pairs]))
-    settings |= {"scale": scale, "return_lse": return_lse or include_self, "return_attention": return_attention}
+    settings.update(scale=scale, return_lse=return_lse or include_self, return_attention=return_attention)
     output, lse, attention, alive = attend_positions(query, tokens, batch, **settings)
     if interaction is not None:
         output, lse = _correct(query, output, lse, summary, counts, scale=scale, saturation=saturation, gain=gain)
@@ -424,8 +424,8 @@ def _claims(
 ) -> frozenset[Claim]:
     """What holds for sums of softmaxes over means, whichever are kept; exactness asks for all modes to be kept.
 
-    So does leaving out a constant mode: sets of modes by name would not be the same sets afterwards. Single modes do not
-    see interactions.
+    So does leaving out a constant mode: sets of modes by name would not be the same sets afterwards. Single modes do
+    not see interactions.
     """
     if include_self:
         claimed = frozenset({Claim.KEY_SHIFT, Claim.VALUE_AFFINE, Claim.ROTATION})

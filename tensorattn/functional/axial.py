@@ -72,23 +72,25 @@ def _attend(
     Along the causal mode the queries may be those of the last frames alone.
     """
     order, batch, everything = summary.order, len(summary.batch), tuple(range(summary.order))
-    whole = (summary.key(everything), summary.value(everything), summary.count(everything))
+    whole = summary.key(everything), summary.value(everything), summary.count(everything)
     own = whole
     if causal is not None:
         dim, frames = batch + causal, query.shape[batch + causal]
-        own = tuple([None if t is None else t.narrow(dim, t.shape[dim] - frames, frames) for t in whole])
+        key, value, count = whole
+        key, value = (t.narrow(dim, t.shape[dim] - frames, frames) for t in (key, value))
+        own = key, value, None if count is None else count.narrow(dim, count.shape[dim] - frames, frames)
     outputs, attentions, lse = [], [], None
     for mode, size in enumerate(summary.sizes):
         dim = batch + mode
         key, value, count = whole if causal == mode else own
         key, value = key.movedim(dim, -2), value.movedim(dim, -2)
-        log_weight, added = None, None
+        log_weight = None
         if count is not None:  # of each position, not of its index: a fibre of absent positions has no token at all
             count = count.movedim(dim, -1)
             key, value = (torch.where((count > 0).unsqueeze(-1), tensor, 0.0) for tensor in (key, value))
             log_weight = log_weights(count).to(accumulation_dtype(key.dtype))
-        if bias is not None and bias[mode] is not None:
-            added = bias[mode]
+        added = None if bias is None else bias[mode]
+        if added is not None:
             added = added.reshape(*added.shape[:-2], *(1,) * (order - 1), *added.shape[-2:])
         lost = None
         if causal == mode:

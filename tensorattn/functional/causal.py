@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.functional.summary import Means, Moments, Needs, Sums, Summary, make_summary
-from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype
+from tensorattn.functional.summary import Means, Moments, Needs, Summary, Sums, make_summary
+from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype, without_absent
 from tensorattn.modes import Family, Kept
 
 __all__ = ["Past", "causal_summary", "frames_beside", "frames_first", "frames_last"]
@@ -110,8 +110,12 @@ def causal_summary(
     """
     order, batch, family = weights.order, key.dim() - weights.order - 1, needs.held
     others = [k for k in range(order) if k != mode]
+    present, same = weights.over_grid(), value is key
+    if present is not None:  # zero times what is absent might be NaN
+        key = without_absent(key, present > 0)
+        value = key if same else without_absent(value, present > 0)
     frames = key.movedim(batch + mode, batch)
-    frame_values = frames if value is key else value.movedim(batch + mode, batch)
+    frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
     per_frame = make_summary(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
     time = _Time(per_frame, weights, mode, batch, past, window)
@@ -134,7 +138,7 @@ def causal_summary(
         )
 
     keys = seen(per_frame.key_means, needs.keys)
-    values = keys if value is key and needs.keys == needs.values else seen(per_frame.value_means, needs.values)
+    values = keys if same and needs.keys == needs.values else seen(per_frame.value_means, needs.values)
     counted = {kept: time.count(kept, within[kept]).unsqueeze(-1) for kept in family}
     counts = put_together(
         family,
@@ -149,7 +153,7 @@ def causal_summary(
     if per_frame.covariance is not None and per_frame.key_covariance is not None:
         dtype = per_frame.key_covariance.dtype
         covariance = key_covariance = time.running_moments(of_keys=True).covariance(dtype)
-        if value is not key:
+        if not same:
             covariance = time.running_moments(of_keys=False).covariance(dtype)
     found = Summary(sizes, family, keys, values, counts, vectors, covariance, key_covariance, weights.indices)
     return found, functools.partial(time.past, family, within)
@@ -330,12 +334,12 @@ class _Time:
             return Moments.of(within.to(wide), value.to(wide), key.to(wide), self.weights, origins)
         count = self.frame_count(())
         first = (count > 0).to(torch.uint8).argmax(-1, keepdim=True).unsqueeze(-1)
-        origins = tuple([m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])).to(wide) for m in (value, key)])
+        at_first = [m.gather(-2, first.expand(*m.shape[:-2], 1, m.shape[-1])).to(wide) for m in (value, key)]
         known = (count.cumsum(-1) > 0).unsqueeze(-1)  # before the first frame that is present there is nothing to know
         if self.before is not None and self.before.moments and self.before.total is not None:
             earlier, origin = (self.before.total > 0)[..., None, None], self.before.moments[0].to(wide).unsqueeze(-2)
-            origins, known = tuple([torch.where(earlier, origin, own) for own in origins]), known | earlier
-        origins = (torch.where(known, origins[0], 0.0), torch.where(known, origins[1], 0.0))
+            at_first, known = [torch.where(earlier, origin, own) for own in at_first], known | earlier
+        origins = (torch.where(known, at_first[0], 0.0), torch.where(known, at_first[1], 0.0))
         return Moments.of(within.to(wide), value.to(wide), key.to(wide), count, origins)
 
     def running_moments(self, of_keys: bool) -> Moments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -61,8 +62,8 @@ def kao_kv(query: Tensor, key: Tensor, value: Tensor, *, order: int, **shared: U
         order: Number of modes N.
         **shared: What all operators share, as told below.
 
-    A mask that is no product over modes makes masked averages, each counted in proportion to the positions present, those
-    of a mode together as often as there are of them; it excludes ``weights``.
+    A mask that is no product over modes makes masked averages, each counted in proportion to the positions present,
+    those of a mode together as often as there are of them; it excludes ``weights``.
 
     Returns:
         The output in the type of the query; an `AttentionResult` if more is asked for, whose ``attention`` holds one
@@ -213,12 +214,15 @@ def _attend_from_averages(
     counts = counting_numbers(main_effects(order)) if centered else {}
     tokens = summary.tokens(counts) if centered else summary.mode_tokens()
     rows = queries.joined((*main_effects(order), ()) if centered else main_effects(order))
-    settings |= {"scale": scale, "return_attention": return_attention}
+    settings.update(scale=scale, return_attention=return_attention)
     output, lse, attention, _ = attend_tokens(rows, tokens, **settings)
     lengths = (*sizes, 1) if centered else sizes
-    outputs, lses = output.split_with_sizes(lengths, -2), None if lse is None else lse.split_with_sizes(lengths, -1)
+    outputs = output.split_with_sizes(lengths, -2)
+    lses = None if lse is None else lse.split_with_sizes(lengths, -1)
     if centered:
-        outputs, lses = _less_grand_mean(outputs), None if lses is None else _less_grand_mean(lses)
+        if lses is not None:  # of a sample without any position all are minus infinity, which is taken off once
+            lses = _less_grand_mean((*lses[:-1], lses[-1].masked_fill(lses[-1] == -math.inf, 0.0)))
+        outputs = _less_grand_mean(outputs)
     weights = None
     if attention is not None:
         columns = attention[:order] if centered else attention[0].split_with_sizes(sizes, -1)
@@ -240,7 +244,7 @@ def _attend_from_averages(
 def _less_grand_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Take what the grand mean gives N−1 times from what one of the N modes gives."""
     first, *others, grand = parts
-    return torch.sub(first, grand, alpha=len(others)), *others
+    return (torch.sub(first, grand, alpha=len(others)), *others) if others else (first,)
 
 
 def _correction(

@@ -177,8 +177,8 @@ def _matrices(
         query, key = queries.get((mode,)), summary.key((mode,))
         dtype = accumulation_dtype(query.dtype)
         if pool == "sum":
-            count = _others(summary, mode)
-            query, key = query.to(dtype) * count, key.to(dtype) * count
+            others = _others(summary, mode)
+            query, key = query.to(dtype) * others, key.to(dtype) * others
         count = summary.count((mode,))
         if count is not None:  # an absent index may hold so much that its logits overflow
             key = torch.where((count > 0).unsqueeze(-1), key, 0.0)

@@ -15,8 +15,8 @@ Args:
         queries are on the grid of the keys give zero where a position takes no part.
     lengths: How many leading indices of each mode take part, a mask that is a product over modes: integers
         ``(*batch, N)``, or one entry a mode, None for all.
-    bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a query
-        at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
+    bias: One tensor ``(P_m, n_m)`` or ``(*batch, P_m, n_m)`` a mode, or None for no bias: added to the logits of a
+        query at place :math:`i_m` of mode m for the indices of that mode. Minus infinity hides an index.
     causal: A mode whose frames a query sees up to its own only, whatever the data; the query is then on a grid with the
         frames of the keys.
     dropout_p: Probability of dropping an attention weight, whenever it is not 0.
@@ -44,7 +44,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ from tensorattn.averages.plan import memory_order
 from tensorattn.errors import DtypeError, OptionError, ShapeError, check, check_scale, retells
 from tensorattn.functional.causal import causal_summary, frames_first, frames_last
 from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens
-from tensorattn.functional.summary import Means, Needs, Summary, make_summary
+from tensorattn.functional.summary import Means, Needs, make_summary
 from tensorattn.masks import (
     GivenWeights,
     Lengths,
@@ -92,7 +92,13 @@ Bias = tuple[Tensor | None, ...]  # for each mode ``(*batch, P_m, n_m)``, or Non
 
 
 class Claim(StrEnum):
-    """A property that an operator may claim. What every operator has by construction is not listed."""
+    """A property that an operator may claim. What every operator has by construction is not listed.
+
+    Examples:
+        >>> import tensorattn as ta
+        >>> ta.Claim.CONVEX in ta.get_operator("kao_kv").claims(), ta.Claim.CONVEX.value
+        (True, 'the output lies within the range of the values')
+    """
 
     EXACT = "equals flattened attention, whatever the data"
     EXACT_ON_ADDITIVE = "equals flattened attention where keys and values are additive over modes"
@@ -118,6 +124,13 @@ class AttentionResult(NamedTuple):
         output: Output ``(*batch, *positions, D_v)``.
         lse: Log-sum-exp of the logits ``(*batch, *positions)``, if asked for.
         attention: Attention weights, if asked for, a tuple; its layout is told by each operator.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+        >>> output, lse, attention = ta.additive_attention(q, k, v, order=2, return_lse=True)
+        >>> output.shape, lse.shape, attention
+        (torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 5]), None)
     """
 
     output: Any
@@ -144,6 +157,25 @@ class Operator:
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
             and the options to weights over the grid; None if they have no such form.
         lacks: Arguments without a meaning for it, each with the reason.
+
+    Examples:
+        One file, one record: an operator that answers every query with the mean of the values, as function and layer.
+
+        >>> import torch, tensorattn as ta
+        >>> from tensorattn.functional.operator import attention_function, run
+        >>> @attention_function
+        ... def mean_attention(query, key, value, *, order, **shared):
+        ...     return run(MEAN, query, key, value, order=order, options={}, **shared)
+        >>> def attend(query, summary, **settings):
+        ...     mean = summary.value(())
+        ...     places = (1,) * (query.dim() - mean.dim())  # queries are (*batch, *positions, D)
+        ...     return ta.AttentionResult(mean.reshape(*summary.batch, *places, -1).expand(*query.shape[:-1], -1))
+        >>> claims = frozenset({ta.Claim.CONVEX, ta.Claim.ZERO_SCALE_MEAN})
+        >>> MEAN = ta.Operator("mean", mean_attention, lambda order: ta.Needs(((),)), attend, lambda: claims)
+        >>> layer = ta.TensorAttention(8, 2, modes="h w", operator=ta.register_operator(MEAN).name)
+        >>> layer(torch.randn(2, 4, 5, 8), lengths={"h": torch.tensor([4, 3])}).shape
+        torch.Size([2, 4, 5, 8])
+        >>> del ta.OPERATORS["mean"]
     """
 
     name: str
@@ -271,7 +303,7 @@ def attention_function(function: Callable[..., Any]) -> AttentionFunction:
     shared = [each for name, each in inspect.signature(run).parameters.items() if name in Shared.__annotations__]
     vars(told)["__signature__"] = inspect.Signature([*own, *shared])
     told.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nWhat all operators share:\n\n{_SHARED}"
-    return told  # type: ignore[return-value]
+    return told
 
 
 _SHARED = (__doc__ or "").partition("Args:\n")[2]
@@ -441,16 +473,16 @@ def attend_positions(query: Tensor, tokens: Tokens, batch: int, **settings: Any)
     Returns:
         Output, log-sum-exp, attention weights and who is alive, with the positions of the query.
     """
-    positions = tuple(query.shape[batch:-1])
-    flat = query.reshape(*query.shape[:batch], math.prod(positions), query.shape[-1])
+    shape = query.shape[:-1]
+    flat = query.reshape(*shape[:batch], math.prod(shape[batch:]), query.shape[-1])
     found = attend_tokens(flat, tokens, **settings)
     alive = found.alive
     if alive is not None:
-        alive = alive.expand(*alive.shape[:-1], flat.shape[-2]).unflatten(-1, positions)
+        alive = alive.expand(*alive.shape[:-1], flat.shape[-2]).reshape((*alive.shape[:-1], *shape[batch:]))
     return Attended(
-        found.output.unflatten(-2, positions),
-        None if found.lse is None else found.lse.unflatten(-1, positions),
-        None if found.attention is None else tuple([part.unflatten(-2, positions) for part in found.attention]),
+        found.output.reshape(*shape, found.output.shape[-1]),
+        None if found.lse is None else found.lse.reshape(shape),
+        None if found.attention is None else tuple([part.reshape(*shape, part.shape[-1]) for part in found.attention]),
         alive,
     )
 

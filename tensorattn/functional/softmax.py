@@ -1,8 +1,8 @@
 """Attention of queries to sets of tokens, one softmax a set. It has never heard of modes.
 
-A set goes through `torch.nn.functional.scaled_dot_product_attention`, unless log-sum-exps or attention weights are asked
-for: then logits are written out, with all sets in one product. The kernel can be differentiated backwards once; second
-derivatives and forward ones are written out as plain operations, where they are asked for.
+A set goes through `torch.nn.functional.scaled_dot_product_attention`, unless log-sum-exps or attention weights are
+asked for: then logits are written out, with all sets in one product. The kernel can be differentiated backwards once;
+second derivatives and forward ones are written out as plain operations, where they are asked for.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from tensorattn.errors import ShapeError, retells
 from tensorattn.masks import accumulation_dtype, is_recorded, is_transformed
 
 __all__ = ["Attended", "TokenSet", "Tokens", "attend_tokens", "in_chunks", "merge_attention"]
 
-CHUNK = 1 << 20  # elements that a CPU works on at a time, where nothing is differentiated
+CHUNK = 1 << 20  # elements that are worked on at a time, where nothing is kept
 
 
 class TokenSet(NamedTuple):
@@ -161,7 +160,7 @@ def in_chunks(
     Returns:
         The results for all queries.
     """
-    step = max(1, CHUNK // max(1, width))
+    step = max(64, CHUNK // max(1, width))
     eager = not is_recorded() and tensors[0].device.type == "cpu" and not is_transformed(*tensors)
     if not eager or step >= length:
         return attend(slice(None))
@@ -238,14 +237,16 @@ def _attention(
     if is_recorded() or dropout_p > 0 or not is_transformed(*tensors):
         return _kernel(query, key, value, bias, scale, dropout_p)
     with torch.no_grad():
-        record = not is_transformed()  # the graph of a function that is transformed is not that of the kernel
-    return _Attention.apply(query, key, value, bias, scale, record)[0]
+        transformed = is_transformed()  # by torch.func, or forwards
+    if transformed:
+        return _Attention.apply(query, key, value, bias, scale)
+    return _TwiceDifferentiable.apply(_kernel(query, key, value, bias, scale), query, key, value, bias, scale)
 
 
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout_p: float = 0.0
 ) -> Tensor:
-    """Call the kernel, which is fused for two batch dimensions, contiguous channels, and as many in keys as in values."""
+    """Call the kernel, fused for two batch dimensions, contiguous channels, and as many in keys as in values."""
     batch, dim = query.shape[:-2], value.shape[-1]
     missing = query.shape[-1] - dim
     if missing > 0:
@@ -265,65 +266,79 @@ def _kernel(
     return output.reshape(*batch, *output.shape[-2:]) if len(batch) != 2 else output
 
 
+class _TwiceDifferentiable(torch.autograd.Function):
+    """Pass on what the kernel gives; a backward pass that is to be differentiated itself goes around the kernel."""
+
+    @staticmethod
+    def forward(output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias = ctx.saved_tensors  # read in any case, so that a checkpoint keeps them no longer
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None, None
+        return None, *_gradients(query, key, value, bias, ctx.scale, grad), None
+
+
 class _Attention(torch.autograd.Function):
-    """The kernel; its own backward pass for first derivatives, plain operations for second ones and forward ones."""
+    """The kernel with all derivatives written out, for forward ones and the transforms of `torch.func`."""
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, record: bool
-    ) -> tuple[Tensor, Any]:
-        if not record:
-            return _kernel(query, key, value, bias, scale).clone(), None  # no view, whose tangent would have to be one
-        inputs = [tensor for tensor in (query, key, value, bias) if tensor is not None and tensor.requires_grad]
-        with torch.enable_grad():  # the graph of the kernel alone; it keeps what autograd keeps, and no more
-            output = _kernel(query, key, value, bias, scale)
-        return output.detach(), (get_gradient_edge(output), [get_gradient_edge(tensor) for tensor in inputs])
+    def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        return _kernel(query, key, value, bias, scale).clone()  # no view, whose tangent would have to be one
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.scale, _ = inputs
-        ctx.recorded = output[1]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias = ctx.saved_tensors
-        if ctx.recorded is not None and not torch.is_grad_enabled():
-            output, edges = ctx.recorded
-            found = iter(torch.autograd.grad([output], edges, [grad], retain_graph=True))
-            return *[next(found) if needs else None for needs in ctx.needs_input_grad[:4]], None, None
-        weights = _weights(query, key, bias, ctx.scale)
-        of_weights = grad @ value.mT
-        of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
-        of_bias = of_logits.sum_to_size(bias.shape) if bias is not None else None
-        return of_logits @ key * ctx.scale, of_logits.mT @ query * ctx.scale, weights.mT @ grad, of_bias, None, None
+        return *_gradients(query, key, value, bias, ctx.scale, grad), None
 
     @staticmethod
-    def jvp(ctx: Any, query_t: Any, key_t: Any, value_t: Any, bias_t: Any, *_: None) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, query_t: Any, key_t: Any, value_t: Any, bias_t: Any, *_: None) -> Tensor:
         query, key, value, bias = ctx.saved_tensors
         weights = _weights(query, key, bias, ctx.scale)
         of_logits = ctx.scale * (query_t @ key.mT + query @ key_t.mT)
         of_logits = of_logits if bias_t is None else of_logits + bias_t
         of_weights = weights * (of_logits - (of_logits * weights).sum(-1, keepdim=True))
-        return of_weights @ value + weights @ value_t, None
+        return of_weights @ value + weights @ value_t
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        """Take what is mapped over as one more batch dimension: a generated rule would call the kernel for each entry."""
-        *tensors, scale, record = inputs
-        moved = [
+        """Take what is mapped over as a batch dimension; a generated rule would call the kernel for each entry."""
+        moved: list[Any] = [
             tensor
             if tensor is None
             else tensor.expand(info.batch_size, *tensor.shape)
             if dim is None
             else tensor.movedim(dim, 0)
-            for tensor, dim in zip(tensors, in_dims, strict=False)
+            for tensor, dim in zip(inputs[:4], in_dims, strict=False)
         ]
         query, key, value, bias = moved
         if bias is not None:
             bias = bias[(slice(None), *(None,) * (query.dim() - bias.dim()))]
-        return (_Attention.apply(query, key, value, bias, scale, record)[0], None), (0, None)
+        return _Attention.apply(query, key, value, bias, inputs[4]), 0
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Write out the derivatives of the kernel by queries, keys, values and bias."""
+    weights = _weights(query, key, bias, scale)
+    of_weights = grad @ value.mT
+    of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+    of_bias = None if bias is None else of_logits.sum_to_size(bias.shape)
+    return of_logits @ key * scale, of_logits.mT @ query * scale, weights.mT @ grad, of_bias
 
 
 def _weights(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -3,13 +3,12 @@ r"""What operators know of keys and values: marginal means, the weight behind ea
 A summary is a set of sufficient statistics of the tensor-normal model behind Kronecker attention: sums over positions,
 with counts. It therefore commutes with linear maps, and adds up. Two summaries of parts of a tensor make that of the
 whole (`Summary.merge`), and a running sum over the frames of a mode makes what each frame may know of those before it
-(`tensorattn.functional.causal`); both are the one fold of this file, `Sums`, added up in float64. Means are a view of it.
+(`tensorattn.functional.causal`); both are the one fold of this file, `Sums`, added up in float64. Means are views.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +51,12 @@ class Needs(NamedTuple):
             attends by itself.
         indices: Whether it counts how often each index of a mode is there, in a softmax over modes or a sum over
             positions, which weights of whole positions do not tell.
+
+    Examples:
+        >>> import tensorattn as ta
+        >>> additive = ta.get_operator("additive")
+        >>> additive.needs(2, **additive.options).kept  # means of the rows and of the columns, and the grand mean
+        ((0,), (1,), ())
     """
 
     kept: Family
@@ -75,7 +80,7 @@ class Sums(NamedTuple):
         total: Weighted sum of what is there, in float64, with more dimensions behind.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the count of a tuple is another thing
     total: Tensor
 
     @classmethod
@@ -254,6 +259,13 @@ class Summary:
         covariance: Second central moment of values and keys, ``(*batch, D_v, D)``, if asked for.
         key_covariance: Second central moment of the keys, ``(*batch, D, D)``, if asked for.
         indices: Whether it is known how often the indices of each mode count.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> video = torch.randn(2, 6, 14, 14, 32)
+        >>> summary = ta.summarize(video, video, order=3)
+        >>> [tuple(mean.shape) for mean in summary.values]
+        [(2, 6, 32), (2, 14, 32), (2, 14, 32), (2, 32)]
     """
 
     sizes: tuple[int, ...]
@@ -379,7 +391,11 @@ class Summary:
         )
 
     def in_type(self, dtype: torch.dtype) -> Summary:
-        """Return the same summary with means of another type."""
+        """Return the same summary with means of another type.
+
+        Args:
+            dtype: The type.
+        """
         keys = self.key_means.map(lambda rows: rows.to(dtype))
         same = self.value_means is self.key_means
         values = keys if same else self.value_means.map(lambda rows: rows.to(dtype))
@@ -497,7 +513,8 @@ class Summary:
         sizes = tuple([size + (k == mode) * other.sizes[k] for k, size in enumerate(self.sizes)])
         plain = self.counts is None and other.counts is None
         first, second, batch = self._written_out(), other._written_out(), len(self.batch)
-        assert first.counts is not None and second.counts is not None
+        count_of_one, count_of_two = first.counts, second.counts
+        assert count_of_one is not None and count_of_two is not None
 
         def merged(one: Means, two: Means) -> Means:
             """Add means up where they do not keep the mode; put them behind each other where they do."""
@@ -507,7 +524,7 @@ class Summary:
                 if mode in kept:
                     found[kept] = _cat(*pair, dim=batch + kept.index(mode))
                 else:
-                    counts = (counts_of.get(kept).squeeze(-1) for counts_of in (first.counts, second.counts))
+                    counts = (counts_of.get(kept).squeeze(-1) for counts_of in (count_of_one, count_of_two))
                     one_sum, two_sum = (Sums.of(mean, count) for mean, count in zip(pair, counts, strict=True))
                     found[kept] = (one_sum + two_sum).mean(one_sum.total.dtype)
             return Means.of(sizes, found, batch)
@@ -516,8 +533,8 @@ class Summary:
         same = self.value_means is self.key_means and other.value_means is other.key_means
         values = keys if same else merged(first.value_means, second.value_means)
         count_of = {}
-        for kept in first.counts.family:
-            one, two = first.counts.get(kept), second.counts.get(kept)
+        for kept in count_of_one.family:
+            one, two = count_of_one.get(kept), count_of_two.get(kept)
             count_of[kept] = _cat(one, two, dim=batch + kept.index(mode)) if mode in kept else one + two
         counts = Means.of(sizes, count_of, batch)
         result = Summary(sizes, self.kept, keys, values, indices=self.indices and other.indices)
@@ -547,7 +564,7 @@ def _merged_covariances(first: Summary, second: Summary) -> tuple[Tensor, Tensor
     """Add up the second moments of two parts about the grand mean of the first."""
     found = []
     for of_keys in (False, True):
-        parts = []
+        parts: list[Moments] = []
         for part in (first, second):
             covariance, count = part.key_covariance if of_keys else part.covariance, part.count(())
             assert covariance is not None and count is not None
@@ -760,8 +777,8 @@ def _covariance(
     left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, share: Tensor | None, order: int
 ) -> Tensor:
     """Second central moment of two tensors over the grid."""
-    if order == 0:
-        return _covariance(left.unsqueeze(-2), right.unsqueeze(-2), left_mean, right_mean, share, 1)
+    if order == 0:  # one position has no spread
+        return left_mean.new_zeros((*left_mean.shape, right_mean.shape[-1]))
     first, modes = left.dim() - order - 1, (None,) * order
     right_centred = right.to(right_mean.dtype) - right_mean[(..., *modes, slice(None))]
     left_centred = right_centred if left is right else left.to(left_mean.dtype) - left_mean[(..., *modes, slice(None))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,8 @@ class TensorTransformer(nn.Module):
         >>> ta.TensorTransformer(ta.TensorTransformerConfig(modes="t h w", in_channels=3, patch=(1, 8, 8)))
         TensorTransformer(modes='t h w', in_channels=3, patch=(1, 8, 8); 466,592 parameters)
     """
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     @retells
     def __init__(

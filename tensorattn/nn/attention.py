@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from tensorattn.functional.operator import (
     get_operator,
     spread_parts,
 )
-from tensorattn.functional.softmax import in_chunks
+from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Means, Needs, Summary, make_summary
 from tensorattn.masks import (
     GivenWeights,
@@ -113,6 +114,8 @@ class TensorAttention(nn.Module):
           (out_proj): Linear(in_features=96, out_features=96, bias=True)
         )
     """
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     @retells
     def __init__(
@@ -494,9 +497,9 @@ class TensorAttention(nn.Module):
         if self.position_bias is not None:
             settings["bias"] = self._bias(self.position_bias, x, None if projected else frames)
         if projected:
-            return self._from_projected(x, weights, frames, settings)
+            return self._again(self._from_projected)(x, weights, frames, settings)
         if needs.queries is not None:
-            return self._from_averages(x, weights, needs, settings)
+            return self._again(self._from_averages)(x, weights, needs, settings)
         if frames is None:
             return self._from_positions(x, self._project(make_summary(x, x, needs, weights), x.dtype), settings)
         summary, _ = causal_summary(x, x, needs, weights, frames)
@@ -515,31 +518,29 @@ class TensorAttention(nn.Module):
         whole = "bias" in settings or settings["return_attention"] or operator.query == "grid"
         flat = x if whole else x.flatten(batch, -2)
 
-        def attend(part: slice) -> tuple[Tensor, ...]:
-            chunk = flat if part == slice(None) else flat[..., part, :]
+        def attend(chunk: Tensor) -> tuple[Tensor, ...]:
             own = {"own": tuple([self._heads(to(chunk), batch) for to in (self.k_proj, self.v_proj)])} if owns else {}
             result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
             return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
 
+        attend_again = self._again(attend)
         if whole:
-            output, *attention = self._recomputed(attend, slice(None))
+            output, *attention = attend_again(x)
             return AttentionResult(output, None, tuple(attention) or None)
-        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * 4 * self.embed_dim
-        parameters = list(self.parameters())
-        if self.checkpoint and torch.is_grad_enabled():
-            steps = range(0, length, max(1, min(length, CHECKPOINTED // max(1, width // 4))))
-            parts = [self._recomputed(attend, slice(start, start + steps.step))[0] for start in steps]
-            output = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-        else:
-            output = in_chunks(attend, length, width, flat, *parameters, *_tensors_of(summary))[0]
+        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * self.embed_dim
+        if attend_again is not attend:
+            parts = [attend_again(chunk)[0] for chunk in flat.split(max(1, CHUNK // width), -2)]
+            return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
+        held = [*self.parameters(), *_tensors_of(summary)]
+        output, *_ = in_chunks(lambda part: attend(flat[..., part, :]), length, 4 * width, flat, *held)
         assert output is not None
         return AttentionResult(output.unflatten(-2, positions))
 
-    def _recomputed(self, attend: Callable[[slice], tuple[Tensor, ...]], part: slice) -> tuple[Tensor, ...]:
-        """Attend, and in the backward pass once more instead of keeping what is inside, where that is wanted."""
+    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make the backward pass call a function again instead of keeping what is inside, where that is wanted."""
         if self.checkpoint and torch.is_grad_enabled():
-            return recompute(attend, part, use_reentrant=False)
-        return attend(part)
+            return functools.partial(recompute, function, use_reentrant=False)
+        return function
 
     def _from_frames(self, x: Tensor, summary: Summary, mode: int, settings: dict[str, Any]) -> AttentionResult:
         """Attend from each frame to what it may know of those up to its own."""
@@ -552,13 +553,13 @@ class TensorAttention(nn.Module):
         return tensor.squeeze(3 + mode).movedim(1, 2 + mode)
 
     def _from_averages(self, x: Tensor, weights: Weights, needs: Needs, settings: dict[str, Any]) -> AttentionResult:
-        """Attend from averages: queries are projected in S rows, and what is an outer sum is projected back in S rows."""
+        """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
         record, sizes, order = get_operator(self.operator), tuple(x.shape[1:-1]), self.modes.order
         summary = make_summary(x, x, needs, weights).in_type(x.dtype)
         queries = self._project_queries(_means_of(x, summary, needs.queries or (), weights))
         summary = self._project(summary, x.dtype)
         if self.q_norm is not None and self.k_norm is not None:
-            settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+            settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
         if self.rotary is not None:
             turned = [self._turned(means, self.rotary) for means in (queries, summary.key_means)]
             queries, summary = turned[0], dataclasses.replace(summary, key_means=turned[1])
@@ -608,7 +609,7 @@ class TensorAttention(nn.Module):
             if needs.queries is not None:
                 queries = _means_of(query, None, needs.queries, weights)
             if self.q_norm is not None and self.k_norm is not None:
-                settings |= {"query_norm": _in_type(self.q_norm), "key_norm": _in_type(self.k_norm)}
+                settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
             if self.rotary is not None and record.pools:
                 queries = self._turned(queries, self.rotary)
                 summary = dataclasses.replace(summary, key_means=self._turned(summary.key_means, self.rotary))
@@ -655,7 +656,7 @@ class TensorAttention(nn.Module):
     # --------------------------------------------------------------------------------------------------------- project
 
     def _project(self, summary: Summary, dtype: torch.dtype) -> Summary:
-        """Call the projections with a summary of inputs: that of keys and values, with heads as last batch dimension."""
+        """Call the projections with a summary of inputs; return that of keys and values, heads the last batch dim."""
         summary = summary.in_type(dtype)
         if self.mode_projections:
             keys = self._project_modes(summary.key_means, self.k_proj)
@@ -711,10 +712,10 @@ class TensorAttention(nn.Module):
         for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
             if part is not None:
                 if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
+                    kind, needed = type(position_bias).__name__, f"{(self.num_heads, size, size)} or {(1, size, size)}"
                     raise ShapeError(
-                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in "
-                        f"{type(position_bias).__name__}, but needs {(self.num_heads, size, size)} or "
-                        f"{(1, size, size)}."
+                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in {kind}, but needs "
+                        f"{needed}."
                     )
                 part = part.to(dtype)
                 if frames is not None:
@@ -722,9 +723,6 @@ class TensorAttention(nn.Module):
                 part = part.unsqueeze(0)
             found.append(part)
         return tuple(found)
-
-
-CHECKPOINTED = 1 << 22  # elements of queries that are attended from at a time where the backward pass attends again
 
 
 def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ...]], weights: Weights) -> Means:

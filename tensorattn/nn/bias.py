@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class PositionBias(nn.Module, abc.ABC):
         torch.Size([2, 3, 5, 32])
     """
 
+    __call__: Callable[..., tuple[Tensor | None, ...]]  # a module says Any
     like: Tensor
 
     @retells

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class DropPath(nn.Module):
     References:
         Huang, Sun, Liu, Sedra and Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016, arXiv 1603.09382.
     """
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     @retells
     def __init__(self, p: float) -> None:
@@ -91,6 +93,8 @@ class GatedMLP(nn.Module):
     References:
         Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202.
     """
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     @retells
     def __init__(
@@ -167,6 +171,8 @@ class TensorTransformerBlock(nn.Module):
         >>> block(torch.randn(2, 4, 14, 14, 96), weights=[None, None, torch.arange(14) < 10]).shape
         torch.Size([2, 4, 14, 14, 96])
     """
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     @retells
     def __init__(

@@ -112,7 +112,7 @@ class ContextReader:
                     raise OptionError(f"{name} has no meaning with a summary of the context: give it to summarize.")
             self._check_summary(context, x)
             return context
-        first = context[0] if isinstance(context, tuple | list) and context else context
+        first = context[0] if isinstance(context, (tuple, list)) and context else context
         if isinstance(first, Tensor) and first.dim() and first.shape[0] != x.shape[0]:
             raise ShapeError(f"the batch is {x.shape[0]} in x but {first.shape[0]} in context.")
         return self.summarize(context, parameter, **spoken)
@@ -125,7 +125,7 @@ class ContextReader:
 
     def _check_tensors(self, context: Any, parameter: Tensor | None) -> tuple[Tensor, Tensor, GridShape, ModeSpec]:
         """Check tensors; return what keys and values are made of, channels last, their shape and their modes."""
-        pair = isinstance(context, tuple | list)
+        pair = isinstance(context, (tuple, list))
         parts = tuple(context) if pair else (context,)
         if pair and len(parts) != 2:
             raise ShapeError(f"context has {len(parts)} tensors, but a pair of keys and values has 2.")

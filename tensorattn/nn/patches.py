@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ def block_axes(order: int, *, batch: int = 0, inverse: bool = False) -> tuple[in
 
 class _Patches(nn.Module):
     """What both ways share: a patch, a linear map to or from its numbers, and a layout."""
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     proj: nn.Linear
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ __all__ = ["LearnedPositions", "SinCosPositions"]
 
 class _Positions(nn.Module):
     """What both embeddings share: vectors of the modes are added to the input."""
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     counted = False  # whether coordinates along a circle without a period count its indices
 

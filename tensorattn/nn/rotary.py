@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class RotaryEmbedding(nn.Module):
         Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer", 2021, arXiv 2104.09864. Heo, Park, Han and Yun, "Rotary Position
         Embedding for Vision Transformer", 2024, arXiv 2403.13298, for the default of ``base``.
     """
+
+    __call__: Callable[..., Tensor]  # a module says Any
 
     @retells
     def __init__(

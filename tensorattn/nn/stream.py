@@ -187,9 +187,8 @@ class AttentionStream:
                 hint = "Give lengths, or one vector of weights a mode." if name == "mask" else ""
                 raise OptionError(f"{name} has no meaning in a stream.", hint=hint)
         if isinstance(weights, Tensor):
-            raise WeightsError(
-                f"weights has a single tensor, but order {layer.modes.order} needs {layer.modes.order} vectors, one a mode."
-            )
+            order = layer.modes.order
+            raise WeightsError(f"weights has a single tensor, but order {order} needs {order} vectors, one a mode.")
         spoken = read_weights(weights, None, lengths, grid, x, layer.modes, of="x", part_of=self._mode)
         if self._state is not None:
             self._check_continued(x, grid.sizes, spoken, self._state)
@@ -266,7 +265,7 @@ class AttentionStream:
         """Return the state, detached, as ``torch.save`` can save it and ``torch.load`` load it."""
         saved: dict[str, Any] = {"stream": self._described(), "frames": self.frames}
         if self._state is not None:
-            saved |= {"batch": self._state.batch, "sizes": self._state.sizes, "dtype": str(self._state.dtype)[6:]}
+            saved.update(batch=self._state.batch, sizes=self._state.sizes, dtype=str(self._state.dtype)[6:])
             saved["tensors"] = {name: t.detach().clone() for name, t in self._state.past.tensors.items()}
         return saved
 

@@ -125,7 +125,6 @@ class Law:
         double: Whether it is of float64 whatever the type.
         default: Type that it is tried in unless another one is asked for.
         once: Whether its sizes are fixed: ``supposed`` then makes its only case.
-        of_operators: Whether it is about an operator, not about what the package is made of.
     """
 
     words: str
@@ -137,7 +136,6 @@ class Law:
     double: bool = False
     default: torch.dtype = torch.float64
     once: bool = False
-    of_operators: bool = False
 
     def __post_init__(self) -> None:
         self.__name__, self.__doc__ = self.compare.__name__, self.compare.__doc__

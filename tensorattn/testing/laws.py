@@ -712,8 +712,8 @@ def checks_of(operator: Checkable, **options: Any) -> tuple[Law, ...]:
         claims; and for one that is registered masks, and what depends on positions.
 
     Examples:
-        >>> [check.__name__ for check in checks_of("kronecker_sum")][-3:]
-        ['check_rotation', 'check_refinement', 'check_masks']
+        >>> [check.__name__ for check in checks_of("kronecker_sum")][:3]
+        ['check_equals_reference', 'check_key_shift', 'check_rotation']
     """
     subject = resolve(operator, options)
     has = {

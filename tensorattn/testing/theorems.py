@@ -117,11 +117,11 @@ def _at_most(told: str, found: Tensor, limit: Tensor, rounding: float) -> Compar
 # Where operators equal full attention.
 
 
-@law("truncation to kept groups of modes is exact where the groups are independent, to all modes whatever the data",
+@law("truncation to kept groups of modes is exact where the groups are independent",
      "A_K = F, LSE_K = LSE where k, v = Σ_g a^g[j_g], g ∈ K", max_positions=40, empty=True)  # fmt: skip
 def independent_groups(ta: Any, case: Case, draw: Draw) -> Comparisons:
     """Keys and values are sums of one term a group of modes; the truncation keeps the groups, or all sets as large."""
-    groups = draw(mode_partitions(case.order) | st.just((tuple(range(case.order)),)))
+    groups = draw(mode_partitions(case.order))
     case = _summed(groups, case, draw, 9, "key", "value")
     expected, expected_lse = full_attention(case)
     terms, size = 2**case.order, max(map(len, groups))  # as many terms as there are subsets cancel
@@ -130,6 +130,17 @@ def independent_groups(ta: Any, case: Case, draw: Draw) -> Comparisons:
         told = f"truncation {what} must"
         yield Comparison(f"{told} equal full attention", output, expected, terms * case.allowed())
         yield Comparison(f"{told} have its log-sum-exp", lse, expected_lse, terms * case.allowed_lse)
+
+
+@law("truncation at all modes is full attention, whatever the data", "A_r = F, r = N", weighted=False)
+def all_modes(ta: Any, case: Case, draw: Draw) -> Comparisons:
+    """Truncation at as many modes as there are, each of two indices, as fewer have no interaction."""
+    generator, grid = draw(generators(9)), (*case.batch, *[2] * case.order)
+    key, value = (numbers(generator, (*grid, t.shape[-1]), case.dtype).to(t.device) for t in (case.key, case.value))
+    case = case.replace(key=key, value=value).at_most(LARGEST_LOGIT.get(case.dtype, 1.0))
+    output = _called(ta.truncated_attention, case, interaction_order=case.order)
+    told, tolerance = "truncation at all modes must equal full attention", 2**case.order * case.allowed()
+    yield Comparison(told, output, full_attention(case)[0], tolerance)
 
 
 @law("additive attention is exact with independent groups of modes as its modes",
@@ -340,7 +351,7 @@ def _orders(least: int, most: int) -> Callable[[Asked, Any], Any]:
 def counted_once(ta: Any, case: int, draw: Draw) -> Comparisons:
     """A family of kept sets and all their parts; all sets of r of N modes; the case is N."""
     subsets = st.sets(st.integers(0, case - 1), min_size=1).map(sorted)
-    family, of = draw(st.lists(subsets, min_size=1, max_size=6)), ta.truncation
+    family, of = draw(st.lists(subsets, min_size=1, max_size=6)), ta.functional.additive
     counts = of.counting_numbers(of.kept_family(case, family, None))
     totals = torch.tensor([sum(n for more, n in counts.items() if {*kept} <= {*more}) for kept in counts]).double()
     yield Comparison(f"every effect of the family {family} must be counted once", totals, torch.ones_like(totals))
@@ -959,6 +970,7 @@ def adjoint(ta: Any, case: Case, draw: Draw) -> Comparisons:
     expected = reference.outer_sum([exact(other) for other in others])
     yield Comparison("an outer sum must be a broadcast sum", total, expected, tolerance)
     (back,) = torch.autograd.grad(means, leaf, [other.detach() for other in others])
+    pairs: list[tuple[str, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor]]
     pairs = [("averaging", means, others, back, case.key)]
     pairs.append(("an outer sum", others, torch.autograd.grad(total, others, case.key), total, case.key))
     for what, left, right, one, other in pairs:

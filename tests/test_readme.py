@@ -1,0 +1,421 @@
+"""README: every block of code runs, every command and number is checked, and the table of operators is true."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import math
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+from test_structure import ROOMS
+from torch import Tensor
+
+import tensorattn as ta
+from tensorattn.cli.attend import PACKAGED, QUERIES, default_choices
+from tensorattn.cli.common import parse_choices
+from tensorattn.cli.embedding import embed, grid_of
+from tensorattn.cli.main import main
+from tensorattn.cli.recordings import sample_video, sample_volume
+from tensorattn.diagnose import sample_positions, takes_any_positions
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CI = ROOT / ".ci" / "run"
+
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+
+
+def flat(text: str) -> str:
+    """A text in one line."""
+    return " ".join(text.split())
+
+
+def section(title: str) -> str:
+    """Text of one section."""
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, flags=re.MULTILINE | re.DOTALL).group(1)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Cells of the table of a text, without headings."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return rows[2:]
+
+
+# ---- blocks of code ------------------------------------------------------------------------------------------
+
+
+def python_sections() -> dict[str, list[Any]]:
+    """Examples in Python, by the section that they are in."""
+    document = Sybil([PythonCodeBlockParser()]).parse(ROOT / "README.md")
+    headings = [(match.start(), match.group(1)) for match in re.finditer(r"^## (.*)$", README, flags=re.MULTILINE)]
+    found: dict[str, list[Any]] = {}
+    for example in document.examples():
+        title = max((place, title) for place, title in headings if place < example.start)[1]
+        found.setdefault(title, []).append(example)
+    return found
+
+
+PYTHON = python_sections()
+
+
+@pytest.mark.parametrize("title", PYTHON)
+def test_python_runs(title, capsys):
+    """The blocks of a section share their names, and need those of no other section."""
+    torch.manual_seed(0)
+    PYTHON[title][0].document.namespace.clear()
+    for example in PYTHON[title]:
+        example.evaluate()
+
+
+def test_no_block_is_left_out():
+    assert {language for language, _ in BLOCKS} == {"python", "sh", "text", "bibtex"}
+    examples = [example for part in PYTHON.values() for example in part]
+    for block in re.finditer(r"^```python\n.*?^```$", README, flags=re.MULTILINE | re.DOTALL):
+        assert any(block.start() <= example.start < block.end() for example in examples), block.group()
+    for language, text in BLOCKS:
+        assert language != "bibtex" or text.count("{") == text.count("}")
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+# ---- commands ------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_those_of_the_project():
+    extras, pins = PROJECT["optional-dependencies"], []
+    for line in COMMANDS:
+        for named in re.findall(r"\.\[([\w,]+)\]", line):
+            assert set(named.split(",")) <= set(extras)
+        pins += re.findall(r"torch==\S+", line)
+    assert pins == [requirement for requirement in extras["test"] if requirement.startswith("torch==")]
+    oldest = re.search(r"torch>=([\d.]+)", " ".join(PROJECT["dependencies"])).group(1)
+    assert f"{oldest} or later" in README
+    assert f"The tests run with {pins[0].removeprefix('torch==')}." in flat(README)
+    job, tests = (line.split(" && ") for line in COMMANDS if line.startswith("python3 -m venv .venv && "))
+    assert job[1] == tests[1] == ". .venv/bin/activate"
+    assert job[3:] == ["python -m tensorattn attend"] and tests[3:] == ["pytest -q"]
+
+
+@pytest.mark.skipif(not CI.exists(), reason="a source distribution has no .ci")
+def test_the_tests_run_as_they_do_in_ci():
+    script = CI.read_text(encoding="utf-8")
+    assert CI.stat().st_mode & 0o100 and "`.ci/run`" in README
+    assert re.search(r"^pip install .*-e '\.\[test\]' && pytest -q$", script, flags=re.MULTILINE)
+    assert script.splitlines()[-1].startswith("pytest -q -m thorough")
+
+
+def print_help(*words: str) -> None:
+    """Let the command line tell what it takes."""
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+
+
+def test_every_subcommand_is_there_and_has_the_options(capsys):
+    print_help()
+    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, flags=re.MULTILINE)
+    named = re.findall(r"python -m tensorattn (\w+)([^`\n]*)", README)
+    assert {command for command, _ in named} == set(commands)
+    for command, words in named:
+        print_help(command)
+        assert set(re.findall(r"--[\w-]+", words)) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
+
+def test_links_lead_somewhere():
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(links) >= 5
+    for link in links:
+        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).exists(), link
+
+
+# ---- the table of operators ----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One operator of the table."""
+
+    operator: str
+    options: dict[str, Any]
+    exact: str
+    cost: str
+
+    def __call__(self, *tensors: Tensor, **settings: Any) -> Tensor:
+        return ta.OPERATORS[self.operator].function(*tensors, **self.options, **settings)
+
+
+def operator_rows() -> dict[str, Row]:
+    """The table of operators, by its first column."""
+    found = {}
+    for name, _, exact, cost in table_rows(section("Which operator when")):
+        operator, *options = re.findall(r"`([^`]+)`", name)
+        values = {key: ast.literal_eval(value) for key, value in (option.split("=") for option in options)}
+        found[name.replace("`", "")] = Row(operator, values, exact, cost)
+    return found
+
+
+ROWS = operator_rows()
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR)
+
+
+def outer_sum(*sizes: int, channels: int = 12) -> Tensor:
+    return ta.outer_sum([normal(size, channels) for size in sizes])
+
+
+def in_orthogonal_channels(*sizes: int) -> Tensor:
+    """An additive tensor whose modes live in channels of their own, up to a rotation that is the same in every call."""
+    parts = []
+    for mode, size in enumerate(sizes):
+        part = torch.zeros(size, 12, dtype=torch.float64)
+        part[:, 4 * mode : 4 * mode + 4] = normal(size, 4)
+        parts.append(part)
+    rotation = torch.linalg.qr(torch.linspace(0, 9, 144, dtype=torch.float64).view(12, 12).cos())[0]
+    return ta.outer_sum(parts) @ rotation
+
+
+SIZES = (4, 5, 3)
+EXACT: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {  # data on which an operator is exact
+    "always": lambda: (normal(*SIZES, 12), normal(*SIZES, 12), normal(*SIZES, 12)),
+    "any values; queries and keys additive, their modes in orthogonal channels": lambda: (
+        in_orthogonal_channels(*SIZES),
+        in_orthogonal_channels(*SIZES),
+        normal(*SIZES, 12),
+    ),
+    "additive values; queries and keys additive, their modes in orthogonal channels": lambda: (
+        in_orthogonal_channels(*SIZES),
+        in_orthogonal_channels(*SIZES),
+        outer_sum(*SIZES),
+    ),
+    "keys and values additive": lambda: (normal(*SIZES, 12), outer_sum(*SIZES), outer_sum(*SIZES)),
+    "keys and values a sum over disjoint groups of modes that are kept": lambda: (
+        normal(*SIZES, 12),
+        normal(4, 5, 1, 12) + normal(3, 12),
+        normal(4, 5, 1, 12) + normal(3, 12),
+    ),
+    "order 1 only": lambda: (normal(9, 12), normal(9, 12), normal(9, 12)),
+}
+HARDER = {  # the next kind of data, on which it must not be exact
+    "any values; queries and keys additive, their modes in orthogonal channels": "keys and values additive",
+    "additive values; queries and keys additive, their modes in orthogonal channels": (
+        "any values; queries and keys additive, their modes in orthogonal channels"
+    ),
+    "keys and values additive": "keys and values a sum over disjoint groups of modes that are kept",
+    "keys and values a sum over disjoint groups of modes that are kept": "always",
+    "order 1 only": "additive values; queries and keys additive, their modes in orthogonal channels",
+}
+
+
+def distance(row: Row, kind: str) -> float:
+    """How far an operator is from full attention on one kind of data."""
+    query, key, value = EXACT[kind]()
+    settings = {"order": key.dim() - 1, "scale": 0.5}
+    return float(
+        (row(query, key, value, **settings) - ta.flattened_attention(query, key, value, **settings)).abs().max()
+    )
+
+
+def test_the_table_lists_every_operator():
+    assert list(dict.fromkeys(row.operator for row in ROWS.values())) == list(ta.OPERATORS)
+    names = {8: "eight", 9: "nine", 10: "ten"}
+    assert f"gives {names[len(ta.OPERATORS)]} operators one interface" in flat(README)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_table_says_when_an_operator_is_exact(name):
+    row = ROWS[name]
+    assert distance(row, row.exact) < 1e-12
+    assert distance(row, "order 1 only") < 1e-12
+    if row.exact in HARDER:
+        assert distance(row, HARDER[row.exact]) > 1e-3
+
+
+COSTS: dict[str, Callable[..., float]] = {  # of P, S, D, and the number of averages over one or two modes
+    "`4SD`": lambda positions, averages, dim, kept: 4 * averages * dim,
+    "`4SD + 4D²`": lambda positions, averages, dim, kept: 4 * averages * dim + 4 * dim**2,
+    "`4D` for each average kept": lambda positions, averages, dim, kept: 4 * dim * kept,
+    "`4S²D / P`": lambda positions, averages, dim, kept: 4 * averages**2 * dim / positions,
+    "`2SD`": lambda positions, averages, dim, kept: 2 * averages * dim,
+    "`4PD`": lambda positions, averages, dim, kept: 4 * positions * dim,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_table_says_what_a_query_costs(name):
+    """Counted operations are those of the table, and at most half as many again for softmax, averages and sums."""
+    row, sizes, dim = ROWS[name], (20, 24, 28), 32
+    tokens = [torch.empty(*sizes, dim, device="meta") for _ in range(3)]
+    positions, averages = math.prod(sizes), sum(sizes)
+    kept = averages + sum(math.prod(pair) for pair in itertools.combinations(sizes, 2))
+    counted = ta.cost(row, *tokens, order=3).flops / positions
+    stated = COSTS[row.cost](positions, averages, dim, kept)
+    reading = 8 * 3 * dim  # a few operations for each number read or written
+    assert stated <= counted <= 1.5 * stated + reading
+
+
+def works(name: str, *inputs: Tensor, call: dict[str, Any] | None = None, **options: Any) -> bool:
+    """Whether a layer can be made and called so."""
+    try:
+        layer = ta.TensorAttention(12, 2, modes=3, operator=name, **options)
+        return bool(layer(*inputs, **(call or {})).isfinite().all())
+    except ta.OptionError:
+        return False
+
+
+def test_the_text_says_what_works_with_which_operator():
+    x, context, names = torch.randn(2, 4, 3, 5, 12), torch.randn(2, 6, 7, 12), list(ta.OPERATORS)
+    bias, rotary = ta.AlibiBias(2, modes=3), ta.RotaryEmbedding(6, modes=3)
+    anywhere = [name for name in names if works(name, x, context)]
+    causal = [name for name in names if works(name, x, causal=0)]
+    text = flat(section("Which operator when"))
+    assert "context of another grid or order: " + ", ".join(f"`{name}`" for name in anywhere) + "." in text
+    assert [name for name in names if ta.OPERATORS[name].query == "positions" and name != "kao_qkv"] == anywhere
+    assert causal == [name for name in names if name in (*anywhere, "axial")] and "those and `axial`" in text
+    assert [name for name in names if works(name, x, position_bias=bias)] == causal
+    turned = [name for name in names if works(name, x, rotary=rotary)]
+    assert "Rotary embeddings: " + ", ".join(f"`{name}`" for name in turned) + "." in text
+    mask = torch.rand(2, 4, 3, 5, generator=torch.Generator().manual_seed(0)) > 0.3
+    weights = [None, torch.tensor([1.0, 2.0, 0.5]), None]
+    for call in ({"weights": weights}, {"mask": mask}, {"lengths": {0: torch.tensor([3, 4])}}):
+        assert all(works(name, x, call=call) for name in names)
+    assert "Weights of each mode, masks and padding: all." in text
+
+
+def test_the_text_says_which_outputs_stay_in_the_range_of_the_values():
+    convex = [name for name, each in ta.OPERATORS.items() if ta.Claim.CONVEX in each.claims(**each.options)]
+    assert sorted(convex) == ["axial", "flattened", "kao_kv", "kronecker_product"]
+    assert "`kao_kv`, `kronecker_product` and `axial` stay inside" in README
+    assert "The output of `additive` may leave the range of the values" in README
+
+
+def test_what_is_said_of_tracing_is_true():
+    assert "`torch.jit.trace` works within `torch.no_grad()` only" in flat(README)
+    layer, x = ta.TensorAttention(8, 2, modes="h w").eval(), torch.randn(1, 4, 5, 8)
+    with torch.no_grad(), pytest.warns((DeprecationWarning, torch.jit.TracerWarning)):
+        traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(2 * x), layer(2 * x))
+
+
+def test_what_is_said_of_the_changes_is_true():
+    text = flat(section("Changes"))
+    assert f"**{ta.__version__}**" in text
+    for name in ("project", "checkpoint"):
+        assert f"`{name}=`" in text and name in inspect.signature(ta.TensorAttention).parameters
+    assert "out" not in inspect.signature(ta.TensorAttention.forward).parameters and not hasattr(ta.Plan, "execute")
+    assert "out" in inspect.signature(ta.outer_sum).parameters and "`ta.outer_sum` keeps it" in text
+    assert "training" in inspect.signature(ta.cost).parameters and "`cost(training=True)`" in text
+    gone = re.search(r"`Operator` has no ((?:`\w+`(?:, )?)+)", text).group(1)
+    assert not set(re.findall(r"`(\w+)`", gone)) & set(ta.Operator.__dataclass_fields__)
+    assert {"queries", "indices"} <= set(ta.Needs._fields)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_the_first_page_are_true():
+    sizes = (30, 240, 320)
+    positions, averages = math.prod(sizes), sum(sizes)
+    assert sample_video().sizes == sizes
+    assert README.count(f"{positions:,}") == 2 and f"{averages:>10,}" in README
+    assert f"{4 * positions**2 / 1e12:.0f} TB in float32" in flat(README)
+    assert 1.9 < ta.plan(sizes, dim=64, modes=3).passes < 2.2  # "about two readings of the tensor"
+
+
+def test_the_shares_of_interactions_are_true():
+    shares = []
+    for recording in (sample_video(), sample_volume()):
+        tensor = torch.from_numpy(recording.array.astype("float32"))
+        shares.append(f"{100 * float(ta.additive_fraction(tensor, order=3).interaction):.0f} %")
+    assert f"{' and '.join(shares)} of the variance" in flat(README)
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[tuple[str, float], float]]:
+    """Errors of what `python -m tensorattn attend` runs on each packaged recording, by label and width of logits."""
+    found = []
+    for sample, patch, _ in PACKAGED:
+        recording = sample()
+        cut = tuple(map(int, patch.split(",")))
+        query, key, value, scale = embed(recording.array, cut, dim=64, heads=4, logit_std=1.0, seed=0)
+        grid = grid_of(recording.sizes, cut)
+        positions = math.prod(grid)
+        few = sample_positions(positions, sum(grid), torch.Generator().manual_seed(1))
+        some = query.flatten(1, -2)[:, sample_positions(positions, QUERIES, torch.Generator().manual_seed(0))]
+
+        def random_keys(query, key, value, *, order, chosen=few, **settings):
+            keys, values = (each.flatten(1, -2)[:, chosen] for each in (key, value))
+            return ta.flattened_attention(query, keys, values, order=1, scale=settings["scale"])
+
+        def error(operator, queries, width, recorded=(key, value, scale), **options):
+            fresh = torch.Generator().manual_seed(0)
+            keys, values, unit = recorded
+            return ta.error_estimate(
+                operator, queries, keys, values, order=3, scale=unit * width, generator=fresh, **options
+            ).error
+
+        errors = {("mean of the values", 1.0): 1.0}
+        for width in (0.25, 1.0, 4.0):
+            wanted = default_choices() if width == 1 else parse_choices(["additive", "additive:interaction=linear"])
+            for choice in wanted:
+                queries = some if takes_any_positions(choice.record, choice.options) else query
+                errors[choice.label, width] = error(choice.record.name, queries, width, **choice.options)
+            errors["random keys", width] = error(random_keys, some, width)
+        found.append(errors)
+    return found
+
+
+@pytest.mark.thorough
+def test_the_table_of_errors_is_what_the_command_finds(measured):
+    rows = table_rows(section("What it is not"))
+    labels = [label for label, width in measured[0] if width == 1]
+    printed = {re.sub(r"`|^as many ", "", name): cells for name, *cells in rows}
+    assert sorted(printed) == sorted(labels)
+    for label, (_, video, _, volume) in printed.items():
+        for errors, cell in zip(measured, (video, volume), strict=True):
+            found, said = errors[label, 1.0], float(cell.split(" ± ")[0])
+            assert abs(found - said) <= 0.002 + 0.01 * said, f"README has {said} for {label}, but it is {found:.3f}"
+
+
+@pytest.mark.thorough
+def test_what_is_said_of_the_errors_is_true(measured):
+    pairs = sum(math.prod(pair) for pair in itertools.combinations((15, 120, 160), 2))
+    assert f"{pairs:,} more of them on the video" in flat(README)
+    for errors in measured:
+        at = {label: error for (label, width), error in errors.items() if width == 1}
+        others = [error for label, error in at.items() if label not in ("truncated", "flattened", "random keys")]
+        assert at["random keys"] < min(others)
+        assert at["kao_qkv"] > 1 and at["kronecker_sum"] > 1
+        assert at["truncated"] == min(error for label, error in at.items() if label != "flattened")
+        soft, sharp = ({label: e for (label, w), e in errors.items() if w == width} for width in (0.25, 4.0))
+        assert soft["additive:interaction=linear"] < min(soft["random keys"], soft["additive"] / 2)
+        assert sharp["additive:interaction=linear"] > sharp["additive"] > sharp["random keys"]
+
+
+# ---- the rooms -----------------------------------------------------------------------------------------------
+
+
+def test_the_rooms_are_those_of_the_package():
+    (block,) = [text for _, text in BLOCKS if "errors modes masks" in text]
+    named = [word for line in block.splitlines() if line[0] != " " for word in re.split(r"\s{3,}", line)[0].split()]
+    assert [*named, "__main__"] == list(ROOMS)
+    functional = ROOT / "tensorattn" / "functional"
+    files = re.findall(r"(\w+\.py)", block.partition("functional")[2].partition("\nnn ")[0])
+    assert set(files) | {"__init__.py", "maps.py"} == {path.name for path in functional.glob("*.py")}
