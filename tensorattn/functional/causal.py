@@ -219,6 +219,7 @@ class _Time:
         window: How many frames are seen, or None for all.
         weight: Weight of each frame, ``(*batch, frames)`` with batch dimensions that may be 1.
         weights: The same of all frames that are seen, those before too.
+        band: Whether each frame sees each of those that are seen, ``(frames, seen)``.
     """
 
     def __init__(
@@ -233,15 +234,10 @@ class _Time:
         self.weights = self.weight
         if before is not None:
             self.weights = torch.cat(_same_batch([before.weight.to(self.weight.dtype), self.weight], -1), -1)
-        self.seen = self.weights.shape[-1]
-        self.frames = self.weight.shape[-1] + (0 if before is None else before.frames)
-
-    @functools.cached_property
-    def band(self) -> Tensor:
-        """Whether each frame sees each of those that are seen, ``(frames, seen)``."""
-        own = self.weight.shape[-1]
+        own, self.seen = self.weight.shape[-1], self.weights.shape[-1]
         band = torch.ones(own, self.seen, dtype=torch.bool, device=self.weight.device).tril(self.seen - own)
-        return band if self.window is None else band.triu(self.seen - own - self.window + 1)
+        self.band = band if window is None else band.triu(self.seen - own - window + 1)
+        self.frames = self.weight.shape[-1] + (0 if before is None else before.frames)
 
     @property
     def visible(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import pickle
 
 import numpy as np
@@ -34,6 +33,7 @@ from nn.layers import (
 from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, WeightsError
 from tensorattn.functional import OPERATORS
 
+a_few = pytest.mark.parametrize("variant", more(VARIANTS[0], *VARIANTS[3:5], *VARIANTS[8:], quick=3), ids=str)
 BIASED = [name for name, record in OPERATORS.items() if "bias" not in record.lacks]
 SIZES = (3, 4, 2, 3)
 
@@ -83,13 +83,13 @@ class TestValues:
 
     @every_variant
     def test_modes_in_any_order(self, variant):
-        """Sizes all different, in every permutation: the modes are permuted, and nothing else changes."""
+        """Sizes all different: the modes are permuted, and nothing else changes."""
         if "kept" in variant.options:
             return  # they name modes
         layer, x = make(variant, 3), draw(2, 2, 3, 5, 8)
         weights = [None, draw(3).sigmoid(), draw(2, 5).sigmoid()]
         y = layer(x, weights=weights)
-        for order in itertools.permutations(range(3)):
+        for order in ((2, 0, 1), (1, 0, 2)):
             dims, own = [0, *(1 + mode for mode in order), 4], [weights[mode] for mode in order]
             for permuted in (x.permute(dims), x.permute(dims).contiguous()):
                 compare(layer(permuted, weights=own), y.permute(dims))
@@ -146,7 +146,7 @@ class TestValues:
         times = 3 if variant.name in ("kao_qkv", "kronecker_sum") else 1
         compare(layer(x), layer.out_proj(times * layer.v_proj(x)))
 
-    @every_operator
+    @a_few
     def test_any_size_after_any_other(self, variant):
         layer = make(variant)
         state = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
@@ -155,7 +155,7 @@ class TestValues:
             assert torch.equal(layer(x), make(variant)(x))
         assert {name: value for name, value in vars(layer).items() if not name.startswith("_")} == state
 
-    @every_operator
+    @a_few
     def test_more_positions_than_32_bits_count(self, variant):
         """2³² positions of one sample, without memory for one of them."""
         if variant.name == "flattened":
@@ -338,7 +338,7 @@ class TestDropout:
 
 
 class TestState:
-    @every_operator
+    @a_few
     def test_copies(self, variant):
         layer, x = make(variant, modes="h w", dropout=0.5).eval(), draw(2, 3, 4, 8)
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -404,13 +404,13 @@ class TestState:
             assert f"kept={tuple(kept)!r}" in layer.extra_repr()
         assert "causal='w'" in ta.TensorAttention(8, 2, modes="h w", causal=-1).extra_repr()
 
-    @every_operator
+    @a_few
     def test_names_of_modes_are_names_only(self, variant):
         x = draw(2, 3, 4, 8)
         named, tuples, numbered = (make(variant, modes) for modes in ("h w", ("h", "w"), 2))
         assert torch.equal(named(x), numbered(x)) and torch.equal(tuples(x), numbered(x))
 
-    @every_operator
+    @a_few
     def test_integers_of_numpy(self, variant):
         layer = ta.TensorAttention(np.int64(8), np.int32(2), modes=np.int16(2), operator=variant.name)
         assert (type(layer.embed_dim), type(layer.num_heads), layer.modes.order) == (int, int, 2)
@@ -424,7 +424,7 @@ class TestTypes:
             assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", dtype)}
         assert {p.dtype for p in ta.TensorAttention(8, 2, modes=2).parameters()} == {torch.get_default_dtype()}
 
-    @every_variant
+    @a_few
     def test_without_values(self, variant):
         layer = make(variant, 3, 16, 4, torch.bfloat16, device="meta")
         x = torch.empty(2, 5, 6, 7, 16, device="meta", dtype=torch.bfloat16)

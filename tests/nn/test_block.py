@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 import tensorattn as ta
+from nn.layers import every_variant
 from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError
 from tensorattn.functional import OPERATORS
 from tensorattn.nn.parameters import reset_parts
@@ -25,7 +26,6 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 DEFAULTS = VARIANTS[: len(OPERATORS)]
 HALVES = [torch.bfloat16, torch.float16]
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 every_operator = pytest.mark.parametrize("variant", DEFAULTS, ids=str)
 
 

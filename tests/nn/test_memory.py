@@ -58,8 +58,17 @@ def models(variant, **settings):
     return built
 
 
-@pytest.mark.parametrize("build", [layers, blocks, models], ids=lambda build: build.__name__)
-@pytest.mark.parametrize("variant", more(*VARIANTS, quick=len(DEFAULTS)), ids=str)
+CASES = [*((layers, variant) for variant in VARIANTS), *((b, v) for b in (blocks, models) for v in VARIANTS)]
+QUICK = [(b, v) for b, v in CASES if (v in DEFAULTS and b is layers) or v is VARIANTS[0]]
+
+
+@pytest.mark.parametrize(
+    ("build", "variant"),
+    [
+        pytest.param(*case, id=f"{case[0].__name__}-{case[1]}", marks=() if case in QUICK else pytest.mark.thorough)
+        for case in CASES
+    ],
+)
 class TestCheckpoint:
     def test_keeps_less(self, variant, build):
         """A layer the averages and an output or two, a block and each block of a model their input."""

@@ -42,8 +42,8 @@ def said(*sizes):
 
 
 COMPILED = [
-    *((variant, "mask") for variant in VARIANTS),
     *((variant, "nothing") for variant in DEFAULTS),
+    *((variant, "mask") for variant in VARIANTS),
     *((VARIANTS[0], given) for given in ("lengths", "weights")),
 ]
 
@@ -145,8 +145,9 @@ def test_inductor_compiles(variant):
 # ---- export and tracing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strict", more(False, True))
-@pytest.mark.parametrize("variant", more(*DEFAULTS), ids=str)
+@thorough
+@pytest.mark.parametrize("strict", [False, True])
+@every_operator
 def test_is_exported_for_all_sizes(variant, strict):
     layer = make(variant, 3, dtype=torch.float32).eval()
     program = torch.export.export(layer, (draw(2, 3, 5, 7, 8, dtype=torch.float32),), strict=strict, **DYNAMIC)
@@ -201,7 +202,7 @@ def test_onnx(variant, tmp_path):
         compare(torch.from_numpy(found), layer(x).detach(), rtol=1e-3, atol=1e-4)
 
 
-@every_operator
+@pytest.mark.parametrize("variant", more(*DEFAULTS), ids=str)
 def test_is_traced(variant):
     """With gradients and without; what is traced serves other sizes too."""
     layer = make(variant).eval()
