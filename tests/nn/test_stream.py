@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from modules import draw, refused
 
 import tensorattn as ta
-from nn.layers import CAUSAL, CLOSE, DEFAULTS, compare, make, more, some
+from nn.layers import CAUSAL, DEFAULTS, compare, make, more, some
 from tensorattn.errors import DtypeError, OptionError, ShapeError, WeightsError
 from tensorattn.testing import mode_sizes
 from tensorattn.testing.strategies import tensors
