@@ -33,6 +33,7 @@ __all__ = [
     "check_floating",
     "counting_dtype",
     "in_autocast",
+    "is_recorded",
     "is_transformed",
     "log_weights",
     "one_a_mode",
@@ -321,13 +322,18 @@ def _times(vector: Vector, part: Vector) -> Vector:
     return vector * part
 
 
+def is_recorded() -> bool:
+    """Tell whether a graph is recorded: what is in it is then plain operations, and depends on no size."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def readable(tensor: Tensor) -> bool:
     """Tell whether values of a tensor can be read: not while a graph is recorded, under a transform, or on meta.
 
     Args:
         tensor: The tensor.
     """
-    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+    if is_recorded() or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
         return False
     return not _is_functorch_active()
 

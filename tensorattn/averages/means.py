@@ -34,6 +34,7 @@ from tensorattn.masks import (
     beside,
     check_floating,
     counting_dtype,
+    is_recorded,
     is_transformed,
     read_weights,
     without_absent,
@@ -72,7 +73,7 @@ def marginal_means(tensor: Tensor, family: Family, weights: Weights) -> tuple[Te
         return (tensor,) * len(family)
     if weights.grid is not None:
         means = _means_over_positions(tensor, smaller, weights)
-    elif weights.plain and is_transformed(tensor) and not torch.compiler.is_compiling():
+    elif weights.plain and is_transformed(tensor) and not is_recorded():
         means = _Means.apply(tensor, smaller, weights.order)
     else:
         present = weights.over_grid()
@@ -87,7 +88,7 @@ def _walk(tensor: Tensor, family: Family, vectors: Sequence[Vector]) -> tuple[Te
     """Walk the tree from a tensor to its marginal means; modes averaged out stay as dimensions of size 1."""
     order, dtype = len(vectors), accumulation_dtype(tensor.dtype)
     first = tensor.dim() - order - 1
-    if torch.compiler.is_compiling():  # a graph should not depend on sizes
+    if is_recorded():  # a graph should not depend on sizes
         edges = tree(tuple(range(order)), family)
     else:
         modes = tuple([dim - first for dim in memory_order(tensor.stride()) if first <= dim < first + order])
@@ -233,7 +234,7 @@ def broadcast_sum(
         The tensor, of the type of the parts and with memory of its own.
     """
     shape, memory = tuple(shape), tuple(range(len(shape)) if memory is None else memory)
-    if torch.compiler.is_compiling() or not is_transformed(*parts):
+    if is_recorded() or not is_transformed(*parts):
         return _add_up(parts, family, shape, memory)
     return _BroadcastSum.apply(family, shape, memory, *parts)
 

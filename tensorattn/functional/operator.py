@@ -62,6 +62,7 @@ from tensorattn.masks import (
     Weights,
     accumulation_dtype,
     check_floating,
+    is_recorded,
     read_weights,
     real_tensor,
     without_absent,
@@ -400,7 +401,7 @@ def run(
             queries = Means.of(grid.sizes, dict(zip(needs.queries, means, strict=True)), batch)
         result = operator.attend(queries, summary, **settings)
         if not isinstance(result.output, Tensor):
-            memory = memory_order(query.stride()) if not torch.compiler.is_compiling() else None
+            memory = memory_order(query.stride()) if not is_recorded() else None
             result = spread_parts(result, (*grid.batch, *grid.sizes), query.dtype, memory)
     if hidden is not None:
         lse = None if result.lse is None else result.lse.masked_fill(~hidden, -math.inf)

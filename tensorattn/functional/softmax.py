@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
-from tensorattn.masks import accumulation_dtype, is_transformed
+from tensorattn.masks import accumulation_dtype, is_recorded, is_transformed
 
 __all__ = ["Attended", "TokenSet", "Tokens", "attend_tokens", "in_chunks", "merge_attention"]
 
@@ -166,7 +166,7 @@ def in_chunks(
         The results for all queries.
     """
     step = max(64, CHUNK // max(1, width))
-    eager = not torch.compiler.is_compiling() and tensors[0].device.type == "cpu" and not is_transformed(*tensors)
+    eager = not is_recorded() and tensors[0].device.type == "cpu" and not is_transformed(*tensors)
     if not eager or step >= length:
         return attend(slice(None))
     first = attend(slice(0, step))
@@ -259,7 +259,7 @@ def _attention(
 ) -> Tensor:
     """Softmax attention to one set, unchecked, of tensors of one type."""
     tensors = (query, key, value) if bias is None else (query, key, value, bias)
-    if torch.compiler.is_compiling() or dropout_p > 0 or not is_transformed(*tensors):
+    if is_recorded() or dropout_p > 0 or not is_transformed(*tensors):
         return _kernel(query, key, value, bias, scale, dropout_p)
     with torch.no_grad():
         transformed = is_transformed()  # by torch.func, or forwards

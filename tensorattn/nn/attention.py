@@ -36,6 +36,7 @@ from tensorattn.masks import (
     Weights,
     accumulation_dtype,
     beside,
+    is_recorded,
     read_weights,
     without_absent,
 )
@@ -571,7 +572,7 @@ class TensorAttention(nn.Module):
         if order > 1:  # what the map makes of zero, its bias, counts once
             *others, zero = others
             first = torch.sub(first, zero, alpha=order - 1)
-        memory = None if torch.compiler.is_compiling() else memory_order(x.stride())
+        memory = None if is_recorded() else memory_order(x.stride())
         spread = AttentionResult((first, *others))
         return spread_parts(spread, (x.shape[0], *sizes), first.dtype, memory)._replace(attention=result.attention)
 

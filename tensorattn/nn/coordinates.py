@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.errors import ModesError, OptionError, ShapeError, check
-from tensorattn.masks import one_a_mode
+from tensorattn.masks import one_a_mode, readable
 from tensorattn.modes import GridShape, ModeSpec
 
 __all__ = ["Coordinates", "Mode", "ModeCoordinates", "Periodic", "Spacing", "pairs_a_mode"]
@@ -208,12 +208,6 @@ def _vector(vector: Any, name: str, size: int, batch: tuple[int, ...], dtype: to
 
 def _check_finite(vector: Tensor, name: str) -> None:
     """Refuse coordinates that are not finite, where values can be read."""
-    if torch.compiler.is_compiling() or vector.is_meta or vector.numel() == 0:
-        return
-    try:
-        finite = bool(vector.isfinite().all())
-    except RuntimeError:  # under vmap, and for fake tensors, no value can be read
-        return
-    if not finite:
+    if readable(vector) and not vector.isfinite().all():
         lowest, highest = vector.detach().aminmax()
         raise OptionError(f"coordinates of mode {name!r} must be finite, got {lowest:g} to {highest:g}.")

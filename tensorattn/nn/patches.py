@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorattn.errors import ModesError, OptionError, ShapeError, check, retells
-from tensorattn.masks import one_a_mode
+from tensorattn.masks import is_recorded, one_a_mode
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn.layout import channels_last, check_input, check_parameters, show_modes
 from tensorattn.nn.parameters import draw_linear, parameter_of
@@ -178,7 +178,7 @@ class PatchEmbedding(_Patches):
         grid = self._checked(x)
         last, count = channels_last(x, self.channels_first), grid_of(grid.sizes, self.patch)
         for mode, (size, patches, part) in enumerate(zip(grid.sizes, count, self.patch, strict=True)):
-            if self.pad and part > 1 and (torch.compiler.is_compiling() or size % part):
+            if self.pad and part > 1 and (is_recorded() or size % part):
                 places = torch.arange(patches * part, device=x.device).clamp(max=size - 1)
                 last = last.index_select(1 + mode, places)
         blocks = last.reshape(x.shape[0], *block_shape(count, self.patch), self.in_channels)

@@ -537,8 +537,9 @@ class TestPositionBias:
     def test_causal(self, name):
         x, bias = draw(2, *SIZES[:3], 8), self.biases(3)[0]
         for causal in range(3):
-            layer = make(name, 3, causal=causal, position_bias=bias)
-            compare((layer(x), layer.attention(x)), apart(layer, x, bias=bias(x.shape[1:-1])))
+            for project in ("averages", "positions"):
+                layer = make(name, 3, causal=causal, position_bias=bias, project=project)
+                compare((layer(x), layer.attention(x)), apart(layer, x, bias=bias(x.shape[1:-1])))
 
     @pytest.mark.parametrize("options", [{"interaction": "linear"}, {"include_self": True}], ids=str)
     @pytest.mark.parametrize("name", ["additive", "truncated"])

@@ -187,7 +187,7 @@ class TestState:
 
 @pytest.mark.parametrize("case", torch.load(OLD, weights_only=True))
 def test_states_that_version_0_1_saved(case):
-    """Layer and stream continue as they did: sums of then, in the type of the averages, are read as those of now."""
+    """Layer and stream continue as they did: the sums of then, in the type of averages, are read as those of now."""
     old = torch.load(OLD, weights_only=True)[case]
     state, options = old["state"], {"operator": old["operator"], **old["options"]}
     dtype = getattr(torch, state["dtype"])
