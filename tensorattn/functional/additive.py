@@ -345,8 +345,9 @@ def _attend(
 def _marginal_covariance(summary: Summary, kept: Kept, of_keys: bool) -> Tensor:
     """Return the covariance that the means of one kept subset have among themselves, of values and keys or of keys."""
     tokens, grand = summary.tokens({kept: 1}), summary.tokens({(): 1})
-    key = tokens.key - grand.key
-    left = key if of_keys else tokens.value - grand.value
+    dtype = accumulation_dtype(tokens.key.dtype)  # the tensor itself is held in its own
+    key = tokens.key.to(dtype) - grand.key
+    left = key if of_keys else tokens.value.to(dtype) - grand.value
     if tokens.log_weight is None:
         return left.mT @ key / key.shape[-2]
     present = tokens.log_weight.amax(-1, keepdim=True) > -math.inf

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.functional.summary import Means, Moments, Needs, Sums, Summary, make_summary
-from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype
+from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype, without_absent
 from tensorattn.modes import Family, Kept
 
 __all__ = ["Past", "causal_summary", "frames_beside", "frames_first", "frames_last"]
@@ -110,8 +110,12 @@ def causal_summary(
     """
     order, batch, family = weights.order, key.dim() - weights.order - 1, needs.held
     others = [k for k in range(order) if k != mode]
+    present, same = weights.over_grid(), value is key
+    if present is not None:  # zero times what is absent might be NaN
+        key = without_absent(key, present > 0)
+        value = key if same else without_absent(value, present > 0)
     frames = key.movedim(batch + mode, batch)
-    frame_values = frames if value is key else value.movedim(batch + mode, batch)
+    frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
     per_frame = make_summary(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
     time = _Time(per_frame, weights, mode, batch, past, window)
@@ -134,7 +138,7 @@ def causal_summary(
         )
 
     keys = seen(per_frame.key_means, needs.keys)
-    values = keys if value is key and needs.keys == needs.values else seen(per_frame.value_means, needs.values)
+    values = keys if same and needs.keys == needs.values else seen(per_frame.value_means, needs.values)
     counted = {kept: time.count(kept, within[kept]).unsqueeze(-1) for kept in family}
     counts = put_together(
         family,
@@ -149,7 +153,7 @@ def causal_summary(
     if per_frame.covariance is not None and per_frame.key_covariance is not None:
         dtype = per_frame.key_covariance.dtype
         covariance = key_covariance = time.running_moments(of_keys=True).covariance(dtype)
-        if value is not key:
+        if not same:
             covariance = time.running_moments(of_keys=False).covariance(dtype)
     found = Summary(sizes, family, keys, values, counts, vectors, covariance, key_covariance, weights.indices)
     return found, functools.partial(time.past, family, within)
@@ -287,8 +291,10 @@ class _Time:
         """Turn frame means ``(*batch, frames, *n, D)`` into means over the frames that each sees."""
         mean, place = means.get(inner), self.per_frame.kept.index(inner)
         if self.window is not None:
-            return self.windowed(Sums.of(self.beside(mean, place), self.weights)).mean(mean.dtype)
-        return Sums.of(mean, self.frame_count(inner)).running(self.batch, self.sums_before(place)).mean(mean.dtype)
+            sums = self.windowed(Sums.of(self.beside(mean, place), self.weights))
+        else:
+            sums = Sums.of(mean, self.frame_count(inner)).running(self.batch, self.sums_before(place))
+        return sums.mean(accumulation_dtype(mean.dtype))
 
     def sums_before(self, place: int) -> Sums | None:
         """Return the sums over the frames before, if there are any."""

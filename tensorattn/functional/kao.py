@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -218,6 +219,8 @@ def _attend_from_averages(
     lengths = (*sizes, 1) if centered else sizes
     outputs, lses = output.split_with_sizes(lengths, -2), None if lse is None else lse.split_with_sizes(lengths, -1)
     if centered:
+        if lses is not None:  # of a sample without any position all are minus infinity, which is taken off once
+            lses = (*lses[:-1], lses[-1].masked_fill(lses[-1] == -math.inf, 0.0))
         outputs, lses = _less_grand_mean(outputs), None if lses is None else _less_grand_mean(lses)
     weights = None
     if attention is not None:
@@ -240,7 +243,7 @@ def _attend_from_averages(
 def _less_grand_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Take what the grand mean gives N−1 times from what one of the N modes gives."""
     first, *others, grand = parts
-    return torch.sub(first, grand, alpha=len(others)), *others
+    return (torch.sub(first, grand, alpha=len(others)), *others) if others else (first,)
 
 
 def _correction(

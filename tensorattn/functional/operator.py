@@ -124,20 +124,6 @@ class AttentionResult(NamedTuple):
     attention: Any = None
 
 
-class AttentionResult(NamedTuple):
-    """What an operator returns when more than the output is asked for.
-
-    Attributes:
-        output: Output ``(*batch, *positions, D_v)``.
-        lse: Log-sum-exp of the logits ``(*batch, *positions)``, if asked for.
-        attention: Attention weights, if asked for, a tuple; its layout is told by each operator.
-    """
-
-    output: Any
-    lse: Any = None
-    attention: Any = None
-
-
 @dataclass(frozen=True)
 class Operator:
     """Record of one operator.
@@ -384,10 +370,11 @@ def run(
         if not isinstance(result.output, Tensor):
             memory = memory_order(query.stride()) if not torch.compiler.is_compiling() else None
             result = spread_parts(result, (*grid.batch, *grid.sizes), query.dtype, memory)
+    output, lse = result.output.to(query.dtype), result.lse  # in between autocast may choose types of its own
+    lse = None if lse is None else lse.to(accumulation_dtype(query.dtype))
     if hidden is not None:
-        lse = None if result.lse is None else result.lse.masked_fill(~hidden, -math.inf)
-        result = AttentionResult(without_absent(result.output, hidden), lse, result.attention)
-    return result if return_lse or return_attention else result.output
+        output, lse = without_absent(output, hidden), None if lse is None else lse.masked_fill(~hidden, -math.inf)
+    return AttentionResult(output, lse, result.attention) if return_lse or return_attention else output
 
 
 def _run_causally(
