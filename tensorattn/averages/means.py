@@ -94,14 +94,14 @@ def _walk(tensor: Tensor, family: Family, vectors: Sequence[Vector]) -> tuple[Te
         edges = _tree(modes, family, tuple(tensor.shape[first:-1]))
     nodes = {tuple(range(order)): tensor}
     for source, group in edges:
-        given = {mode: vector for mode in group if (vector := vectors[mode]) is not None}
+        given = [(mode, vector) for mode, vector in enumerate(vectors) if mode in group and vector is not None]
         node = nodes[source]
         if given:
-            weight = functools.reduce(torch.mul, [beside(v, mode, order) for mode, v in given.items()]).unsqueeze(-1)
-            axes = [mode - order - 1 for mode in given]
+            weight = functools.reduce(torch.mul, [beside(vector, mode, order) for mode, vector in given]).unsqueeze(-1)
+            axes = [mode - order - 1 for mode, _ in given]
             total = weight.sum(axes, keepdim=True)
             node = (node * weight).sum(axes, keepdim=True) / torch.where(total > 0, total, 1)
-        dims = [first + mode for mode in group if mode not in given]
+        dims = [first + mode for mode in group if vectors[mode] is None]
         nodes[tuple([mode for mode in source if mode not in group])] = (
             node.mean(dims, True, dtype=dtype) if dims else node
         )

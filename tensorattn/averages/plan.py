@@ -59,7 +59,9 @@ def tree(order: Sequence[int], family: Family, sizes: Sequence[int] | None = Non
 
     def make(target: Kept) -> None:
         """Average the smallest node with the modes of a target down to it."""
-        source = min((node for node in (root, *edges) if set(target) <= set(node)), key=elements)
+        source = root
+        for node in edges:
+            source = node if set(target) <= set(node) and elements(node) < elements(source) else source
         while source != target:
             *_, group = _runs([None if mode in target else mode for mode in order if mode in source])
             rest = tuple(mode for mode in source if mode not in group)
