@@ -439,7 +439,7 @@ def _as_tensor(given: Any, rule: str, kind: type[TensorAttentionError], dtype: t
     """Return a tensor, or what an array of any strides or nested lists hold as a tensor of a type."""
     if isinstance(given, Tensor):
         return given
-    if isinstance(given, np.ndarray) and not torch.compiler.is_compiling():  # torch reads neither all strides nor both orders of bytes
+    if isinstance(given, np.ndarray) and not torch.compiler.is_compiling():  # torch does not read all that there are
         given = given.copy() if given.dtype.isnative else given.astype(given.dtype.newbyteorder(), order="C")
     try:
         return torch.as_tensor(given, dtype=dtype)
