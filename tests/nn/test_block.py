@@ -79,6 +79,12 @@ class TestValues:
             torch.testing.assert_close(block(x, weights=weights), expected, **CLOSE)
 
     @every_operator
+    def test_absent_positions_are_zeros(self, variant):
+        block, x, mask = make(variant), draw(2, 3, 4, 8), draw(2, 3, 4, seed=1) > -0.5
+        zeros, nothing = (x.masked_fill(~mask.unsqueeze(-1), fill) for fill in (0, torch.nan))
+        torch.testing.assert_close(block(nothing, mask=mask), written_out(block, zeros, mask=mask), **CLOSE)
+
+    @every_operator
     def test_channels_first(self, variant):
         last, first = make(variant, 3), make(variant, 3, channels_first=True)
         x, weights = draw(2, 3, 2, 4, 8), [None, None, draw(2, 4).sigmoid()]
@@ -324,7 +330,8 @@ class TestTools:
         assert 1 <= counts[0] <= 2  # a graph with floats made of sizes is handed to the backend twice
         assert counts[-1] == counts[0]
 
-    @pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.thorough), True])
+    @pytest.mark.thorough
+    @pytest.mark.parametrize("checkpoint", [False, True])
     def test_training_compiled(self, checkpoint):
         block, x = make(checkpoint=checkpoint, channels_first=True), draw(2, 8, 3, 5).requires_grad_()
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
