@@ -240,7 +240,8 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.reshape(*grad.shape[:-2], ctx.times, -1, grad.shape[-1]).sum(-3), None
+        *batch, length, dim = grad.shape
+        return grad.reshape(*batch, ctx.times, length // ctx.times, dim).sum(-3), None
 
     @staticmethod
     def jvp(ctx: Any, tokens: Tensor, _: None) -> Tensor:
