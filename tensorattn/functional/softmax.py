@@ -213,21 +213,25 @@ def _fused(
         count = sum([each.coefficient for each in tokens.sets])
         total = total + (centre if count == 1 else count * centre).to(total.dtype)
     if query.device.type == "cpu":
-        alone = len(tokens.sets) == 1 and added[0] is None
-        total = total + _poison(query, tokens.key[..., :1, :] if alone else tokens.key)
+        total = total + _poison(query, tokens)
     return total if alive is None else torch.where(alive, total, 0.0)
 
 
 @torch.no_grad()
-def _poison(query: Tensor, key: Tensor) -> Tensor:
-    """Return NaN for queries all whose logits are NaN, else zero, ``(*batch, L, 1)``.
+def _poison(query: Tensor, tokens: Tokens) -> Tensor:
+    """Return NaN for queries that have no finite logit in some set, or one that is NaN, else zero, ``(*batch, L, 1)``.
 
-    The kernel for CPUs takes a row of NaN logits for one of a query that sees nothing, where it has few tokens; a row
-    that has a number too it takes for what it is, so that one token of a set tells.
+    The kernel for CPUs takes a row that holds NaN or minus infinity alone for one of a query that sees nothing.
     """
-    nothing = key.detach().clamp(0.0, 0.0)  # NaN stays, all else is zero
-    nothing = nothing if key.shape[-2] == 1 else nothing.sum(-2, keepdim=True)
-    return (query.detach() * nothing.to(query.dtype)).sum(-1, keepdim=True)
+    key = tokens.key.detach().to(query.dtype)
+    lost = key.isnan().any(-1).any(-1)
+    hidden = ~key.isfinite().all(-1)
+    if tokens.log_weight is not None:
+        hidden = hidden | (tokens.log_weight == -math.inf)
+    for part in tokens.split(hidden, -1):
+        assert part is not None
+        lost = lost | part.all(-1)
+    return torch.where(lost[..., None, None], math.nan, (query - query).sum(-1, keepdim=True))
 
 
 def _attention(
