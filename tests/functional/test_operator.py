@@ -624,14 +624,13 @@ class TestTraps:
             close([variant.function(*alone, order=2)], [y[sample : sample + 1]])
 
     @every_variant
-    @pytest.mark.parametrize("held", [math.nan, math.inf])
-    def test_what_is_not_a_number_shows_in_its_sample(self, variant, held):
+    def test_what_is_not_a_number_shows_in_its_sample(self, variant):
         """On every path alike, however few tokens there are and whoever holds it; elsewhere nothing changes."""
         for sizes in ((3, 4), (1, 1), (1, 20)):
             for place in range(3):
                 leaves = tensors(sizes)
                 expected = variant.function(*leaves, order=2)
-                leaves[place][(0, *(0 for _ in sizes), 0)] = held
+                leaves[place][(0, *(0 for _ in sizes), 0)] = math.nan
                 plain = variant.function(*leaves, order=2)
                 more = variant.function(*leaves, order=2, return_attention=True).output
                 assert torch.equal(plain.isfinite(), more.isfinite())
