@@ -194,7 +194,7 @@ def _fused(
     Softmaxes add up as differences from a common value, so that half precision rounds the differences alone.
     """
     values, centre, total = tokens.split(tokens.value), None, None
-    if len(values) > 1 or tokens.sets[0].coefficient != 1:
+    if dropout_p == 0 and (len(values) > 1 or tokens.sets[0].coefficient != 1):
         constant = [
             value for each, value in zip(tokens.sets, values, strict=True) if each.constant and value is not None
         ]
