@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -187,10 +188,7 @@ class _Reader:
     def answers(self) -> bool:
         """Read all values that were asked for, raise what they call for, and tell whether the mask is a product."""
         dtype = counting_dtype(self.like.device)
-        asked = [
-            torch.stack([bound.to(self.like.device, dtype) for bound in torch.aminmax(t.detach())])
-            for t, _ in self.asked
-        ]
+        asked = [torch.stack(torch.aminmax(t.detach().to(self.like.device, dtype))) for t, _ in self.asked]
         if self.product is not None:
             asked.append(self.product.to(dtype).expand(2))
         if not asked:
@@ -285,7 +283,7 @@ class _Reader:
                     raise WeightsError(f"{what} must be from 0 to its size {size}, got {int(number)}.")
 
         self.ask(length, judge)
-        return torch.arange(size, device=self.like.device) < length.to(self.like.device).unsqueeze(-1)
+        return torch.arange(size, device=self.like.device) < length.to(self.like.device, torch.int64).unsqueeze(-1)
 
     def _check_over_grid(self, tensor: Tensor, what: str, kind: type[TensorAttentionError]) -> None:
         """Check that a tensor has one entry a position."""
@@ -447,9 +445,10 @@ def _as_tensor(given: Any, rule: str, kind: type[TensorAttentionError], dtype: t
     """Return a tensor, or what an array of any strides or nested lists hold as a tensor of a type."""
     if isinstance(given, Tensor):
         return given
+    if isinstance(given, np.ndarray) and not torch.compiler.is_compiling():  # torch does not read all that there are
+        given = given.copy() if given.dtype.isnative else given.astype(given.dtype.newbyteorder(), order="C")
     try:
-        backwards = any([stride < 0 for stride in getattr(given, "strides", None) or ()])  # torch does not read those
-        return torch.as_tensor(given.copy() if backwards else given, dtype=dtype)
+        return torch.as_tensor(given, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         raise kind(f"{rule}, got {given!r}.") from None
 

@@ -306,14 +306,6 @@ def test_the_text_says_which_outputs_stay_in_the_range_of_the_values():
     assert "The output of `additive` may leave the range of the values" in README
 
 
-def test_what_is_said_of_tracing_is_true():
-    assert "`torch.jit.trace` works within `torch.no_grad()` only" in flat(README)
-    layer, x = ta.TensorAttention(8, 2, modes="h w").eval(), torch.randn(1, 4, 5, 8)
-    with torch.no_grad(), pytest.warns((DeprecationWarning, torch.jit.TracerWarning)):
-        traced = torch.jit.trace(layer, x)
-    torch.testing.assert_close(traced(2 * x), layer(2 * x))
-
-
 def test_what_is_said_of_the_changes_is_true():
     text = flat(section("Changes"))
     assert f"**{ta.__version__}**" in text

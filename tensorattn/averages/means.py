@@ -370,10 +370,14 @@ def outer_sum(vectors: Sequence[Tensor], *, skip: Tensor | None = None, out: Ten
     if out is not None:
         _check_out(out, vectors, skip)
     like = out if skip is None else skip
-    memory = None if like is None or 0 in like.stride() else memory_order(like.stride())
-    total = broadcast_sum(vectors, main_effects(len(sizes)), shape, memory)
+    total = broadcast_sum(vectors, main_effects(len(sizes)), shape, None if like is None else _memory_of(like))
     total = total if skip is None else total + skip
     return total if out is None else out.copy_(total)
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return how what is like a tensor should lie in memory; None for the order of dimensions, as in a graph."""
+    return None if torch.compiler.is_compiling() or 0 in tensor.stride() else memory_order(tensor.stride())
 
 
 def check_same_shape(name: str, tensor: Any, shape: Sequence[int], like: Tensor) -> None:
@@ -451,7 +455,7 @@ def additive_part(tensor: Tensor, *, order: int, weights: Sequence[Vector] | Non
     given = read_weights(weights, None, None, grid, tensor)
     *means, grand = marginal_means(tensor, (*main_effects(order), ()), given)
     means[0] = means[0] - (order - 1) * grand.unsqueeze(-2)
-    return broadcast_sum(means, main_effects(order), tensor.shape, memory_order(tensor.stride())).to(tensor.dtype)
+    return broadcast_sum(means, main_effects(order), tensor.shape, _memory_of(tensor)).to(tensor.dtype)
 
 
 @retells

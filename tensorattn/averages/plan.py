@@ -92,7 +92,12 @@ def tree(order: Sequence[int], family: Family, sizes: Sequence[int] | None = Non
     for kept in smaller:
         if kept not in edges:
             make(kept)
-    return tuple(edges.values())
+    needed, steps = set(smaller), []
+    for node, edge in list(edges.items())[::-1]:  # a half that no mean was made from after all is not made either
+        if node in needed:
+            needed.add(edge[0])
+            steps.append(edge)
+    return tuple(steps[::-1])
 
 
 def _runs(items: Iterable[int | None]) -> Iterator[Kept]:

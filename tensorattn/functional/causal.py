@@ -287,8 +287,10 @@ class _Time:
         """Turn frame means ``(*batch, frames, *n, D)`` into means over the frames that each sees."""
         mean, place = means.get(inner), self.per_frame.kept.index(inner)
         if self.window is not None:
-            return self.windowed(Sums.of(self.beside(mean, place), self.weights)).mean(mean.dtype)
-        return Sums.of(mean, self.frame_count(inner)).running(self.batch, self.sums_before(place)).mean(mean.dtype)
+            sums = self.windowed(Sums.of(self.beside(mean, place), self.weights))
+        else:
+            sums = Sums.of(mean, self.frame_count(inner)).running(self.batch, self.sums_before(place))
+        return sums.mean(accumulation_dtype(mean.dtype))
 
     def sums_before(self, place: int) -> Sums | None:
         """Return the sums over the frames before, if there are any."""

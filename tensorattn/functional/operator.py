@@ -403,10 +403,11 @@ def run(
         if not isinstance(result.output, Tensor):
             memory = memory_order(query.stride()) if not is_recorded() else None
             result = spread_parts(result, (*grid.batch, *grid.sizes), query.dtype, memory)
+    output, lse = result.output.to(query.dtype), result.lse  # in between autocast may choose types of its own
+    lse = None if lse is None else lse.to(accumulation_dtype(query.dtype))
     if hidden is not None:
-        lse = None if result.lse is None else result.lse.masked_fill(~hidden, -math.inf)
-        result = AttentionResult(without_absent(result.output, hidden), lse, result.attention)
-    return result if return_lse or return_attention else result.output
+        output, lse = without_absent(output, hidden), None if lse is None else lse.masked_fill(~hidden, -math.inf)
+    return AttentionResult(output, lse, result.attention) if return_lse or return_attention else output
 
 
 def _run_causally(

@@ -21,6 +21,11 @@ from tensorattn.masks import accumulation_dtype, is_recorded, is_transformed
 
 __all__ = ["Attended", "TokenSet", "Tokens", "attend_tokens", "in_chunks", "merge_attention"]
 
+# The kernel for CPUs takes a row of logits that are all NaN for one of a query that sees nothing where they fill no
+# vector of this length: fewer tokens are repeated, which does not change their softmax; where some are hidden, NaN is
+# added.
+LANES = 16
+
 CHUNK = 1 << 20  # elements that are worked on at a time, where nothing is kept
 
 
@@ -189,7 +194,7 @@ def _fused(
     Softmaxes add up as differences from a common value, so that half precision rounds the differences alone.
     """
     values, centre, total = tokens.split(tokens.value), None, None
-    if len(values) > 1 or tokens.sets[0].coefficient != 1:
+    if dropout_p == 0 and (len(values) > 1 or tokens.sets[0].coefficient != 1):
         constant = [
             value for each, value in zip(tokens.sets, values, strict=True) if each.constant and value is not None
         ]
@@ -203,6 +208,9 @@ def _fused(
             if bias.dtype != query.dtype:  # half precision would round the logarithm of a large count
                 bias = bias - bias.amax(-1, keepdim=True).clamp_min(torch.finfo(bias.dtype).min)
             bias = bias.to(query.dtype)
+        elif query.device.type == "cpu" and not torch.compiler.is_compiling():
+            times = math.ceil(LANES / key.shape[-2])  # tokens count alike, as often as they may be there
+            key, value = _Repeated.apply(key, times), _Repeated.apply(value, times)
         dropped = 0.0 if each.constant else dropout_p
         part = _attention(query, key.to(query.dtype), value.to(query.dtype), bias, scale, dropped)
         part = part if each.coefficient == 1 else part * each.coefficient
@@ -211,21 +219,39 @@ def _fused(
     if centre is not None:
         count = sum([each.coefficient for each in tokens.sets])
         total = total + (centre if count == 1 else count * centre).to(total.dtype)
-    if query.device.type == "cpu":
-        alone = len(tokens.sets) == 1 and added[0] is None
-        total = total + _poison(query, tokens.key[..., :1, :] if alone else tokens.key)
-    return total if alive is None else torch.where(alive, total, 0.0)
+    if alive is None:
+        return total
+    total = total + _nan_of(query, tokens.key) if query.device.type == "cpu" else total
+    return torch.where(alive, total, 0.0)
+
+
+class _Repeated(torch.autograd.Function):
+    """Tokens put several times behind each other, by the same operations however often."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens: Tensor, times: int) -> Tensor:
+        return tokens.repeat(*(1,) * (tokens.dim() - 2), times, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.times = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        *batch, length, dim = grad.shape
+        return grad.reshape(*batch, ctx.times, length // ctx.times, dim).sum(-3), None
+
+    @staticmethod
+    def jvp(ctx: Any, tokens: Tensor, _: None) -> Tensor:
+        return _Repeated.apply(tokens, ctx.times)
 
 
 @torch.no_grad()
-def _poison(query: Tensor, key: Tensor) -> Tensor:
-    """Return NaN for queries all whose logits are NaN, else zero, ``(*batch, L, 1)``.
-
-    The kernel for CPUs takes a row of NaN logits for one of a query that sees nothing, where it has few tokens; a row
-    that has a number too it takes for what it is, so that one token of a set tells.
-    """
-    nothing = key.detach().clamp(0.0, 0.0)  # NaN stays, all else is zero
-    nothing = nothing if key.shape[-2] == 1 else nothing.sum(-2, keepdim=True)
+def _nan_of(query: Tensor, key: Tensor) -> Tensor:
+    """Return NaN for queries that are NaN or meet such a key, else zero, ``(*batch, L, 1)``: see `LANES`."""
+    nothing = key.detach().clamp(0.0, 0.0).sum(-2, keepdim=True)  # NaN stays, all else is zero
     return (query.detach() * nothing.to(query.dtype)).sum(-1, keepdim=True)
 
 

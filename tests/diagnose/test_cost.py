@@ -309,7 +309,7 @@ def test_a_call_is_measured() -> None:
     result, spent = measure(call)
     assert result.sum() == 2_000_000 and 0 < spent.seconds < 1
     assert len(done) > 2 and set(done) == {1} and torch.get_num_threads() == before
-    assert spent.peak_bytes is None or spent.peak_bytes == pytest.approx(8e6, rel=0.1)
+    assert spent.peak_bytes is None or spent.peak_bytes == pytest.approx(8e6, abs=4e6)  # as the system sees it
 
 
 def test_threads_are_those_before_when_a_call_fails() -> None:

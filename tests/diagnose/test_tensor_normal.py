@@ -36,6 +36,12 @@ def zeros(*shape):
     return torch.zeros(*shape, dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def validating():
+    """Values are checked by default, whatever other tests left behind: torch.compile turns that off."""
+    Distribution.set_default_validate_args(True)
+
+
 @pytest.fixture
 def seeded():
     with torch.random.fork_rng(devices=[]):
