@@ -106,8 +106,8 @@ def attend_tokens(
 ) -> Attended:
     """Add up softmax attention over sets of tokens, each with its own softmax and coefficient.
 
-    A query that sees no token of some set gives zeros and a log-sum-exp of minus infinity. A NaN in a query or in a key
-    shows in the output, whatever the kernel makes of it.
+    A query that sees no token of some set gives zeros and a log-sum-exp of minus infinity. What is not finite in a query
+    or in a key shows in the output, whatever the kernel makes of it.
 
     Args:
         query: ``(*batch, L, D)``.
@@ -190,7 +190,7 @@ def _fused(
     Softmaxes add up as differences from a common value, so that half precision rounds the differences alone.
     """
     values, centre, total = tokens.split(tokens.value), None, None
-    if len(values) > 1 or tokens.sets[0].coefficient != 1:
+    if dropout_p == 0 and (len(values) > 1 or tokens.sets[0].coefficient != 1):
         constant = [
             value for each, value in zip(tokens.sets, values, strict=True) if each.constant and value is not None
         ]
@@ -213,25 +213,17 @@ def _fused(
         count = sum([each.coefficient for each in tokens.sets])
         total = total + (centre if count == 1 else count * centre).to(total.dtype)
     if query.device.type == "cpu":
-        total = total + _poison(query, tokens)
+        total = total + _poison(query, tokens.key)
     return total if alive is None else torch.where(alive, total, 0.0)
 
 
 @torch.no_grad()
-def _poison(query: Tensor, tokens: Tokens) -> Tensor:
-    """Return NaN for queries that have no finite logit in some set, or one that is NaN, else zero, ``(*batch, L, 1)``.
+def _poison(query: Tensor, key: Tensor) -> Tensor:
+    """Return NaN for a query that is not finite, and for all where a key is not, else zero, ``(*batch, L, 1)``.
 
-    The kernel for CPUs takes a row that holds NaN or minus infinity alone for one of a query that sees nothing.
+    The kernel for CPUs takes logits that are no numbers for those of a query that sees nothing, and gives zero.
     """
-    key = tokens.key.detach().to(query.dtype)
-    lost = key.isnan().any(-1).any(-1)
-    hidden = ~key.isfinite().all(-1)
-    if tokens.log_weight is not None:
-        hidden = hidden | (tokens.log_weight == -math.inf)
-    for part in tokens.split(hidden, -1):
-        assert part is not None
-        lost = lost | part.all(-1)
-    return torch.where(lost[..., None, None], math.nan, (query - query).sum(-1, keepdim=True))
+    return (query - query).sum(-1, keepdim=True) + (key - key).sum((-2, -1), keepdim=True).to(query.dtype)
 
 
 def _attention(
@@ -346,6 +338,8 @@ def _explicit(
     """Attend to all sets by one product with the keys and one with the values."""
     dtype = accumulation_dtype(query.dtype)
     logits = torch.matmul(query.to(dtype) * scale, tokens.key.to(dtype).mT)
+    if query.device.type == "cpu":
+        logits = logits + _poison(query, tokens.key)
     weights, signed, lse = [], [], logits.new_zeros(())
     for each, part, bias in zip(tokens.sets, tokens.split(logits, -1), added, strict=True):
         assert part is not None
