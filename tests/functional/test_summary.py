@@ -225,8 +225,8 @@ class TestTokens:
         close([found[0].expand(3, 4), found[1]], [expected, columns.log()])
         mask = torch.tensor([[True, True, False], [True, False, False]])  # no product: two rows, two columns, present
         summary = ta.summarize(x[:1, :2, :3], x[:1, :2, :3], order=2, mask=mask)
-        close([summary.mode_log_weight(0)[0].exp()], [torch.tensor([4 / 3, 2 / 3]).double()])
-        close([summary.mode_log_weight(1)[0].exp()], [torch.tensor([4 / 3, 2 / 3, 0]).double()])
+        close([summary.mode_log_weight(0)[0].exp()], [torch.tensor([4 / 3, 2 / 3], dtype=torch.float64)])
+        close([summary.mode_log_weight(1)[0].exp()], [torch.tensor([4 / 3, 2 / 3, 0], dtype=torch.float64)])
 
 
 class TestProject:
