@@ -9,7 +9,6 @@ import torch
 from grids import CAUSAL, LAYOUTS, at_sizes, close, every_causal_variant, holes, positive, tensors
 from modules import draw
 
-import tensorattn as ta
 from tensorattn.functional import OPERATORS
 from tensorattn.functional.causal import frames_first, frames_last
 
@@ -183,13 +182,3 @@ def test_frames_as_a_batch_dimension():
         frames = frames_first(x, mode, 1)
         assert frames.shape == shape
         assert torch.equal(frames_last(frames, mode, 1), x)
-
-
-def test_running_means_of_half_precision_are_held_in_single():
-    """Means over hundreds of frames that differ by less than half precision tells apart."""
-    x = torch.ones(1, 300, 2, 1, dtype=torch.bfloat16)
-    x[:, ::2] = 1.0078125  # the next number after 1
-    value = x[..., 0:1]
-    output = ta.kao_kv(torch.zeros_like(x), x, value, order=2, causal=0)
-    exact = ta.kao_kv(torch.zeros_like(x).double(), x.double(), value.double(), order=2, causal=0)
-    assert (output.double() - exact).abs().max() <= 2**-8
