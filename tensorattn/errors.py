@@ -12,7 +12,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ def _read_module_call(function: Callable[..., Any], args: Sequence[Any], kwargs:
     return describe(modes.names, tensors, channels_first=getattr(args[0], "channels_first", False))
 
 
-def is_integer(number: object) -> bool:
+def is_integer(number: object) -> TypeGuard[int]:
     """Tell whether something is an integer, of Python or of NumPy, and no truth value.
 
     Args:

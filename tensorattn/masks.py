@@ -216,7 +216,7 @@ class _Reader:
         if readable(tensor) and tensor.numel():
             self.asked.append((tensor, judge))
 
-    def vectors(self, given: Sequence[Any], part_of: int | None) -> Vectors:
+    def vectors(self, given: Any, part_of: int | None) -> Vectors:
         """Check one vector of weights a mode."""
         parts = mode_parts(given, self.order, "weights", "vectors", WeightsError)
         return tuple(

@@ -32,7 +32,7 @@ def positive(*shape, seed=0):
 
 
 def holes(*shape, seed=0):
-    """A mask that is no product over modes: random, with an empty slice in the first sample, and one position in all."""
+    """A mask that is no product over modes: with an empty slice in the first sample, and one position in each."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.35
     mask[0, 0] = False
     mask.view(shape[0], -1)[:, -1] = True

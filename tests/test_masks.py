@@ -405,7 +405,9 @@ class TestReadingNumbers:
 
     def test_masks_and_lengths_of_any_strides(self):
         x, mask, lengths = draw(2, 3, 4, 5), holes(2, 3, 4), torch.tensor([[3, 2], [1, 4]])
-        expected = [ta.additive_attention(x, x, x, order=2, **given) for given in ({"mask": mask}, {"lengths": lengths})]
+        expected = [
+            ta.additive_attention(x, x, x, order=2, **given) for given in ({"mask": mask}, {"lengths": lengths})
+        ]
         turned = mask.numpy()[:, ::-1].copy()[:, ::-1]
         for given in (turned, turned.transpose(0, 2, 1).copy().transpose(0, 2, 1), mask.tolist()):
             close([ta.additive_attention(x, x, x, order=2, mask=given)], expected[:1], rtol=0, atol=0)

@@ -63,7 +63,12 @@ def test_shapes():
     assert grid_shape((0, 7, 3, 4, 0), 2, "key") == GridShape((0, 7), (3, 4), 0)
     named = ModeSpec.parse("h w")
     refused(
-        ShapeError, "mode 'w' has size 0 in x, but every mode needs at least 1 index.", grid_shape, (3, 0, 5), named, "x"
+        ShapeError,
+        "mode 'w' has size 0 in x, but every mode needs at least 1 index.",
+        grid_shape,
+        (3, 0, 5),
+        named,
+        "x",
     )
     assert attention_shapes((2, 9, 5), (2, 3, 4, 5), (2, 3, 4, 7), 2) == (GridShape((2,), (3, 4), 5), 7)
 

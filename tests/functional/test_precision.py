@@ -43,7 +43,9 @@ def parts(result):
 
 
 class TestTypes:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)]
+    )
     @every_variant
     def test_of_results(self, variant, dtype):
         """The output has that of the query, a log-sum-exp that of averages; both are right."""
@@ -120,7 +122,8 @@ class TestExtremes:
             cheap = variant.name == "truncated" and order == 8 and "interaction_order" not in variant.options
             options = {"kept": ((0,), (0, 1))} if cheap else {}
             ours, theirs = (
-                variant.function(x, x, x, order=order, weights=w, **options) for w in ([size * v for v in weights], weights)
+                variant.function(x, x, x, order=order, weights=w, **options)
+                for w in ([size * v for v in weights], weights)
             )
             close([ours], [theirs], rtol=1e-3, atol=1e-3)
 

@@ -21,7 +21,11 @@ import tensorattn as ta
 from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError
 
 SIZES = {1: (5,), 2: (4, 3), 3: (3, 4, 2), 4: (2, 3, 2, 3)}
-EVERY = [(order, mode) for order in SIZES for mode in range(order)]
+EVERY = [
+    pytest.param(order, mode, marks=() if order < 3 or (order, mode) == (3, 1) else pytest.mark.thorough)
+    for order in SIZES
+    for mode in range(order)
+]
 
 
 def subsets(order):
@@ -206,7 +210,9 @@ class TestTokens:
             summary = ta.summarize(x, x, order=order, kept=subsets(order), weights=weights)
             total = over_grid(weights, sizes, batch).flatten(2).sum(-1)
             tokens = summary.tokens({kept: place + 1 for place, kept in enumerate(summary.kept)})
-            rows = zip(summary.kept, tokens.sets, tokens.split(tokens.key), tokens.split(tokens.log_weight, -1), strict=True)
+            rows = zip(
+                summary.kept, tokens.sets, tokens.split(tokens.key), tokens.split(tokens.log_weight, -1), strict=True
+            )
             for place, (kept, each, key, log_weight) in enumerate(rows):
                 count = math.prod(sizes[mode] for mode in kept)
                 assert (each.length, each.coefficient, each.constant) == (count, place + 1, not kept)
@@ -373,7 +379,7 @@ class TestMerge:
         check(found, whole, whole, torch.cat(weight, 1 + mode))
         assert all(mean.isfinite().all() for mean in (*found.keys, found.covariance))
 
-    @pytest.mark.parametrize("count", [256, pytest.param(4096, marks=pytest.mark.thorough)])
+    @pytest.mark.parametrize("count", [128, pytest.param(4096, marks=pytest.mark.thorough)])
     def test_many_parts_add_up_without_loss(self, count):
         """Parts in single precision, one after the other: within 1e-6 of float64, where a chain drifts."""
         x = draw(count, 3, 2, dtype=torch.float32) + 10
@@ -384,7 +390,9 @@ class TestMerge:
             assert ((ours - theirs) / theirs).abs().max() < 1e-6
         assert (found.covariance - exact.covariance).abs().max() < 1e-5
         half = x.split(count // 2)
-        close(summarize(half[0], half[0]).merge(summarize(half[1], half[1]), mode=0).keys, exact.keys, rtol=1e-6, atol=0)
+        close(
+            summarize(half[0], half[0]).merge(summarize(half[1], half[1]), mode=0).keys, exact.keys, rtol=1e-6, atol=0
+        )
 
     def test_gradients(self):
         x = draw(5, 3, 4).requires_grad_()
