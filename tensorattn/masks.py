@@ -82,11 +82,25 @@ class Weights:
         return self.grid is None and all([vector is None for vector in self.vectors])
 
     def over_grid(self) -> Tensor | None:
-        """Return one weight a position, broadcastable to ``(*batch, n_1, …, n_N)``; None where each counts once."""
+        """Return one weight a position up to a factor a sample, broadcastable to the grid; None where each counts once.
+
+        The factor keeps products of many large or small weights within the range of their type.
+        """
         if self.grid is not None:
             return self.grid
-        vectors = [beside(vector, mode, self.order) for mode, vector in enumerate(self.vectors) if vector is not None]
-        return functools.reduce(torch.mul, vectors) if vectors else None
+        found = []
+        for mode, vector in enumerate(self.vectors):
+            if vector is not None:
+                largest = vector.amax(-1, keepdim=True)
+                found.append(beside(vector / torch.where(largest > 0, largest, 1), mode, self.order))
+        return functools.reduce(torch.mul, found) if found else None
+
+    def shown(self) -> Tensor | None:
+        """Return where positions have a weight that is not zero, broadcastable to the grid; None where all have."""
+        if self.grid is not None:
+            return self.grid > 0
+        found = [beside(vector > 0, mode, self.order) for mode, vector in enumerate(self.vectors) if vector is not None]
+        return functools.reduce(torch.logical_and, found) if found else None
 
     def with_batch_dim(self, dim: int) -> Weights:
         """Return the same weights for tensors with one more batch dimension, such as heads.

@@ -435,12 +435,16 @@ def test_what_is_known_of_weights():
     assert not read(None, everything, None).plain  # nothing is known of it before it is read
     known = read(None, product, [2, None])
     assert known.grid is None and known.binary and known.indices
-    assert torch.equal(known.over_grid().bool(), product & (torch.arange(3) < 2)[:, None])
+    assert torch.equal(known.shown(), product & (torch.arange(3) < 2)[:, None])
+    assert torch.equal(known.over_grid(), known.shown().double())
     held = read(None, gaps, None)
-    assert held.vectors == (None, None) and held.indices and torch.equal(held.grid.bool(), gaps)
+    assert held.vectors == (None, None) and held.indices and torch.equal(held.shown(), gaps)
     both = read([positive(3), None], gaps, None)
     assert not both.indices and not both.binary
     assert torch.equal(both.over_grid(), positive(3)[:, None] * gaps)
+    tiny = read([torch.full((3,), 1e-300).double() + 1e-300, torch.tensor([0.0, 1, 1, 2]).double() * 1e300], None, None)
+    close([tiny.over_grid()], [torch.tensor([0.0, 0.5, 0.5, 1]).double().expand(3, 4)])
+    assert torch.equal(tiny.shown(), torch.tensor([False, True, True, True]).expand(3, 4))
     heads = both.with_batch_dim(-1)
     assert heads.grid.shape == (2, 1, 3, 4) and heads.present.shape == (2, 1, 3, 4)
 

@@ -76,9 +76,9 @@ def marginal_means(tensor: Tensor, family: Family, weights: Weights) -> tuple[Te
     elif weights.plain and is_transformed(tensor) and not is_recorded():
         means = _Means.apply(tensor, smaller, weights.order)
     else:
-        present = weights.over_grid()
-        if present is not None:  # zero times what is absent might be NaN
-            tensor = torch.where((present > 0).unsqueeze(-1) | tensor.isfinite(), tensor, 0.0)
+        shown = weights.shown()
+        if shown is not None:  # zero times what is absent might be NaN
+            tensor = torch.where(shown.unsqueeze(-1) | tensor.isfinite(), tensor, 0.0)
         means = _walk(tensor, smaller, weights.vectors)
     found = dict(zip(smaller, means, strict=True))
     return tuple([found.get(kept, whole) for kept in family])
@@ -98,15 +98,19 @@ def _walk(tensor: Tensor, family: Family, vectors: Sequence[Vector]) -> tuple[Te
         given = [(mode, vector) for mode, vector in enumerate(vectors) if mode in group and vector is not None]
         node = nodes[source]
         if given:
-            weight = functools.reduce(torch.mul, [beside(vector, mode, order) for mode, vector in given]).unsqueeze(-1)
-            axes = [mode - order - 1 for mode, _ in given]
-            total = weight.sum(axes, keepdim=True)
-            node = (node * weight).sum(axes, keepdim=True) / torch.where(total > 0, total, 1)
+            shares = functools.reduce(torch.mul, [beside(_shares(vector), mode, order) for mode, vector in given])
+            node = (node * shares.unsqueeze(-1)).sum([mode - order - 1 for mode, _ in given], keepdim=True)
         dims = [first + mode for mode in group if vectors[mode] is None]
         nodes[tuple([mode for mode in source if mode not in group])] = (
             node.mean(dims, True, dtype=dtype) if dims else node
         )
     return tuple([_without_modes(nodes[kept], kept, order) for kept in family])
+
+
+def _shares(vector: Tensor) -> Tensor:
+    """Divide weights by their sum; where all are zero they stay so."""
+    total = vector.sum(-1, keepdim=True)
+    return vector / torch.where(total > 0, total, 1)
 
 
 def _without_modes(node: Tensor, kept: Kept, order: int) -> Tensor:

@@ -110,10 +110,10 @@ def causal_summary(
     """
     order, batch, family = weights.order, key.dim() - weights.order - 1, needs.held
     others = [k for k in range(order) if k != mode]
-    present, same = weights.over_grid(), value is key
-    if present is not None:  # zero times what is absent might be NaN
-        key = without_absent(key, present > 0)
-        value = key if same else without_absent(value, present > 0)
+    shown, same = weights.shown(), value is key
+    if shown is not None:  # zero times what is absent might be NaN
+        key = without_absent(key, shown)
+        value = key if same else without_absent(value, shown)
     frames = key.movedim(batch + mode, batch)
     frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}

@@ -353,6 +353,12 @@ def functions(weights=None):
     }
 
 
+some_functions = pytest.mark.parametrize(
+    "name",
+    [name if name == "mode_averages" else pytest.param(name, marks=pytest.mark.thorough) for name in functions()],
+)
+
+
 class TestDerivatives:
     @every_order
     def test_gradients_are_those_of_plain_means(self, order):
@@ -392,7 +398,7 @@ class TestDerivatives:
         close([x.grad], [torch.full_like(x, 1 / (x.shape[1] * x.shape[3]))])
 
     @forward_mode
-    @pytest.mark.parametrize("name", functions())
+    @some_functions
     def test_first_and_second_derivatives_in_both_directions(self, name):
         x = draw(2, 3, 2, 2).requires_grad_()
         for weights in (None, [positive(3), positive(2, 2)]):
@@ -404,7 +410,9 @@ class TestDerivatives:
             assert gradgradcheck(squared, (x[..., :1].detach().requires_grad_(),), check_fwd_over_rev=True)
 
     @forward_mode
-    @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+    @pytest.mark.parametrize(
+        "function", [ta.mode_averages, *(pytest.param(f, marks=pytest.mark.thorough) for f in FUNCTIONS[1:])]
+    )
     def test_derivatives_in_the_weights(self, function):
         x, weights = draw(2, 3, 2, 2).requires_grad_(), [positive(3).requires_grad_(), positive(2, 2).requires_grad_()]
         assert gradcheck(lambda x, *w: function(x, order=2, weights=w), (x, *weights), check_forward_ad=True)
@@ -502,7 +510,8 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
-    @pytest.mark.parametrize("order", [2, *(pytest.param(order, marks=pytest.mark.thorough) for order in (1, 3))])
+    @pytest.mark.thorough
+    @pytest.mark.parametrize("order", [1, 2, 3])
     def test_one_graph_for_all_sizes(self, order):
         def both(x, *weights):
             averages = ta.mode_averages(x, order=order, weights=weights)

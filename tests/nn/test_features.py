@@ -222,7 +222,7 @@ return_lse                 yes          yes          yes     yes      raises    
 attention maps             yes          yes          yes     yes      yes                yes            yes     yes
 skip, checkpoint, project  yes          yes          yes     yes      yes                yes            yes     yes
 mode_projections, qk_norm  raises       raises       raises  raises   yes                yes            raises  raises
-"""  # noqa: E501
+"""
 
 
 def tried(feature: str, name: str) -> str:
