@@ -106,14 +106,14 @@ def test_the_commands_are_those_of_the_project():
     assert f"The tests run with {pins[0].removeprefix('torch==')}." in flat(README)
     job, tests = (line.split(" && ") for line in COMMANDS if line.startswith("python3 -m venv .venv && "))
     assert job[1] == tests[1] == ". .venv/bin/activate"
-    assert job[3:] == ["python -m tensorattn attend"] and tests[3:] == ["pytest -q"]
+    assert job[3:] == ["python -m tensorattn attend"] and tests[3:] == ["pytest -q -n 2"]
 
 
 @pytest.mark.skipif(not CI.exists(), reason="a source distribution has no .ci")
 def test_the_tests_run_as_they_do_in_ci():
     script = CI.read_text(encoding="utf-8")
     assert CI.stat().st_mode & 0o100 and "`.ci/run`" in README
-    assert re.search(r"^pip install .*-e '\.\[test\]' && pytest -q$", script, flags=re.MULTILINE)
+    assert re.search(r"^pip install .*-e '\.\[test\]' && pytest -q -n 2$", script, flags=re.MULTILINE)
     assert script.splitlines()[-1].startswith("pytest -q -m thorough")
 
 
