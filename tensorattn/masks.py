@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "readable",
     "real_tensor",
     "without_absent",
+    "without_autocast",
 ]
 
 Vector = Tensor | None  # weights of one mode, ``(n_m,)`` or ``(*batch, n_m)``; None stands for ones
@@ -465,6 +467,16 @@ def _as_tensor(given: Any, rule: str, kind: type[TensorAttentionError], dtype: t
         return torch.as_tensor(given, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         raise kind(f"{rule}, got {given!r}.") from None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return what leaves all types as they are.
+
+    Args:
+        device: Where is worked.
+    """
+    known = torch.amp.is_autocast_available(device.type)  # not on meta
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def in_autocast(device: torch.device) -> bool:

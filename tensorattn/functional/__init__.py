@@ -2,6 +2,8 @@
 
 from tensorattn.functional.additive import ADDITIVE, TRUNCATED, additive_attention, truncated_attention
 from tensorattn.functional.axial import AXIAL, axial_attention
+from tensorattn.functional.cells import Cells, find_cells
+from tensorattn.functional.clustered import CLUSTERED, clustered_attention
 from tensorattn.functional.flattened import FLATTENED, flattened_attention
 from tensorattn.functional.kao import KAO_KV, KAO_QKV, kao_kv, kao_qkv
 from tensorattn.functional.kronecker import (
@@ -25,6 +27,7 @@ from tensorattn.functional.summary import Needs, Summary, summarize
 __all__ = [
     "OPERATORS",
     "AttentionResult",
+    "Cells",
     "Claim",
     "Needs",
     "Operator",
@@ -32,6 +35,8 @@ __all__ = [
     "additive_attention",
     "attention_map",
     "axial_attention",
+    "clustered_attention",
+    "find_cells",
     "flattened_attention",
     "get_operator",
     "kao_kv",
@@ -44,5 +49,5 @@ __all__ = [
     "truncated_attention",
 ]
 
-for _record in (ADDITIVE, TRUNCATED, KAO_KV, KAO_QKV, KRONECKER_PRODUCT, KRONECKER_SUM, AXIAL, FLATTENED):
+for _record in (ADDITIVE, TRUNCATED, KAO_KV, KAO_QKV, KRONECKER_PRODUCT, KRONECKER_SUM, AXIAL, CLUSTERED, FLATTENED):
     register_operator(_record)

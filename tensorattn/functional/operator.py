@@ -54,7 +54,7 @@ from tensorattn.averages.plan import memory_order
 from tensorattn.errors import DtypeError, OptionError, ShapeError, check, check_scale, retells
 from tensorattn.functional.causal import causal_summary, frames_first, frames_last
 from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens
-from tensorattn.functional.summary import Means, Needs, make_summary
+from tensorattn.functional.summary import Means, Needs, Summary, make_summary
 from tensorattn.masks import (
     GivenWeights,
     Lengths,
@@ -76,6 +76,7 @@ __all__ = [
     "Claim",
     "Operator",
     "Shared",
+    "attend_condensed",
     "attend_positions",
     "attention_function",
     "biased",
@@ -124,11 +125,13 @@ class AttentionResult(NamedTuple):
         output: Output ``(*batch, *positions, D_v)``.
         lse: Log-sum-exp of the logits ``(*batch, *positions)``, if asked for.
         attention: Attention weights, if asked for, a tuple; its layout is told by each operator.
+        rho: Of `clustered_attention`, the share of the variance of the logits that is left inside cells; None of
+            others.
 
     Examples:
         >>> import torch, tensorattn as ta
         >>> q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
-        >>> output, lse, attention = ta.additive_attention(q, k, v, order=2, return_lse=True)
+        >>> output, lse, attention, _ = ta.additive_attention(q, k, v, order=2, return_lse=True)
         >>> output.shape, lse.shape, attention
         (torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 5]), None)
     """
@@ -136,6 +139,7 @@ class AttentionResult(NamedTuple):
     output: Any
     lse: Any = None
     attention: Any = None
+    rho: Any = None
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,11 @@ class Operator:
         pools: Whether it pools queries and keys over positions before they meet, so that each mode can have linear
             maps of its own, and a norm.
         options: Names of its options with their defaults.
+        condense: From queries, the summary and the options to what is attended to in its place, and to what later
+            frames of a causal mode need to know; None if the summary itself is attended to.
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
             and the options to weights over the grid; None if they have no such form.
-        lacks: Arguments without a meaning for it, each with the reason.
+        lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.
@@ -186,8 +192,17 @@ class Operator:
     query: Literal["positions", "grid"] = "positions"
     pools: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    condense: Callable[..., tuple[Any, Any]] | None = None
     spread: Callable[..., Tensor] | None = None
-    lacks: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
+
+    def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the arguments without a meaning for some options, each with the reason.
+
+        Args:
+            options: All its options.
+        """
+        return self.lacks(**options) if callable(self.lacks) else self.lacks
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Complete options by their defaults.
@@ -355,13 +370,19 @@ def run(
     batch, positions = len(grid.batch), tuple(query.shape[len(grid.batch) : -1])
     for name, switch in (("return_lse", return_lse), ("return_attention", return_attention)):
         check(switch, name, "switch")
-    given = {"bias": bias is not None, "causal": causal is not None, "return_lse": return_lse and order > 1}
-    for name, reason in operator.lacks.items():
-        if given[name]:
-            raise OptionError(f"{name} has no meaning for this operator: {reason}.")
     check_scale(scale)
     check(dropout_p, "dropout_p", "probability")
     options = operator.with_defaults(options)
+    needs = operator.needs(order, **options)
+    given = {
+        "bias": bias is not None,
+        "causal": causal is not None,
+        "dropout_p": dropout_p > 0,
+        "return_lse": return_lse and order > 1,
+    }
+    for name, reason in operator.lacking(options).items():
+        if given[name]:
+            raise OptionError(f"{name} has no meaning for this operator: {reason}.")
     own = bool(options.get("include_self"))
     if operator.query == "grid" and positions != grid.sizes:
         raise ShapeError(f"query must be on the grid of key, but has positions {positions} where key has {grid.sizes}.")
@@ -370,7 +391,6 @@ def run(
             f"include_self needs the query on the grid of key, but query has positions {positions} where key has "
             f"{grid.sizes}."
         )
-    needs = operator.needs(order, **options)
     spoken = read_weights(weights, mask, lengths, grid, key)
     check_indices(needs, spoken)
     checked_bias = _check_bias(bias, positions, grid, key)
@@ -389,7 +409,10 @@ def run(
     hidden = spoken.present if operator.query == "grid" else None
     if hidden is not None:
         query = without_absent(query, hidden)
-    if mode is not None and operator.query == "positions":
+    if operator.condense is not None:
+        summary = make_summary(key, value, needs, spoken)
+        result, _ = attend_condensed(operator, query, summary, options, mode, settings)
+    elif mode is not None and operator.query == "positions":
         result = _run_causally(operator, query, key, value, needs, spoken, mode, settings)
     else:
         if mode is not None:
@@ -407,7 +430,48 @@ def run(
     lse = None if lse is None else lse.to(accumulation_dtype(query.dtype))
     if hidden is not None:
         output, lse = without_absent(output, hidden), None if lse is None else lse.masked_fill(~hidden, -math.inf)
-    return AttentionResult(output, lse, result.attention) if return_lse or return_attention else output
+    if not return_lse and not return_attention:
+        return output
+    return AttentionResult(output, lse, result.attention, result.rho)
+
+
+def attend_condensed(
+    operator: Operator,
+    query: Tensor,
+    summary: Summary,
+    options: Mapping[str, Any],
+    mode: int | None,
+    settings: Mapping[str, Any],
+    **before: Any,
+) -> tuple[AttentionResult, Any]:
+    """Condense a summary of all positions, and attend to what that gives.
+
+    Args:
+        operator: An operator that condenses.
+        query: Queries ``(*batch, *positions, D)``.
+        summary: The summary.
+        options: All options of the operator.
+        mode: The causal mode, or None.
+        settings: What the operator is told.
+        **before: The frames before, and how many of them are seen.
+
+    Returns:
+        The result, and what returns what later frames need to know.
+    """
+    batch = len(summary.batch)
+    shown = None
+    if tuple(query.shape[batch:-1]) == summary.sizes and summary.counts is not None:
+        count = summary.count(tuple(range(summary.order)))
+        shown = None if count is None else count.flatten(batch)
+    flat = query.reshape(*summary.batch, math.prod(query.shape[batch:-1]), query.shape[-1])
+    found, after = operator.condense(flat, summary, shown, causal=mode, **before, **options)  # type: ignore[misc]
+    if mode is None:
+        return operator.attend(query, found, **settings), after
+    result = operator.attend(frames_first(query, mode, batch), found, **settings)
+    last = functools.partial(frames_last, mode=mode, batch=batch)
+    lse = None if result.lse is None else last(result.lse)
+    attention = result.attention and tuple(map(last, result.attention))
+    return AttentionResult(last(result.output), lse, attention, result.rho), after
 
 
 def _run_causally(

@@ -16,11 +16,13 @@ from tensorattn.averages.means import check_same_shape, marginal_means
 from tensorattn.averages.plan import memory_order
 from tensorattn.errors import OptionError, ShapeError, check, retells
 from tensorattn.functional.causal import Past, causal_summary, frames_beside, frames_first, frames_last
+from tensorattn.functional.cells import Cells, draw_queries, find_cells
 from tensorattn.functional.maps import base_of, indices_of, place_on
 from tensorattn.functional.operator import (
     AttentionResult,
     Bias,
     Operator,
+    attend_condensed,
     causal_bias,
     check_indices,
     default_scale,
@@ -153,9 +155,13 @@ class TensorAttention(nn.Module):
         if options.get("kept") is not None:
             subsets = mode_subsets(options["kept"])
             options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
-        self.options = record.with_defaults(options)
-        record.needs(self.modes.order, **self.options)  # refuses values out of range
         _check_heads(embed_dim, num_heads)
+        self.embed_dim, self.num_heads, self.operator = int(embed_dim), int(num_heads), operator
+        cells = options.get("cells")
+        self._options = record.with_defaults({**options, "cells": "keys"} if isinstance(cells, Cells) else options)
+        if isinstance(cells, Cells):
+            self.hold_cells(cells)
+        record.needs(self.modes.order, **self.options)  # refuses values out of range
         check(dropout, "dropout", "probability")
         if mode_projections and project == "positions":
             raise OptionError(
@@ -164,10 +170,13 @@ class TensorAttention(nn.Module):
         for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
             if given and not record.pools:
                 raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
-        if self.causal is not None and "causal" in record.lacks:
-            raise OptionError(f"causal has no meaning for operator {operator!r}: {record.lacks['causal']}.")
+        lacking = record.lacking(self.options)
+        for name, given in (("causal", self.causal is not None), ("dropout_p", dropout > 0)):
+            if given and name in lacking:
+                name, reason = name.removesuffix("_p"), lacking[name]
+                raise OptionError(f"{name} has no meaning for operator {operator!r}: {reason}.")
         if position_bias is not None:
-            _check_position_bias(position_bias, record, self.modes, num_heads)
+            _check_position_bias(position_bias, record, self.options, self.modes, num_heads)
         if rotary is not None:
             _check_rotary(rotary, record, self.options, self.modes, embed_dim // num_heads)
             if qk_norm:
@@ -178,8 +187,7 @@ class TensorAttention(nn.Module):
                 check_crossing(record, self.options, self.causal, name)
                 if dim < 1:
                     raise OptionError(f"{name} must be at least 1, got {dim}.")
-        embed_dim, num_heads = int(embed_dim), int(num_heads)
-        self.embed_dim, self.num_heads, self.operator = embed_dim, num_heads, operator
+        embed_dim, num_heads = self.embed_dim, self.num_heads
         self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
         self.kdim, self.vdim = (embed_dim if dim is None else int(dim) for dim in (kdim, vdim))
         rows = embed_dim * (self.modes.order if mode_projections else 1)
@@ -195,6 +203,13 @@ class TensorAttention(nn.Module):
         self.position_bias, self.rotary = position_bias, rotary
         self.project, self.checkpoint = project, checkpoint
         self._draw()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of the operator."""
+        if "cell_centres" not in self._buffers:
+            return self._options
+        return {**self._options, "cells": Cells(self.get_buffer("cell_centres"), self.get_buffer("cell_metric"))}
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, Xavier uniform, those of a position bias too; set biases to zero and gains to one."""
@@ -432,6 +447,74 @@ class TensorAttention(nn.Module):
         heads = counts.unsqueeze(-len(sizes) - 1) if counts.dim() > len(sizes) else counts
         return record.spread(attention, sizes, place, base._replace(weights=heads), **self.options)
 
+    @retells
+    @torch.no_grad()
+    def find_cells(
+        self,
+        x: Tensor,
+        *,
+        weights: GivenWeights = None,
+        mask: Mask = None,
+        lengths: Lengths | Mapping[Any, Any] = None,
+    ) -> Cells:
+        """Find cells of the keys of an input, the same for all its samples, for ``operator="clustered"``.
+
+        `hold_cells` makes a layer use them from then on; with them it may be causal and streamed.
+
+        Args:
+            x: Input, as in `forward`.
+            weights: Weights, as in `forward`.
+            mask: Mask, as in `forward`.
+            lengths: Lengths, as in `forward`.
+
+        Returns:
+            The cells of each head.
+
+        Raises:
+            ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode.
+            DtypeError: If the input is not floating point, or not of the type of the parameters.
+            WeightsError: If weights are refused.
+            OptionError: If the operator takes no cells.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> layer = ta.TensorAttention(16, 2, modes="t h w", operator="clustered", tokens=8)
+            >>> layer.hold_cells(layer.find_cells(torch.randn(4, 1, 9, 9, 16)))
+            >>> [name for name, _ in layer.named_buffers()]
+            ['cell_centres', 'cell_metric']
+        """
+        if "cells" not in self._options:
+            raise OptionError(f"operator {self.operator!r} takes no cells.")
+        spoken, _ = self._read(x, None, weights=weights, mask=mask, lengths=lengths)
+        last, present = channels_last(x, self.channels_first), spoken.present
+        last = last if present is None else without_absent(last, present)
+        # Samples are one more mode, so that all have the same cells.
+        query, key = (self._heads(to(last), 1).movedim(1, 0) for to in (self.q_proj, self.k_proj))
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        counts = spoken.over_grid()
+        counts = None if counts is None else counts.expand(x.shape[0], *last.shape[1:-1])
+        tokens = self.options["tokens"]
+        return find_cells(query, key, order=self.modes.order + 1, tokens=tokens, weights=counts)
+
+    @retells
+    def hold_cells(self, cells: Cells) -> None:
+        """Use cells that were found before, at every call; they become buffers of the layer.
+
+        Args:
+            cells: The cells of each head, or some for all heads.
+
+        Raises:
+            OptionError: If the operator takes no cells, or they do not fit the heads.
+        """
+        if "cells" not in self._options:
+            raise OptionError(f"operator {self.operator!r} takes no cells.")
+        shape, needed = tuple(cells.centres.shape), (self.num_heads, cells.tokens, self.embed_dim // self.num_heads)
+        if shape != needed:
+            raise OptionError(f"cells have centres of shape {shape}, but the heads need {needed}.")
+        self.register_buffer("cell_centres", cells.centres)
+        self.register_buffer("cell_metric", cells.metric)
+
     # ------------------------------------------------------------------------------------------------------------ read
 
     def _read(self, x: Tensor, context: Context | None, **spoken: Any) -> tuple[Weights, Summary | None]:
@@ -489,11 +572,13 @@ class TensorAttention(nn.Module):
             self._settings(return_attention=return_attention),
         )
         if context is not None:
-            return self._from_positions(x, self._project(context, x.dtype), settings)
+            summary = self._project(context, x.dtype)
+            return self._from_positions(x, self._condensed(x, summary, of_x=False), settings)
         frames = self.causal if record.query == "positions" else None
         if frames is None and self.causal is not None:
             settings["causal"] = self.causal
         projected = self.project == "positions" or (self.rotary is not None and not record.pools)
+        projected = projected or (record.condense is not None and frames is not None)
         if self.position_bias is not None:
             settings["bias"] = self._bias(self.position_bias, x, None if projected else frames)
         if projected:
@@ -501,16 +586,30 @@ class TensorAttention(nn.Module):
         if needs.queries is not None:
             return self._again(self._from_averages)(x, weights, needs, settings)
         if frames is None:
-            return self._from_positions(x, self._project(make_summary(x, x, needs, weights), x.dtype), settings)
+            summary = self._project(make_summary(x, x, needs, weights), x.dtype)
+            return self._from_positions(x, self._condensed(x, summary), settings)
         summary, _ = causal_summary(x, x, needs, weights, frames)
         return self._from_frames(x, self._project(summary, x.dtype), frames, settings)
 
-    def _from_positions(self, x: Tensor, summary: Summary, settings: dict[str, Any]) -> AttentionResult:
+    def _condensed(self, x: Tensor, summary: Summary, *, of_x: bool = True) -> Any:
+        """Condense a projected summary, where the operator does, by some queries of an input."""
+        record = get_operator(self.operator)
+        if record.condense is None:
+            return summary
+        shown = summary.count(tuple(range(summary.order))) if of_x else None
+        with torch.no_grad():
+            rows, seen = draw_queries(x.flatten(1, -2), None if shown is None else shown.squeeze(1).flatten(1))
+            query = self._heads(self.q_proj(rows), 1)
+        seen = None if seen is None else seen.unsqueeze(1)
+        return record.condense(query, summary, seen, **self.options)[0]
+
+    def _from_positions(self, x: Tensor, summary: Any, settings: dict[str, Any]) -> AttentionResult:
         """Attend from each position by itself: project it, attend, project back; some positions at a time.
 
         Args:
             x: Where the queries are made of, ``(*batch, *positions, C)``.
-            summary: Projected summary of the input or of a context, with heads as last batch dimension.
+            summary: Projected summary of the input or of a context, with heads as last batch dimension, or what it was
+                condensed to.
             settings: What the operator is told.
         """
         operator, batch = get_operator(self.operator), len(summary.batch) - 1
@@ -592,7 +691,10 @@ class TensorAttention(nn.Module):
         weights, heads = weights.with_batch_dim(-1), 2
         if self.options.get("include_self"):
             settings["own"] = (key, value)
-        if frames is not None:
+        if record.condense is not None:
+            summary = make_summary(key, value, needs, weights)
+            result, _ = attend_condensed(record, query, summary, self.options, frames, settings)
+        elif frames is not None:
             if "own" in settings:
                 settings["own"] = tuple([frames_first(part, frames, heads) for part in settings["own"]])
             if "bias" in settings:
@@ -634,6 +736,15 @@ class TensorAttention(nn.Module):
         """
         record, mode, needs = get_operator(self.operator), self.causal, self._needs()
         assert mode is not None
+        if record.condense is not None:
+            query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
+            summary = make_summary(key, value, needs, weights.with_batch_dim(-1))
+            settings = self._settings()
+            result, then = attend_condensed(
+                record, query, summary, self.options, mode, settings, past=past, window=window
+            )
+            held = [None if k == mode or v is None else v.clone() for k, v in enumerate(weights.vectors)]
+            return self.out_proj(self._joined(result.output, 1)), dataclasses.replace(then(), mode_weights=tuple(held))
         if record.query == "positions":
             summary, after = causal_summary(x, x, needs, weights, mode, past=past, window=window)
             return self._from_frames(x, self._project(summary, x.dtype), mode, self._settings()).output, after()
@@ -738,8 +849,10 @@ def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ..
     return Means.of(x.shape[batch:-1], found, batch)
 
 
-def _tensors_of(summary: Summary) -> list[Tensor]:
-    """List the tensors of a summary that may be differentiated."""
+def _tensors_of(summary: Any) -> list[Tensor]:
+    """List the tensors of a summary, or of what it was condensed to, that may be differentiated."""
+    if not isinstance(summary, Summary):
+        return summary.tensors
     means = [rows for part in (summary.key_means, summary.value_means) for _, rows in part.blocks]
     return [*means, *[moment for moment in (summary.covariance, summary.key_covariance) if moment is not None]]
 
@@ -764,10 +877,13 @@ def _check_heads(embed_dim: int, num_heads: int) -> None:
         raise OptionError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.")
 
 
-def _check_position_bias(position_bias: Any, record: Operator, modes: ModeSpec, num_heads: int) -> None:
+def _check_position_bias(
+    position_bias: Any, record: Operator, options: Mapping[str, Any], modes: ModeSpec, num_heads: int
+) -> None:
     """Check that a position bias fits the layer."""
-    if "bias" in record.lacks:
-        raise OptionError(f"position_bias has no meaning for operator {record.name!r}: {record.lacks['bias']}.")
+    lacking = record.lacking(options)
+    if "bias" in lacking:
+        raise OptionError(f"position_bias has no meaning for operator {record.name!r}: {lacking['bias']}.")
     if not isinstance(position_bias, PositionBias):
         raise OptionError(f"position_bias must be a PositionBias, got {type(position_bias).__name__}.")
     if position_bias.modes.names != modes.names:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from tensorattn.averages.means import check_same_shape
 from tensorattn.errors import DtypeError, OptionError, ShapeError, WeightsError, is_integer, retells
 from tensorattn.functional.causal import Past, causal_summary, frames_beside
+from tensorattn.functional.cells import Cells
 from tensorattn.functional.operator import get_operator
+from tensorattn.functional.summary import make_summary
 from tensorattn.masks import (
     Lengths,
     Vector,
@@ -285,8 +287,11 @@ class AttentionStream:
     def _described(self) -> dict[str, Any]:
         """What a state depends on beyond the frames."""
         layer = self.layer
-        needs = get_operator(layer.operator).needs(layer.modes.order, **layer.options)
+        record = get_operator(layer.operator)
+        needs = record.needs(layer.modes.order, **layer.options)
+        condensed = record.condense is not None
         return {
+            **({name: repr(value) for name, value in layer.options.items()} if condensed else {}),
             "embed_dim": layer.embed_dim,
             "modes": layer.modes.order,
             "causal": self._mode,
@@ -338,7 +343,7 @@ class AttentionStream:
             if name in ("weight", "total"):
                 shape[0] = batch if found[:1] == (batch,) else 1
             if name.split(".")[0] in ("weight", "means") or (name == "moments.0" and self.window is not None):
-                shape[1] = held
+                shape[1] = held if self.window is not None or like.shape[1] else 0
             if found != tuple(shape):
                 raise ShapeError(f"{name} has shape {found} in state_dict, but {tuple(shape)} fits the stream.")
             tensors[name] = tensors[name].to(torch.promote_types(like.dtype, tensors[name].dtype))
@@ -363,6 +368,12 @@ class AttentionStream:
         if record.query == "grid":
             return frames_beside(x, plain, self._mode, past=None, window=self.window)[2]
         needs = record.needs(len(sizes), **self.layer.options)
+        if record.condense is not None:
+            heads = x.unflatten(-1, (self.layer.num_heads, -1)).movedim(-2, 1)
+            options = {n: v.to("meta") if isinstance(v, Cells) else v for n, v in self.layer.options.items()}
+            how = {"causal": self._mode, "window": self.window, **options}
+            _, after = record.condense(None, make_summary(heads, heads, needs, plain), **how)
+            return dataclasses.replace(after(), mode_weights=plain.vectors)
         return causal_summary(x, x, needs, plain, self._mode, window=self.window)[1]()
 
 

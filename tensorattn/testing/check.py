@@ -377,7 +377,7 @@ def resolve(operator: Checkable, options: Mapping[str, Any], *, on_grid: bool | 
         frozenset() if common else operator.claims(**own),
         True,
         operator.name if ours else None,
-        frozenset(operator.lacks),
+        frozenset(operator.lacking(own)),
     )
 
 

@@ -212,7 +212,7 @@ def in_another_type(query, key, value, *, order, **others):
 
 def additive_lse_of_keys_alone(query, key, value, *, order, return_lse=False, **others):
     """Additive attention that forgets what the logits of the mean have to be taken off."""
-    output, lse, _ = ta.additive_attention(query, key, value, order=order, return_lse=True, **others)
+    output, lse, *_ = ta.additive_attention(query, key, value, order=order, return_lse=True, **others)
     return (output, lse + (order - 1)) if return_lse else output
 
 

@@ -1,0 +1,500 @@
+r"""Cells of positions, found among keys or cut from the grid, and sums over them: what `clustered` attention knows.
+
+Keys are put into n cells so that the keys of one look alike to the queries: distances are those of the metric
+:math:`M = \mathrm{E}[q q^\top]`. The search takes the candidate farthest from its centre as a new centre, for all cells
+at once, round by round (farthest-first of Gonzalez, 1985), and ends with two steps of k-means. It uses no random
+numbers, depends on no scale, and is not differentiated. What is known of the cells is a fold: counts, sums and second
+moments, in float64 about zero, so that parts add up, and running sums over frames tell what each frame may know.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tensorattn.errors import OptionError, check, retells
+from tensorattn.functional.softmax import CHUNK, in_chunks
+from tensorattn.functional.summary import Sums
+from tensorattn.masks import (
+    GivenWeights,
+    Lengths,
+    Mask,
+    accumulation_dtype,
+    check_floating,
+    counting_dtype,
+    is_recorded,
+    is_transformed,
+    read_weights,
+)
+from tensorattn.modes import attention_shapes, grid_shape
+
+__all__ = ["CellSums", "Cells", "block_counts", "block_labels", "draw_queries", "find_cells", "metric_of", "search"]
+
+SLAB = 8192  # positions that are added up before their sums are held in float64
+QUERIES = 1024  # queries that the metric is made of
+CANDIDATES = 64  # keys a token that centres are searched among, for at least 32 tokens
+FURTHER_ROUNDS = 8  # beyond those that double the number of centres
+LLOYD_STEPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Centres of cells, found once to be used again: a key belongs to the nearest one.
+
+    Attributes:
+        centres: ``(*batch, n, D)``, with batch dimensions that broadcast to those of the keys.
+        metric: Positive definite matrix of the distances ``(*batch, D, D)``.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> video = torch.randn(2, 6, 8, 8, 16)
+        >>> cells = ta.find_cells(None, video[:, :1], order=3, tokens=8)  # in the first frame
+        >>> cells.centres.shape, cells.label(video).shape
+        (torch.Size([2, 8, 16]), torch.Size([2, 6, 8, 8]))
+    """
+
+    centres: Tensor
+    metric: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Number of cells n."""
+        return self.centres.shape[-2]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.tokens} centres of {self.centres.shape[-1]} channels)"
+
+    def to(self, device: torch.device | str) -> Cells:
+        """Return them on another device."""
+        return Cells(self.centres.to(device), self.metric.to(device))
+
+    def unsqueeze(self, dim: int) -> Cells:
+        """Return them with one more batch dimension; -3 makes it the last."""
+        return Cells(self.centres.unsqueeze(dim), self.metric.unsqueeze(dim))
+
+    @torch.no_grad()
+    def label(self, key: Tensor) -> Tensor:
+        """Return the cell of each key.
+
+        Args:
+            key: Keys ``(*batch, *positions, D)``.
+
+        Returns:
+            Indices of cells ``(*batch, *positions)``.
+        """
+        batch = self.centres.dim() - 2
+        flat = key.reshape(*key.shape[:batch], math.prod(key.shape[batch:-1]), key.shape[-1])
+        return self.labels(flat).reshape(key.shape[:-1])
+
+    @torch.no_grad()
+    def labels(self, key: Tensor) -> Tensor:
+        """Return the cell of each key of ``(*batch, T, D)``."""
+        dtype = torch.promote_types(accumulation_dtype(key.dtype), self.centres.dtype)
+        centres, metric = self.centres.to(dtype), self.metric.to(dtype)
+        middle = centres.mean(-2, keepdim=True)
+        towards = (centres - middle) @ metric
+        level = ((centres - middle) * towards).sum(-1) / 2 + (middle * towards).sum(-1)
+
+        def nearest(part: slice) -> tuple[Tensor]:
+            score = (towards @ key[..., part, :].to(dtype).mT).sub_(level.unsqueeze(-1))
+            return (_best(score)[1].unsqueeze(-1),)
+
+        width = self.tokens * math.prod(key.shape[:-2])
+        return in_chunks(nearest, key.shape[-2], width, key)[0].squeeze(-1)  # type: ignore[union-attr]
+
+
+def _best(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest of n scores ``(*, n, T)`` and which it is, and overwrite them.
+
+    It takes half the time of argmax on a CPU. Of scores that are NaN it returns the last.
+    """
+    tokens = score.shape[-2]
+    order = torch.arange(tokens, 0, -1, dtype=score.dtype, device=score.device).unsqueeze(-1)
+    high = score.amax(-2, keepdim=True)
+    place = score.sub_(high).ge_(0).mul_(order).amax(-2)
+    return high.squeeze(-2), (tokens - place.long()).clamp_(max=tokens - 1)
+
+
+class Drawn(NamedTuple):
+    """Positions drawn from many, without random numbers.
+
+    Attributes:
+        index: Which ones, ``(m,)``, or ``(*batch, m)`` where weights differ.
+        weight: How often each counts ``(*batch, m)``; None if all alike.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # the index of a tuple is another thing
+    weight: Tensor | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the rows of ``(*batch, T, D)`` that were drawn."""
+        if self.index.dim() == 1:
+            return tensor.index_select(-2, self.index)
+        index = self.index.unsqueeze(-1).expand(*tensor.shape[:-2], self.index.shape[-1], tensor.shape[-1])
+        return tensor.gather(-2, index)
+
+
+def draw(length: int, most: int, weight: Tensor | None, device: torch.device) -> Drawn:
+    """Draw positions: all where they are few enough, else one from each of equal parts, at places that vary.
+
+    A plain stride would meet the same column of a grid in each row. Where positions have weights, the parts are of
+    equal weight, so that nothing absent is drawn.
+
+    Args:
+        length: Number of positions T.
+        most: How many to draw at most.
+        weight: Weights of the positions ``(*batch, T)``, or None.
+        device: Where they are.
+    """
+    count = torch.sym_min(length, most)
+    step = torch.arange(count, device=device, dtype=counting_dtype(device))
+    place = step + step * 0.6180339887498949 % 1  # one in each part
+    if weight is None or length <= most:
+        return Drawn((place * (length / count)).long().clamp(max=length - 1), weight)
+    running = weight.to(place.dtype).cumsum(-1)
+    total = running[..., -1:]
+    index = torch.searchsorted(running, place * (total / count), right=True)
+    return Drawn(index.clamp(max=length - 1), (total > 0).expand(index.shape).to(weight.dtype))
+
+
+def metric_of(query: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean of q qᵀ over some queries ``(*batch, L, D)``, scaled to a mean diagonal of one.
+
+    Args:
+        query: The queries.
+        weight: How often each counts ``(*batch, L)``, or None. A query that is not finite does not count.
+    """
+    query = query.to(counting_dtype(query.device))
+    finite = query.isfinite().all(-1, keepdim=True)
+    query = torch.where(finite if weight is None else finite & (weight > 0).unsqueeze(-1), query, 0.0)
+    moment, unit = query.mT @ query, torch.eye(query.shape[-1], dtype=query.dtype, device=query.device)
+    trace = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return torch.where(trace > 0, moment / torch.where(trace > 0, trace, 1.0), unit) + 1e-4 * unit
+
+
+def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> tuple[Cells, Tensor]:
+    """Search for centres of cells.
+
+    Args:
+        key: Keys ``(*batch, T, D)``, zero where they are absent.
+        weight: Their weights ``(*batch, T)``, or None.
+        metric: Matrix of the distances ``(*batch, D, D)``.
+        tokens: How many n.
+
+    Returns:
+        The cells, and the mean square of the distances in each, ``(*batch, n)``. Where there are fewer distinct keys
+        than tokens, the first centre is there several times.
+    """
+    drawn = draw(key.shape[-2], CANDIDATES * max(tokens, 32), weight, key.device)
+    rows = drawn.of(key).to(accumulation_dtype(key.dtype))
+    batch, count = rows.shape[:-2], rows.shape[-2]
+    share = rows.new_ones(count) if drawn.weight is None else drawn.weight.to(rows.dtype)
+    share = share.expand(*batch, count).reshape(-1, count)
+    share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows = rows.reshape(-1, count, rows.shape[-1])
+    wide = metric.expand(*batch, *metric.shape[-2:]).reshape(-1, *metric.shape[-2:])
+    factor = torch.linalg.cholesky_ex(wide)[0].to(rows.dtype)
+    middle = share.unsqueeze(-2) @ rows
+    points = (rows - middle) @ factor
+    squares = points.square().sum(-1)
+    least = 8 * torch.finfo(points.dtype).eps * squares.amax(-1, keepdim=True)  # below it two points are one
+    place = torch.arange(count, device=points.device)
+
+    def nearest(centres: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the centre of each point, and the square of its distance: zero for what is absent."""
+        level = centres.square().sum(-1, keepdim=True)
+        known = torch.arange(centres.shape[-2], device=points.device) < filled
+        score = torch.baddbmm(torch.where(known.unsqueeze(-1), level, math.inf), centres, points.mT, beta=-0.5)
+        high, label = _best(score)
+        distance = squares - 2 * high
+        return label, torch.where((distance > least) & (share > 0), distance, 0.0)
+
+    first = torch.where(share > 0, squares, math.inf).argmin(-1)
+    centres = _rows(points, first.unsqueeze(-1)).repeat(1, tokens + 1, 1)  # the last one takes what finds no place
+    filled = torch.ones_like(first).unsqueeze(-1)
+    for doubled in range(math.ceil(math.log2(tokens)) + FURTHER_ROUNDS if tokens > 1 else 0):
+        width = min(tokens, 1 << doubled)
+        label, distance = nearest(centres[:, :width])
+        packed = (distance.float().view(torch.int32).long() << 32) | (count - 1 - place)  # the first of the farthest
+        packed = packed.new_zeros(len(packed), width).scatter_reduce(-1, label, packed, "amax")
+        packed = packed.sort(-1, descending=True).values
+        found = packed >> 32 > 0
+        slot = torch.where(found, filled + torch.arange(width, device=points.device), tokens).clamp(max=tokens)
+        farthest = _rows(points, torch.where(found, count - 1 - (packed & 0xFFFFFFFF), 0))
+        centres = centres.scatter(-2, slot.unsqueeze(-1).expand(farthest.shape), farthest)
+        filled = (filled + found.sum(-1, keepdim=True)).clamp(max=tokens)
+    centres = centres[:, :tokens]
+    for _ in range(LLOYD_STEPS):
+        label, _ = nearest(centres)
+        mean, there = _per_cell(label, points, share, tokens)
+        centres = torch.where(there, mean, centres)
+    label, distance = nearest(centres)
+    spread, _ = _per_cell(label, distance.unsqueeze(-1), share, tokens)
+    found_at = middle + torch.linalg.solve_triangular(factor, centres, upper=False, left=False)
+    cells = Cells(found_at.reshape(*batch, tokens, -1), metric)
+    return cells, spread.reshape(*batch, tokens)
+
+
+def _rows(points: Tensor, index: Tensor) -> Tensor:
+    """Return rows ``(R, n, D)`` of points ``(R, m, D)``."""
+    return points.gather(-2, index.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+
+
+def _per_cell(label: Tensor, rows: Tensor, share: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean of rows ``(R, m, D)`` in each cell, ``(R, n, D)``, and where there are any."""
+    member = label.unsqueeze(-2) == torch.arange(tokens, device=label.device).unsqueeze(-1)
+    weight = member * share.unsqueeze(-2)
+    total = weight.sum(-1, keepdim=True)
+    return weight @ rows / torch.where(total > 0, total, 1.0), total > 0
+
+
+@dataclass(frozen=True, eq=False)
+class CellSums:
+    """Sums over the positions of each cell, about zero: the fold. They add up, and run over frames.
+
+    Attributes:
+        cells: Weights of the cells ``(*batch, n)``, and weighted sums of keys, values and, if wanted, the squares of
+            keys behind each other ``(*batch, n, D + D_v + 1)``, in float64.
+        products: The weight of all positions ``(*batch)``, and weighted sums of the outer products of keys, and of
+            values, with keys, below each other ``(*batch, D + D_v, D)``, in float64.
+    """
+
+    cells: Sums
+    products: Sums
+
+    def __add__(self, other: CellSums) -> CellSums:
+        """Return the sums over the positions of both."""
+        return CellSums(self.cells + other.cells, self.products + other.products)
+
+    @classmethod
+    def of(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None,
+        label: Callable[[slice], Tensor],
+        tokens: int,
+        factor: Tensor | None = None,
+    ) -> CellSums:
+        """Add up keys and values ``(*batch, T, D)``.
+
+        On a CPU, where nothing is differentiated, a slab of positions at a time.
+
+        Args:
+            key: Keys, zero where they are absent.
+            value: Values, likewise.
+            weight: Weights ``(*batch, T)``, or None.
+            label: From a range of positions to the cell of each, ``(*batch, T)`` or broadcastable to it.
+            tokens: Number of cells.
+            factor: L of the squares (k L) · (k L) that are wanted too, ``(*batch, D, D)``; None for none.
+        """
+
+        def part(places: slice) -> CellSums:
+            own = None if weight is None else weight[..., places]
+            return _sums(key[..., places, :], value[..., places, :], own, label(places), tokens, factor)
+
+        length, rows = key.shape[-2], math.prod(key.shape[:-2])
+        step = max(64, CHUNK // max(1, rows * max(tokens, key.shape[-1] + value.shape[-1])))
+        if is_recorded() or key.device.type != "cpu" or is_transformed(key, value) or step >= length:
+            return part(slice(None))
+        return functools.reduce(operator.add, [part(slice(start, start + step)) for start in range(0, length, step)])
+
+    def running(self, dim: int, before: CellSums | None = None) -> CellSums:
+        """Return the sums up to each index of a dimension, after those of what came before."""
+        cells, products = (None, None) if before is None else (before.cells, before.products)
+        return CellSums(self.cells.running(dim, cells), self.products.running(dim, products))
+
+    def windowed(self, dim: int, window: int) -> CellSums:
+        """Return the sums over each window of consecutive indices of a dimension."""
+        return CellSums(self.cells.windowed(dim, window), self.products.windowed(dim, window))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, as `from_tensors` takes them."""
+        return (*self.cells, *self.products)
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Any]) -> CellSums:
+        """Put together what `tensors` are."""
+        return cls(Sums(*tensors[:2]), Sums(*tensors[2:]))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> CellSums:
+        """Apply a function to every tensor."""
+        return self.from_tensors([function(tensor) for tensor in self.tensors])
+
+
+def _sums(
+    key: Tensor, value: Tensor, weight: Tensor | None, label: Tensor, tokens: int, factor: Tensor | None
+) -> CellSums:
+    """Add up all positions at once: a slab about a rough mean, all slabs in float64."""
+    dtype, wide = accumulation_dtype(key.dtype), counting_dtype(key.device)
+    batch, length, dim = key.shape[:-2], key.shape[-2], key.shape[-1]
+    about = key.detach().mean(-2, keepdim=True, dtype=dtype)
+    key = key.to(dtype) - about
+    share = torch.ones_like(key[..., :1]) if weight is None else weight.to(dtype).unsqueeze(-1)
+    value = value.to(dtype)
+    weighted = key if weight is None else key * share
+    columns = [weighted, value if weight is None else value * share, share.expand(*batch, length, 1)]
+    if factor is not None:
+        squares = (key @ factor.to(dtype)).square().sum(-1, keepdim=True)
+        columns.insert(2, squares if weight is None else squares * share)
+    rows, width = torch.cat(columns, -1), dim + value.shape[-1]
+    products = torch.cat([key.mT @ weighted, value.mT @ weighted], -2)
+    count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB
+    first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
+    slab = first + torch.arange(length, device=key.device) // SLAB
+    place = label.expand(*batch, length).reshape(count, length) + slab * tokens
+    rows = rows.reshape(count * length, rows.shape[-1])
+    total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
+    total = total.scatter_add(0, place.reshape(-1, 1).expand(rows.shape), rows)
+    total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
+    return _about_zero(total, products.to(wide), about.to(wide), width, factor)
+
+
+def _about_zero(total: Tensor, products: Tensor, about: Tensor, width: int, factor: Tensor | None) -> CellSums:
+    """Turn sums of keys about a point, and of values about zero, into sums about zero."""
+    dim = about.shape[-1]
+    rows, count = total[..., :width], total[..., -1:]
+    whole, far = count.sum(-2, keepdim=True), torch.nn.functional.pad(about, (0, width - dim))
+    products = products + rows.sum(-2).unsqueeze(-1) @ about + far.mT @ (rows[..., :dim].sum(-2, keepdim=True))
+    products = products + whole * (far.mT @ about)
+    columns = [rows + count * far]
+    if factor is not None:
+        moved, apart = rows[..., :dim] @ factor.to(rows.dtype), about @ factor.to(rows.dtype)
+        square = apart.square().sum(-1, keepdim=True)
+        columns.append(total[..., width : width + 1] + 2 * moved @ apart.mT + count * square)
+    cells = Sums(count.squeeze(-1), torch.cat(columns, -1))
+    return CellSums(cells, Sums(whole.squeeze(-1).squeeze(-1), products))
+
+
+def block_counts(
+    sizes: Sequence[int], tokens: int, blocks: Sequence[int] | None = None, causal: int | None = None
+) -> tuple[int, ...]:
+    """Return how many blocks each mode is cut into: as near to cubes as can be, at most as many as there are tokens.
+
+    Args:
+        sizes: Sizes of the modes.
+        tokens: Number of tokens n.
+        blocks: Counts that were asked for, or None.
+        causal: A mode that is not cut, because a block spans all frames so far.
+
+    Raises:
+        OptionError: If the counts are not one positive integer a mode, or cut the causal mode.
+
+    Examples:
+        >>> block_counts((15, 120, 160), 64), block_counts((15, 120, 160), 48, causal=1)
+        ((1, 8, 8), (2, 1, 24))
+    """
+    if blocks is None:
+        found = [1] * len(sizes)
+        for more in (lambda count: 2 * count, lambda count: count + 1):  # halve the longest blocks while tokens last
+            while True:
+                wider = [[*found[:m], min(more(found[m]), n), *found[m + 1 :]] for m, n in enumerate(sizes)]
+                fits = [
+                    m for m, each in enumerate(wider) if m != causal and found != each and math.prod(each) <= tokens
+                ]
+                if not fits:
+                    break
+                found = wider[max(fits, key=lambda m: sizes[m] / found[m])]
+        return tuple(found)
+    if len(blocks) != len(sizes):
+        raise OptionError(f"blocks has {len(blocks)} counts, but order {len(sizes)} needs one a mode.")
+    if causal is not None and blocks[causal] != 1:
+        raise OptionError(
+            f"blocks cuts mode {causal} into {blocks[causal]}, but it is causal: a block spans all frames so far."
+        )
+    return tuple([min(count, size) for count, size in zip(blocks, sizes, strict=True)])
+
+
+def block_labels(sizes: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return the block of each position ``(P,)``; the last block of a mode may be shorter.
+
+    Args:
+        sizes: Sizes of the modes.
+        counts: Number of blocks of each mode.
+        device: Where they are wanted.
+
+    Examples:
+        >>> block_labels((2, 5), (1, 2), torch.device("cpu"))
+        tensor([0, 0, 0, 1, 1, 0, 0, 0, 1, 1])
+    """
+    label = torch.zeros((), dtype=torch.int64, device=device)
+    for size, count in zip(sizes, counts, strict=True):
+        side = (size + count - 1) // count
+        label = label.unsqueeze(-1) * count + torch.arange(size, device=device) // side
+    return label.reshape(-1)
+
+
+@retells
+def find_cells(
+    query: Tensor | None,
+    key: Tensor,
+    *,
+    order: int,
+    tokens: int = 64,
+    weights: GivenWeights = None,
+    mask: Mask = None,
+    lengths: Lengths = None,
+) -> Cells:
+    """Find cells of keys that look alike to the queries, to be used again in `clustered_attention`.
+
+    Nothing is differentiated. With cells that were found before, on a calibration clip or the first frame, every
+    statistic is a sum over fixed cells, so that attention may be causal, streamed and merged.
+
+    Args:
+        query: Queries ``(*batch, *positions, D)``, or None where they are not known: all directions then count alike.
+        key: Keys over the grid ``(*batch, n_1, …, n_N, D)``.
+        order: Number of modes N.
+        tokens: How many cells n.
+        weights: Weights of the positions, as all operators take them.
+        mask: Mask of the positions, likewise.
+        lengths: Lengths of the modes, likewise.
+
+    Returns:
+        The cells. Where there are fewer distinct keys than tokens some are there several times.
+
+    Raises:
+        ShapeError: If shapes disagree.
+        DtypeError: If a tensor is not floating point, or the types differ.
+        WeightsError: If weights are refused.
+        OptionError: If tokens is not a positive integer.
+
+    Examples:
+        >>> import torch, tensorattn as ta
+        >>> q, k, v = torch.randn(3, 2, 30, 40, 8).unbind(0)
+        >>> cells = ta.find_cells(q, k, order=2, tokens=16)
+        >>> ta.clustered_attention(q, k, v, order=2, cells=cells).shape
+        torch.Size([2, 30, 40, 8])
+    """
+    check(tokens, "tokens", "integer", least=1)
+    check_floating(**({} if query is None else {"query": query}), key=key)
+    grid = grid_shape(key.shape, order, "key")
+    if query is not None:
+        grid, _ = attention_shapes(query.shape, key.shape, key.shape, order)
+    spoken = read_weights(weights, mask, lengths, grid, key)
+    counts, batch = spoken.over_grid(), len(grid.batch)
+    flat, weight = key.flatten(batch, -2), None
+    if counts is not None:
+        counts = counts.expand(*counts.shape[: counts.dim() - order], *grid.sizes)
+        weight = counts[(None,) * (batch + order - counts.dim())].flatten(batch)
+        flat = torch.where((weight > 0).unsqueeze(-1), flat, 0.0)
+    with torch.no_grad():
+        if query is None:
+            metric = metric_of(flat.new_zeros(*grid.batch, 1, grid.dim), None)
+        else:
+            seen = weight if tuple(query.shape[batch:-1]) == grid.sizes else None
+            metric = metric_of(*draw_queries(query.flatten(batch, -2), seen))
+        return search(flat, weight, metric, tokens)[0]
+
+
+def draw_queries(query: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Draw queries for a metric, from ``(*batch, L, D)`` and where they take part ``(*batch, L)``."""
+    drawn = draw(query.shape[-2], QUERIES, weight, query.device)
+    return drawn.of(query), drawn.weight
