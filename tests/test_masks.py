@@ -192,7 +192,7 @@ class TestWhatIsAbsent:
     def test_reaches_nothing(self, variant, route):
         if route in ("weights of positions", "weights and a mask") and counts(variant):
             pytest.skip("no meaning for this operator")
-        causal = "causal" not in variant.operator.lacks
+        causal = "causal" not in variant.lacks
         self.compare(variant, (3, 4), route, causal=len(route) % 2 if causal and len(str(variant)) % 2 else None)
 
     @pytest.mark.parametrize("route", ["weights of samples", "lengths"])
@@ -205,7 +205,7 @@ class TestWhatIsAbsent:
     @pytest.mark.parametrize("route", ROUTES)
     @at_sizes((4,), (3, 4), (2, 3, 2), (1, 3), (1, 1), default=((4,), (3, 4), (2, 3, 2), (1, 3), (1, 1)))
     def test_in_every_way(self, variant, sizes, route):
-        order, lacks = len(sizes), variant.operator.lacks
+        order, lacks = len(sizes), variant.lacks
         if order > 1 and route in ("weights of positions", "weights and a mask") and counts(variant, order):
             pytest.skip("no meaning for this operator")
         no_lse = order > 1 and (
@@ -342,10 +342,11 @@ class TestReads:
     @every_variant
     def test_none_without_weights_one_with_them(self, variant, interacts):
         query, key, value = tensors((3, 4))
-        more = {"return_attention": True, "dropout_p": 0.5} if interacts else {}
-        if interacts and "causal" not in variant.operator.lacks:
+        dropout = {} if "dropout_p" in variant.lacks else {"dropout_p": 0.5}
+        more = {"return_attention": True, **dropout} if interacts else {}
+        if interacts and "causal" not in variant.lacks:
             more |= {"causal": 1}
-        if interacts and "bias" not in variant.operator.lacks and "kept" not in variant.options:
+        if interacts and "bias" not in variant.lacks and "kept" not in variant.options:
             more |= {"bias": [draw(3, 3), None]}
         vectors = [positive(3), positive(2, 4)]
         given = [

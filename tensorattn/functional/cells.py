@@ -40,7 +40,7 @@ __all__ = ["CellSums", "Cells", "block_counts", "block_labels", "draw_queries", 
 SLAB = 8192  # positions that are added up before their sums are held in float64
 QUERIES = 1024  # queries that the metric is made of
 CANDIDATES = 64  # keys a token that centres are searched among, for at least 32 tokens
-FURTHER_ROUNDS = 8  # beyond those that double the number of centres
+FURTHER_ROUNDS = 6  # beyond those that double the number of centres
 LLOYD_STEPS = 2
 
 
@@ -72,11 +72,19 @@ class Cells:
         return f"{type(self).__name__}({self.tokens} centres of {self.centres.shape[-1]} channels)"
 
     def to(self, device: torch.device | str) -> Cells:
-        """Return them on another device."""
+        """Return them on another device.
+
+        Args:
+            device: The device.
+        """
         return Cells(self.centres.to(device), self.metric.to(device))
 
     def unsqueeze(self, dim: int) -> Cells:
-        """Return them with one more batch dimension; -3 makes it the last."""
+        """Return them with one more batch dimension.
+
+        Args:
+            dim: Its place; -3 makes it the last.
+        """
         return Cells(self.centres.unsqueeze(dim), self.metric.unsqueeze(dim))
 
     @torch.no_grad()
@@ -95,31 +103,37 @@ class Cells:
 
     @torch.no_grad()
     def labels(self, key: Tensor) -> Tensor:
-        """Return the cell of each key of ``(*batch, T, D)``."""
+        """Return the cell of each key, with as many batch dimensions as there are.
+
+        Args:
+            key: Keys ``(*batch, T, D)``.
+        """
         dtype = torch.promote_types(accumulation_dtype(key.dtype), self.centres.dtype)
         centres, metric = self.centres.to(dtype), self.metric.to(dtype)
         middle = centres.mean(-2, keepdim=True)
         towards = (centres - middle) @ metric
         level = ((centres - middle) * towards).sum(-1) / 2 + (middle * towards).sum(-1)
+        place = torch.arange(self.tokens, dtype=dtype, device=key.device).unsqueeze(-1)
 
         def nearest(part: slice) -> tuple[Tensor]:
             score = (towards @ key[..., part, :].to(dtype).mT).sub_(level.unsqueeze(-1))
-            return (_best(score)[1].unsqueeze(-1),)
+            return (_best(score, place)[1].unsqueeze(-1),)
 
         width = self.tokens * math.prod(key.shape[:-2])
         return in_chunks(nearest, key.shape[-2], width, key)[0].squeeze(-1)  # type: ignore[union-attr]
 
 
-def _best(score: Tensor) -> tuple[Tensor, Tensor]:
+def _best(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest of n scores ``(*, n, T)`` and which it is, and overwrite them.
 
-    It takes half the time of argmax on a CPU. Of scores that are NaN it returns the last.
+    It takes half the time of argmax on a CPU.
+
+    Args:
+        score: The scores.
+        place: The numbers from 0 to n − 1, ``(n, 1)`` in the same type.
     """
-    tokens = score.shape[-2]
-    order = torch.arange(tokens, 0, -1, dtype=score.dtype, device=score.device).unsqueeze(-1)
     high = score.amax(-2, keepdim=True)
-    place = score.sub_(high).ge_(0).mul_(order).amax(-2)
-    return high.squeeze(-2), (tokens - place.long()).clamp_(max=tokens - 1)
+    return high.squeeze(-2), score.sub_(high).ge_(0).mul_(place).amax(-2).long()
 
 
 class Drawn(NamedTuple):
@@ -203,40 +217,38 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     factor = torch.linalg.cholesky_ex(wide)[0].to(rows.dtype)
     middle = share.unsqueeze(-2) @ rows
     points = (rows - middle) @ factor
-    squares = points.square().sum(-1)
-    least = 8 * torch.finfo(points.dtype).eps * squares.amax(-1, keepdim=True)  # below it two points are one
-    place = torch.arange(count, device=points.device)
-
-    def nearest(centres: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the centre of each point, and the square of its distance: zero for what is absent."""
-        level = centres.square().sum(-1, keepdim=True)
-        known = torch.arange(centres.shape[-2], device=points.device) < filled
-        score = torch.baddbmm(torch.where(known.unsqueeze(-1), level, math.inf), centres, points.mT, beta=-0.5)
-        high, label = _best(score)
-        distance = squares - 2 * high
-        return label, torch.where((distance > least) & (share > 0), distance, 0.0)
-
-    first = torch.where(share > 0, squares, math.inf).argmin(-1)
-    centres = _rows(points, first.unsqueeze(-1)).repeat(1, tokens + 1, 1)  # the last one takes what finds no place
-    filled = torch.ones_like(first).unsqueeze(-1)
+    half = points.square().sum(-1, keepdim=True) / 2
+    ends, points = torch.cat([points, half], -1), torch.cat([points, -torch.ones_like(half)], -1).mT  # z·c − c·c / 2
+    half = half.squeeze(-1)
+    # Points that are closer than rounding are one, and absent ones are never far from a centre.
+    reach = torch.where(share > 0, half - 8 * torch.finfo(rows.dtype).eps * half.amax(-1, keepdim=True), -math.inf)
+    first = torch.where(share > 0, half, math.inf).argmin(-1, keepdim=True)
+    centres = ends.new_full((len(ends), tokens + 1, ends.shape[-1]), math.inf)  # the last one takes what finds no place
+    centres[:, :, :-1] = _rows(ends, first)[..., :-1]
+    centres[:, 0] = _rows(ends, first).squeeze(-2)
+    filled, number, index = torch.ones_like(first), *(torch.arange(n, device=ends.device) for n in (tokens, count))
+    place, nowhere = number.to(rows.dtype).unsqueeze(-1), number.new_full((), tokens)
     for doubled in range(math.ceil(math.log2(tokens)) + FURTHER_ROUNDS if tokens > 1 else 0):
         width = min(tokens, 1 << doubled)
-        label, distance = nearest(centres[:, :width])
-        packed = (distance.float().view(torch.int32).long() << 32) | (count - 1 - place)  # the first of the farthest
+        high, label = _best(centres[:, :width] @ points, place[:width])
+        bits = (reach - high).clamp_(min=0).float().view(torch.int32).long()
+        packed = torch.add(index, bits, alpha=1 << 32)
         packed = packed.new_zeros(len(packed), width).scatter_reduce(-1, label, packed, "amax")
-        packed = packed.sort(-1, descending=True).values
-        found = packed >> 32 > 0
-        slot = torch.where(found, filled + torch.arange(width, device=points.device), tokens).clamp(max=tokens)
-        farthest = _rows(points, torch.where(found, count - 1 - (packed & 0xFFFFFFFF), 0))
+        packed = packed.sort(-1, descending=True).values  # the farthest point of each cell, farthest first
+        found = packed >= 1 << 32
+        slot = torch.where(found, filled + number[:width], nowhere).clamp_(max=tokens)
+        farthest = _rows(ends, packed & 0xFFFFFFFF)
         centres = centres.scatter(-2, slot.unsqueeze(-1).expand(farthest.shape), farthest)
-        filled = (filled + found.sum(-1, keepdim=True)).clamp(max=tokens)
+        filled = filled + found.sum(-1, keepdim=True)
     centres = centres[:, :tokens]
     for _ in range(LLOYD_STEPS):
-        label, _ = nearest(centres)
-        mean, there = _per_cell(label, points, share, tokens)
+        _, label = _best(centres @ points, place)
+        mean, there = _per_cell(label, ends[..., :-1], share, tokens)
+        mean = torch.cat([mean, mean.square().sum(-1, keepdim=True) / 2], -1)
         centres = torch.where(there, mean, centres)
-    label, distance = nearest(centres)
-    spread, _ = _per_cell(label, distance.unsqueeze(-1), share, tokens)
+    high, label = _best(centres @ points, place)
+    spread, _ = _per_cell(label, 2 * (half - high).unsqueeze(-1), share, tokens)
+    centres, spread = centres[..., :-1], spread.clamp_min(0)
     found_at = middle + torch.linalg.solve_triangular(factor, centres, upper=False, left=False)
     cells = Cells(found_at.reshape(*batch, tokens, -1), metric)
     return cells, spread.reshape(*batch, tokens)

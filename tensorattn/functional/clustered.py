@@ -44,7 +44,6 @@ from tensorattn.modes import check_order, main_effects
 __all__ = ["CLUSTERED", "Clusters", "clustered_attention"]
 
 TOKENS = 64
-ABSENT = -1e4  # the logarithm of the weight of a cell in which nothing is, among shares of one
 
 
 @attention_function
@@ -349,10 +348,11 @@ def _clusters(
     """Make tokens of sums."""
     (count, total), (whole, products) = sums.cells, sums.products
     count, whole, factor, width = count.unsqueeze(-1), whole.unsqueeze(-1), factor.to(total.dtype), products.shape[-2]
-    live, every = count > 0, torch.where(whole > 0, whole, 1.0).unsqueeze(-1)
-    rows, share = total / torch.where(live, count, 1.0), count / every
+    least = torch.finfo(total.dtype).tiny
+    every = whole.clamp_min(least).unsqueeze(-1)
+    rows, share = total / count.clamp_min(least), count / every
     mean = (rows[..., :width] * share).sum(-2, keepdim=True)
-    centred = torch.where(live, rows[..., :width] - mean, 0.0)
+    centred = (rows[..., :width] - mean) * (count > 0)
     covariance = products / every - mean.mT @ mean[..., :dim]
     within = covariance - (centred * share).mT @ centred[..., :dim]
     if spread is None:
@@ -360,10 +360,10 @@ def _clusters(
     else:
         own = spread.unsqueeze(-1).to(rows.dtype)
     typical = (own * share).sum(-2, keepdim=True)
-    own = torch.where(typical > 0, own / torch.where(typical > 0, typical, 1.0), 1.0)
+    own = torch.where(typical > 0, own / typical.clamp_min(least), 1.0)
     with torch.no_grad():
-        left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
-        rho = torch.where(all_of_it > 0, left / torch.where(all_of_it > 0, all_of_it, 1.0), 0.0)
+        left, whole_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
+        rho = left / whole_of_it.clamp_min(least)
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
     told: dict[str, Any] = {"weight": whole, "rho": rho.to(dtype), "label": label, "masked": masked}
     return Clusters(batch, sizes, **told, **_tokens(moments, dtype)), moments
@@ -378,11 +378,11 @@ def _trace(matrix: Tensor, factor: Tensor) -> Tensor:
 def _tokens(moments: _Moments, dtype: torch.dtype) -> dict[str, Any]:
     """Put together what queries attend to, in the type in which they do."""
     share, rows, mean, spread, within = moments
-    dim, live = within.shape[-1], share > 0
-    level = torch.where(live, torch.where(live, share, 1.0).log(), ABSENT)
+    dim = within.shape[-1]
+    level = share.clamp_min(torch.finfo(share.dtype).tiny).log()  # of an absent cell far below that of any other
     found = {
         "key": torch.cat([rows[..., :dim], spread, level], -1),
-        "value": torch.cat([torch.where(live, rows[..., dim:] + mean[..., dim:], 0.0), spread], -1),
+        "value": torch.cat([(rows[..., dim:] + mean[..., dim:]) * (share > 0), spread], -1),
         "covariance": within[..., dim:, :],
         "key_covariance": within[..., :dim, :],
         "mean": mean[..., :dim],
@@ -398,11 +398,13 @@ def _controlled(
     share, rows, mean, spread, within = moments
     sizes, order, tokens, dim = summary.sizes, summary.order, rows.shape[-2], within.shape[-1]
     label = label.expand(*summary.batch, -1)
+    met_by_chance = weight is not None  # without weights indices of two modes meet equally often
     weight = rows.new_ones(label.shape[-1]) if weight is None else weight.to(rows.dtype)
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     grid = weight.unflatten(-1, sizes)
-    joined = [torch.cat([summary.key(u), summary.value(u)], -1).to(rows.dtype) for u in (*main_effects(order), ())]
-    effects = [each - joined[-1].unsqueeze(-2) for each in joined[:-1]]
+    means = summary.tokens(dict.fromkeys((*main_effects(order), ()), 1))
+    *effects, grand = torch.cat([means.key, means.value], -1).to(rows.dtype).split_with_sizes([*sizes, 1], -2)
+    effects = [effect - grand for effect in effects]
     total = mean.new_zeros(())
     own, met = torch.zeros_like(within), torch.zeros_like(rows)
     for mode, effect in enumerate(effects):
@@ -413,7 +415,7 @@ def _controlled(
         met = met + table.unflatten(-1, (tokens, sizes[mode])) @ effect
         shares = grid.sum([k - order for k in range(order) if k != mode]) if order > 1 else grid
         own = own + effect.mT @ (shares.unsqueeze(-1) * effect[..., :dim])
-        for other in range(mode) if weight.dim() > 1 else ():
+        for other in range(mode) if met_by_chance else ():
             pair = grid.sum([k - order for k in range(order) if k not in (mode, other)]) if order > 2 else grid
             cross = effects[other].mT @ pair @ effect
             total = total + cross[..., :dim] + cross.mT[..., :dim]

@@ -572,8 +572,7 @@ class TensorAttention(nn.Module):
             self._settings(return_attention=return_attention),
         )
         if context is not None:
-            summary = self._project(context, x.dtype)
-            return self._from_positions(x, self._condensed(x, summary, of_x=False), settings)
+            return self._from_summary(x, context, settings, of_x=False)
         frames = self.causal if record.query == "positions" else None
         if frames is None and self.causal is not None:
             settings["causal"] = self.causal
@@ -586,24 +585,33 @@ class TensorAttention(nn.Module):
         if needs.queries is not None:
             return self._again(self._from_averages)(x, weights, needs, settings)
         if frames is None:
-            summary = self._project(make_summary(x, x, needs, weights), x.dtype)
-            return self._from_positions(x, self._condensed(x, summary), settings)
+            return self._from_summary(x, make_summary(x, x, needs, weights), settings)
         summary, _ = causal_summary(x, x, needs, weights, frames)
         return self._from_frames(x, self._project(summary, x.dtype), frames, settings)
 
-    def _condensed(self, x: Tensor, summary: Summary, *, of_x: bool = True) -> Any:
-        """Condense a projected summary, where the operator does, by some queries of an input."""
+    def _from_summary(
+        self, x: Tensor, summary: Summary, settings: dict[str, Any], *, of_x: bool = True
+    ) -> AttentionResult:
+        """Attend from each position to a summary of the input, or of a context, which is projected."""
         record = get_operator(self.operator)
         if record.condense is None:
-            return summary
+            return self._from_positions(x, self._project(summary, x.dtype), settings)
+
+        def attend(x: Tensor) -> AttentionResult:
+            return self._from_positions(x, self._condensed(x, self._project(summary, x.dtype), of_x), settings, False)
+
+        return self._again(attend)(x)
+
+    def _condensed(self, x: Tensor, summary: Summary, of_x: bool) -> Any:
+        """Condense a projected summary by some queries of an input."""
         shown = summary.count(tuple(range(summary.order))) if of_x else None
         with torch.no_grad():
             rows, seen = draw_queries(x.flatten(1, -2), None if shown is None else shown.squeeze(1).flatten(1))
             query = self._heads(self.q_proj(rows), 1)
         seen = None if seen is None else seen.unsqueeze(1)
-        return record.condense(query, summary, seen, **self.options)[0]
+        return get_operator(self.operator).condense(query, summary, seen, **self.options)[0]  # type: ignore[misc]
 
-    def _from_positions(self, x: Tensor, summary: Any, settings: dict[str, Any]) -> AttentionResult:
+    def _from_positions(self, x: Tensor, summary: Any, settings: dict[str, Any], again: bool = True) -> AttentionResult:
         """Attend from each position by itself: project it, attend, project back; some positions at a time.
 
         Args:
@@ -611,6 +619,7 @@ class TensorAttention(nn.Module):
             summary: Projected summary of the input or of a context, with heads as last batch dimension, or what it was
                 condensed to.
             settings: What the operator is told.
+            again: Whether the backward pass may attend again, where that is wanted.
         """
         operator, batch = get_operator(self.operator), len(summary.batch) - 1
         positions, owns = tuple(x.shape[batch:-1]), bool(self.options.get("include_self"))
@@ -622,7 +631,7 @@ class TensorAttention(nn.Module):
             result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
             return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
 
-        attend_again = self._again(attend)
+        attend_again = self._again(attend) if again else attend
         if whole:
             output, *attention = attend_again(x)
             return AttentionResult(output, None, tuple(attention) or None)

@@ -369,6 +369,7 @@ def resolve(operator: Checkable, options: Mapping[str, Any], *, on_grid: bool | 
     asked = [{**own, **common}.get(name) for name in GRIDDED]
     needs_grid = operator.query != "positions" or any(value is not None and value is not False for value in asked)
     ours = operator.function.__module__.startswith(f"{PACKAGE}.") and operator.name in reference.OPERATORS
+    ours = ours and own.get("cells") != "keys"  # what a search finds among keys alike is a matter of rounding
     return Subject(
         operator.name + titled,
         operator.function,

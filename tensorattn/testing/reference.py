@@ -31,6 +31,10 @@ With the bias :math:`b_m`, the operators are
 - kronecker_sum: :math:`\sum_m` of the averages along the fibre of mode m through the query, with the factor of that
   mode alone; pooled by ``"mean"`` or ``"sum"``.
 - axial: the mean over modes of attention along the fibre of that mode through the query.
+- clustered: with the shares :math:`p_c \propto W_c (1 + \tau^2)^{a_c/2} e^{s\, q \cdot k_c}` of cells,
+  :math:`\sum_c p_c v_c + (\sum_c p_c a_c)\, s\, C_{vk}\, q / \sqrt{1 + \tau^2}`, C the covariances inside cells and
+  :math:`a_c` the mean square of k − k_c in a cell over that of all; cells are blocks of the grid, or given by labels.
+  With ``additive_control``, :math:`\beta` times additive attention less the same of the additive parts is added.
 """
 
 from __future__ import annotations
@@ -272,6 +276,8 @@ def attention(
         raise ValueError(f"query must be on the grid {sizes} of key, got {positions}.")
     if (causal is not None or bias is not None) and (len(positions) != order or name in POOLED):
         raise ValueError(f"{name} with {positions} queries takes neither causal nor bias.")
+    if name == "clustered" and causal is not None:
+        options["uncut"] = causal
     places = torch.ones(positions).nonzero() if at is None else torch.as_tensor(at, device="cpu")
     if name in GRID and (mask is not None or lengths is not None):
         query = torch.where(counts.present.unsqueeze(-1), query, 0.0)
@@ -563,6 +569,92 @@ def _kronecker_sum(seen: _Seen, pool: str = "mean") -> Result:
     return sum(outputs), lses[0] if seen.order == 1 else None
 
 
+def _clustered(
+    seen: _Seen,
+    tokens: int = 64,
+    cells: Any = "keys",
+    blocks: Sequence[int] | None = None,
+    additive_control: bool = False,
+    labels: Any = None,
+    spread: Any = None,
+    uncut: int | None = None,
+) -> Both:
+    """Attend to cells: blocks of the grid, each position by itself, or what labels say."""
+    sizes = tuple(seen.key.shape[seen.batch : -1])
+    if labels is not None:
+        label = torch.as_tensor(labels).flatten(-seen.order)
+    elif cells == "blocks":
+        counts = (
+            _halved(sizes, tokens, uncut) if blocks is None else [min(b, n) for b, n in zip(blocks, sizes, strict=True)]
+        )
+        parts = [torch.arange(n) // -(-n // count) for n, count in zip(sizes, counts, strict=True)]
+        label = functools.reduce(lambda one, part: one[..., None] * (part.max() + 1) + part, parts).flatten()
+    elif tokens >= math.prod(sizes):
+        label = torch.arange(math.prod(sizes))
+    else:
+        raise ValueError("cells of keys are defined by labels.")
+    key, value = (t.flatten(seen.batch, -2) for t in (seen.key, seen.value))
+    weight = seen.counts.grid.expand(seen.key.shape[:-1]).flatten(seen.batch)
+    there = weight > 0
+    key, value = (torch.where(there[..., None], t, 0.0) for t in (key, value))
+    member = (label[..., None, :] == torch.arange(int(label.max()) + 1)[:, None]) * weight[..., None, :]
+    found = _attend_cells(seen.query, key, value, member, spread)
+    if not additive_control:
+        return found[0]
+    means = [seen.means((mode,)) for mode in range(seen.order)]
+    grand = seen.means(())
+    index = torch.ones(sizes).nonzero()
+    parts = [
+        grand[t] + sum(mean[t][..., index[:, mode], :] - grand[t] for mode, mean in enumerate(means)) for t in (0, 1)
+    ]
+    parts = [torch.where(there[..., None], part, 0.0) for part in parts]
+    (output, lse), rest, own = found
+    (plain, plain_lse), rest_of_parts, _ = _attend_cells(seen.query, parts[0], parts[1], member, own)
+    alike, size = ((weight * (one * rest_of_parts).sum(-1)).sum(-1) for one in (rest, rest_of_parts))
+    share = torch.where(size > 1e-15 * weight.sum(-1), _divided(alike, size), 0.0).clamp(0, 1)
+    additive, additive_lse = _additive(seen)
+    sees = lse > -math.inf
+    lse = torch.where(sees, lse + share[..., None] * torch.where(sees, additive_lse - plain_lse, 0.0), lse)
+    return output + share[..., None, None] * (additive - plain), lse
+
+
+def _attend_cells(
+    query: Tensor, key: Tensor, value: Tensor, member: Tensor, spread: Any
+) -> tuple[Both, Tensor, Tensor]:
+    """Attend to cells with members (*batch, n, P); return what is left of keys, and the spread of cells, too."""
+    count = member.sum(-1)
+    keys, values = (_divided(member @ tensor, count[..., None]) for tensor in (key, value))
+    rest, rest_of_values = (t - (member > 0).to(t.dtype).mT @ mean for t, mean in ((key, keys), (value, values)))
+    weight = member.sum(-2)
+    whole = weight.sum(-1)
+    moments = [_divided((weight[..., None] * t).mT @ rest, whole[..., None, None]) for t in (rest, rest_of_values)]
+    if spread is None:
+        own = _divided(member @ rest.square().sum(-1, keepdim=True), count[..., None]).squeeze(-1)
+        typical = _divided((own * count).sum(-1), whole)[..., None]
+        spread = torch.where(typical > 1e-30, _divided(own, typical), 1.0)
+    square = ((query @ moments[0]) * query).sum(-1)
+    logits = query @ keys.mT + _exact(spread)[..., None, :] * square[..., None].log1p() / 2
+    extended = torch.cat([values, _exact(spread)[..., None].expand(*values.shape[:-1], 1)], -1)
+    output, lse = _softmax(logits, count.unsqueeze(-2).expand(logits.shape), extended)
+    term = query @ moments[1].mT / (1 + square[..., None]).sqrt()
+    return (output[..., :-1] + output[..., -1:] * term, lse), rest, spread
+
+
+def _halved(sizes: Sequence[int], tokens: int, uncut: int | None) -> list[int]:
+    """Cut the mode of the longest blocks in two, while there are tokens; then into one more."""
+    counts = [1] * len(sizes)
+    for step in (lambda count: 2 * count, lambda count: count + 1):
+        going = True
+        while going:
+            going = False
+            for mode in sorted(range(len(sizes)), key=lambda m: (-sizes[m] / counts[m], m)):
+                more = min(step(counts[mode]), sizes[mode])
+                if mode != uncut and more > counts[mode] and math.prod(counts) // counts[mode] * more <= tokens:
+                    counts[mode], going = more, True
+                    break
+    return counts
+
+
 OPERATORS: dict[str, Callable[..., Result]] = {
     "additive": _additive,
     "truncated": _truncated,
@@ -571,6 +663,7 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "kronecker_product": _kronecker_product,
     "kronecker_sum": _kronecker_sum,
     "axial": _axial,
+    "clustered": _clustered,
     "flattened": _flattened,
 }
 POOLED = frozenset({"kao_qkv", "kronecker_product", "kronecker_sum"})

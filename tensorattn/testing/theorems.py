@@ -126,7 +126,7 @@ def independent_groups(ta: Any, case: Case, draw: Draw) -> Comparisons:
     expected, expected_lse = full_attention(case)
     terms, size = 2**case.order, max(map(len, groups))  # as many terms as there are subsets cancel
     for what, how in ((f"to the groups {groups}", {"kept": groups}), (f"at {size}", {"interaction_order": size})):
-        output, lse, _ = _called(ta.truncated_attention, case, return_lse=True, **how)
+        output, lse, *_ = _called(ta.truncated_attention, case, return_lse=True, **how)
         told = f"truncation {what} must"
         yield Comparison(f"{told} equal full attention", output, expected, terms * case.allowed())
         yield Comparison(f"{told} have its log-sum-exp", lse, expected_lse, terms * case.allowed_lse)
@@ -158,7 +158,7 @@ def groups_as_modes(ta: Any, case: Case, draw: Draw) -> Comparisons:
         parts = ([case.mode_weights(mode).unsqueeze(-1) for mode in group] for group in groups)
         given = tuple(one_a_mode(part, torch.mul).flatten(batch).to(case.key.device, wide) for part in parts)
     fewer = case.replace(key=key, value=value, order=len(groups), weights=given)
-    output, lse, _ = _called(ta.additive_attention, fewer, return_lse=True)
+    output, lse, *_ = _called(ta.additive_attention, fewer, return_lse=True)
     expected, expected_lse = full_attention(case)
     told = f"with the groups {groups} as modes additive attention must be full attention"
     yield Comparison(told, output, expected, case.allowed())
@@ -189,7 +189,7 @@ def overlapping_groups(ta: Any, case: Case, draw: Draw) -> Comparisons:
     for index, weight in enumerate(case.mode_weights(0).unbind(-1)):
         key, value = (t.select(len(case.batch), index) for t in (case.key, case.value))
         slice_of = case.replace(key=key, value=value, order=case.order - 1, weights=given)
-        output, lse, _ = _called(ta.additive_attention, slice_of, return_lse=True)
+        output, lse, *_ = _called(ta.additive_attention, slice_of, return_lse=True)
         parts.append((exact(output), exact(lse) + _for_queries(weight.log().unsqueeze(-1), case).squeeze(-1)))
     merged, lse = reference.merge_attention(parts)
     expected, expected_lse = full_attention(case)
@@ -222,7 +222,7 @@ def additive_keys(ta: Any, case: Case, draw: Draw) -> Comparisons:
 def missing_interaction(ta: Any, case: Case, draw: Draw) -> Comparisons:
     """Additive keys, any values: full less additive attention is the mean residual under the product of softmaxes."""
     case = case.replace(value=numbers(draw(generators(9)), case.value.shape, case.dtype).to(case.value.device))
-    output, _, attention = _called(ta.additive_attention, case, return_attention=True)
+    output, _, attention, _ = _called(ta.additive_attention, case, return_attention=True)
     residual = ta.interaction_residual(exact(case.value), order=case.order, weights=case.all_weights())
     expected = _expectation(_product(attention, case), residual, case)
     told = "with additive keys the error must be the mean interaction residual of the values"
@@ -318,7 +318,7 @@ def symmetric_modes(ta: Any, case: Case, draw: Draw) -> Comparisons:
 def decomposed_bias(ta: Any, case: Case, draw: Draw) -> Comparisons:
     """Tables, windows and boxes: what is added to the logits is one term a mode, as additive logits are."""
     bias = draw(biases(case.sizes, case.positions, batch=case.batch, dtype=case.dtype, device=case.key.device))
-    output, lse, _ = _called(ta.additive_attention, case, bias=bias, return_lse=True)
+    output, lse, *_ = _called(ta.additive_attention, case, bias=bias, return_lse=True)
     full, full_lse = full_attention(case, bias=bias)
     more = 1 + sum(largest(part) for part in bias if part is not None)
     told = "with a bias that is a sum over modes additive attention must be full attention"
@@ -331,7 +331,7 @@ def decomposed_bias(ta: Any, case: Case, draw: Draw) -> Comparisons:
 def causal_exact(ta: Any, case: Case, draw: Draw) -> Comparisons:
     """On additive tensors causal additive attention is full attention to the frames so far, with its log-sum-exp."""
     causal = draw(st.integers(0, case.order - 1))
-    output, lse, _ = _called(ta.additive_attention, case, causal=causal, return_lse=True)
+    output, lse, *_ = _called(ta.additive_attention, case, causal=causal, return_lse=True)
     full, full_lse = full_attention(case, causal=causal)
     told = f"attention that is causal along mode {causal} must be full attention to the frames so far"
     yield Comparison(told, output, full, case.allowed())
@@ -403,8 +403,8 @@ def ladder(ta: Any, case: Case, draw: Draw) -> Comparisons:
      "A = v̄ + Σ_m d_m, J = v̄ + Σ_m λ_m d_m, Σ_m λ_m = 1")  # fmt: skip
 def joint_shares(ta: Any, case: Case, draw: Draw) -> Comparisons:
     """Additive attention is the mean value and each mode's effect, the joint softmax a share of each of these."""
-    output, _, together = _called(ta.kao_kv, case, return_attention=True)
-    plain, _, separate = _called(ta.additive_attention, case, return_attention=True)
+    output, _, together, _ = _called(ta.kao_kv, case, return_attention=True)
+    plain, _, separate, _ = _called(ta.additive_attention, case, return_attention=True)
     center = _for_queries(_mean(case.value, case), case)
     whole = total = center.expand(output.shape)
     added = torch.zeros(*case.batch, *case.positions, 1)
@@ -468,7 +468,7 @@ def projection(ta: Any, case: Case, draw: Draw) -> Comparisons:
      "F = Σ_m P_m V^m − (N−1)v̄ + E_P[R^v]")  # fmt: skip
 def arithmetic_marginals(ta: Any, case: Case, draw: Draw) -> Comparisons:
     """Full attention is its own marginals on mode averages, less mean values, and its mean of the residual."""
-    output, _, (attention,) = _called(ta.flattened_attention, case, return_attention=True)
+    output, _, (attention,), _ = _called(ta.flattened_attention, case, return_attention=True)
     batch, how = len(case.batch), {"order": case.order, "weights": case.all_weights()}
     density = rows(exact(attention).flatten(-case.order), batch)
     by_mode = density.unflatten(-1, case.sizes)
@@ -1008,7 +1008,7 @@ def joint_repetition(ta: Any, case: Case, draw: Draw) -> Comparisons:
         key, value = (tensor.repeat_interleave(times, mode) for tensor in (key, value))
     given = case.weights and tuple(None if w is None else w.repeat_interleave(times, -1) for w in case.weights)
     finer = case.replace(key=key, value=value, weights=given)
-    (before, lse, _), (after, moved, _) = (_called(ta.kao_kv, each, return_lse=True) for each in (case, finer))
+    (before, lse, *_), (after, moved, *_) = (_called(ta.kao_kv, each, return_lse=True) for each in (case, finer))
     yield Comparison("repeating all indices must have no effect", after, before, case.allowed())
     told = "repeating all indices must count the tokens in the log-sum-exp"
     yield Comparison(told, moved, exact(lse) + math.log(times), case.allowed_lse)

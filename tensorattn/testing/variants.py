@@ -32,6 +32,11 @@ class Variant(NamedTuple):
         """Its functional form with the options filled in."""
         return partial(self.operator.function, **self.options)
 
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """Arguments without a meaning for it, each with the reason."""
+        return self.operator.lacking(self.operator.with_defaults(self.options))
+
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{key}={value}".replace(" ", "") for key, value in self.options.items())])
 
@@ -46,6 +51,8 @@ OPTIONS: tuple[Variant, ...] = (
     Variant("truncated", {"include_self": True}),
     Variant("kao_qkv", {"centered": True}),
     Variant("kao_qkv", {"centered": True, "interaction": "linear", "saturation": None}),
+    Variant("clustered", {"cells": "blocks", "tokens": 4}),
+    Variant("clustered", {"cells": "blocks", "tokens": 4, "additive_control": True}),
     Variant("kronecker_product", {"pool": "sum"}),
     Variant("kronecker_sum", {"pool": "sum"}),
 )

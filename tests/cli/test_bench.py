@@ -202,7 +202,7 @@ def test_plain_layers_are_those_of_the_operators(name: str, channels_first: bool
 
 
 def test_every_operator_has_a_plain_layer_of_few_calls() -> None:
-    assert set(PLAIN) == set(OPERATORS)
+    assert set(PLAIN) == set(OPERATORS) - {"clustered"}  # a search is no few calls
     for name, calls in {"kao_kv": 10, "additive": 17, "kao_qkv": 13}.items():
         plain = PlainLayer(TensorAttention(8, 2, modes=3, operator=name))
         for sizes in ((2, 3, 4), (9, 8, 10)):

@@ -10,7 +10,6 @@ from grids import CAUSAL, LAYOUTS, at_sizes, close, every_causal_variant, holes,
 from modules import draw
 
 import tensorattn as ta
-from tensorattn.functional import OPERATORS
 from tensorattn.functional.causal import frames_first, frames_last
 
 SIZES = [(4,), (3, 4), (2, 3, 4)]
@@ -55,10 +54,11 @@ class TestFrames:
         order, leaves = len(sizes), tensors(sizes)
         for mode in range(order):
             given = told(sizes, kind)
-            if order > 1 and kind == "" and "kept" not in variant.options:
+            if order > 1 and kind == "" and "kept" not in variant.options and "bias" not in variant.lacks:
                 given = {"bias": [draw(size, size, seed=size) for size in sizes]}
-            # Fibres along other modes lie within a frame, so that axial attention to a cropped tensor is causal too.
-            later = {"causal": mode} if variant.name == "axial" else {}
+            # Fibres along other modes lie within a frame, so that axial attention to a cropped tensor is causal too;
+            # blocks of a causal mode span all frames.
+            later = {"causal": mode} if variant.name in ("axial", "clustered") else {}
             ours = variant.function(*leaves, order=order, causal=mode, **given)
             for frame in range(sizes[mode]):
                 first = [tensor.narrow(1 + mode, 0, frame + 1) for tensor in leaves]
@@ -75,7 +75,7 @@ class TestFrames:
             for frame in range(sizes[mode]):
                 length = frame + 1 if crop else sizes[mode]
                 first = [tensor.narrow(1 + mode, 0, length) for tensor in leaves]
-                later = {} if crop and variant.name != "axial" else {"causal": mode}
+                later = {} if crop and variant.name not in ("axial", "clustered") else {"causal": mode}
                 output = variant.function(*first, order=order, **later).select(1 + mode, frame)
                 total = total + (output * draw(*output.shape, seed=frame)).sum()
             grads.append(torch.autograd.grad(total, leaves))
@@ -83,13 +83,14 @@ class TestFrames:
 
     @every_causal_variant
     def test_have_log_sum_exps_and_weights_of_their_own(self, variant):
-        if "return_lse" in variant.operator.lacks:
+        if "return_lse" in variant.lacks:
             pytest.skip("it has none")
         leaves = tensors((3, 4))
         whole = variant.function(*leaves, order=2, causal=0, return_lse=True, return_attention=True)
         for frame in range(3):
             first = [tensor[:, : frame + 1] for tensor in leaves]
-            part = variant.function(*first, order=2, return_lse=True, return_attention=True)
+            later = {"causal": 0} if variant.name == "clustered" else {}
+            part = variant.function(*first, order=2, return_lse=True, return_attention=True, **later)
             close([whole.lse[:, frame]], [part.lse[:, frame]])
             for ours, theirs in zip(whole.attention, part.attention, strict=True):
                 if ours.shape[3:] == theirs.shape[3:]:  # of a mode that all frames share
@@ -100,8 +101,8 @@ class TestFrames:
 
     def test_are_seen_by_indices_that_count_from_the_end(self):
         leaves = tensors((3, 4))
-        for name in {variant.name for variant in CAUSAL}:
-            function = OPERATORS[name].function
+        for variant in CAUSAL:
+            function = variant.function
             close([function(*leaves, order=2, causal=-1)], [function(*leaves, order=2, causal=1)])
 
     @every_causal_variant

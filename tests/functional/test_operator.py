@@ -47,7 +47,7 @@ def all_refuse(kind, rule, query, key=None, value=None, *, reading=READING, of=O
 
 def without(argument):
     """Operators for which an argument has a meaning."""
-    return [name for name, operator in OPERATORS.items() if argument not in operator.lacks]
+    return [name for name, operator in OPERATORS.items() if argument not in operator.lacking(operator.options)]
 
 
 SHAPES = {
@@ -301,11 +301,13 @@ class TestRefused:
 
     def test_arguments_without_a_meaning(self, make):
         x = make(*SIZE)
-        lacks = [(name, argument) for name, operator in OPERATORS.items() for argument in operator.lacks]
+        lacks = [
+            (name, argument) for name, operator in OPERATORS.items() for argument in operator.lacking(operator.options)
+        ]
         assert {("axial", "return_lse"), ("kao_qkv", "bias"), ("kao_qkv", "causal")} <= set(lacks)
         for name, argument in lacks:
-            given = {"bias": [None, make(4, 4)], "causal": 1, "return_lse": True}[argument]
-            rule = f"{argument} has no meaning for this operator: {OPERATORS[name].lacks[argument]}."
+            given = {"bias": [None, make(4, 4)], "causal": 1, "return_lse": True, "dropout_p": 0.5}[argument]
+            rule = f"{argument} has no meaning for this operator: {OPERATORS[name].lacking(OPERATORS[name].options)[argument]}."
             all_refuse(OptionError, rule, x, of=[name], **{argument: given})
 
     def test_a_log_sum_exp_that_is_none(self, make):
@@ -642,7 +644,7 @@ class TestTraps:
         """What the fused kernel gives is what is written out with the attention weights."""
         query, key, value = tensors((3, 4))
         more = [{"weights": [torch.tensor([1.0, 0, 2]), positive(2, 4)]}, {"mask": holes(2, 3, 4)}]
-        more += [] if "causal" in variant.operator.lacks else [{"causal": 1}]
+        more += [] if "causal" in variant.lacks else [{"causal": 1}]
         for given in ({}, *more):
             plain = variant.function(query, key, value, order=2, **given)
             close([variant.function(query, key, value, order=2, return_attention=True, **given).output], [plain])
@@ -663,7 +665,7 @@ class TestTraps:
     @every_variant
     def test_queries_that_see_nothing_get_nothing(self, variant):
         """Rows of a bias that hide all of a mode, whatever the option, and on every path."""
-        if "bias" in variant.operator.lacks or variant.name in ("kao_kv", "axial"):
+        if "bias" in variant.lacks or variant.name in ("kao_kv", "axial"):
             pytest.skip("another mode is still seen")
         query, key, value = tensors((3, 4))
         bias = draw(3, 3)

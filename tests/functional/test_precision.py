@@ -24,9 +24,9 @@ def given(variant):
     """Arguments that take paths of their own."""
     found = [{}, {"return_attention": True}, {"mask": holes(2, 3, 4)}, {"lengths": [2, [3, 4]]}]
     found += [{"weights": [positive(3), positive(2, 4)]}]
-    found += [] if "causal" in variant.operator.lacks else [{"causal": 0}, {"causal": 1, "mask": holes(2, 3, 4)}]
+    found += [] if "causal" in variant.lacks else [{"causal": 0}, {"causal": 1, "mask": holes(2, 3, 4)}]
     found += [] if variant not in WITH_LSE else [{"return_lse": True}]
-    if "bias" not in variant.operator.lacks and "kept" not in variant.options:
+    if "bias" not in variant.lacks and "kept" not in variant.options:
         found += [{"bias": [draw(3, 3), None]}]
     return found
 
@@ -146,5 +146,19 @@ class TestExtremes:
 
 
 def test_all_causal_operators_are_here():
-    assert {variant.name for variant in CAUSAL} == {"additive", "truncated", "kao_kv", "axial", "flattened"}
-    assert {variant.name for variant in WITH_LSE} == {"additive", "truncated", "kao_kv", "flattened", "kao_qkv"}
+    assert {variant.name for variant in CAUSAL} == {
+        "additive",
+        "truncated",
+        "kao_kv",
+        "axial",
+        "clustered",
+        "flattened",
+    }
+    assert {variant.name for variant in WITH_LSE} == {
+        "additive",
+        "truncated",
+        "kao_kv",
+        "flattened",
+        "kao_qkv",
+        "clustered",
+    }

@@ -16,7 +16,7 @@ HALVES = [torch.bfloat16, torch.float16]
 VARIANTS = variants()
 DEFAULTS = VARIANTS[: len(OPERATORS)]
 QUICK = [*DEFAULTS, *(v for v in VARIANTS if str(v) in ("additive interaction=linear", "additive include_self=True"))]
-CAUSAL = [variant for variant in VARIANTS if "causal" not in variant.operator.lacks]
+CAUSAL = [variant for variant in VARIANTS if "causal" not in variant.lacks]
 PARAMETERS = [f"{name}_proj.{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias")]
 
 

@@ -34,7 +34,7 @@ from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, W
 from tensorattn.functional import OPERATORS
 
 a_few = pytest.mark.parametrize("variant", more(VARIANTS[0], *VARIANTS[3:5], *VARIANTS[8:], quick=3), ids=str)
-BIASED = [name for name, record in OPERATORS.items() if "bias" not in record.lacks]
+BIASED = [name for name, record in OPERATORS.items() if "bias" not in record.lacking(record.options)]
 SIZES = (3, 4, 2, 3)
 
 
@@ -46,6 +46,7 @@ def keys(variant):
 def test_every_option_has_a_variant():
     for name, operator in OPERATORS.items():
         tried = set().union(*(variant.options for variant in VARIANTS if variant.name == name))
+        tried |= {"blocks"} & set(operator.options)  # counts of modes, so of one order: functional/test_clustered.py
         assert tried == set(operator.options), f"give each option of {name!r} a line in OPTIONS of testing/variants.py"
 
 
@@ -189,7 +190,7 @@ def curved(layer):
 class TestProjectedPositions:
     def test_is_the_same_where_maps_are_affine(self, variant):
         for causal in (None, 1):
-            if causal is not None and "causal" in variant.operator.lacks:
+            if causal is not None and "causal" in variant.lacks:
                 continue
             settings = {"causal": causal, "channels_first": True}
             layer, other = make(variant, **settings), make(variant, project="positions", **settings)
@@ -308,21 +309,24 @@ class TestPooled:
             assert abs(block.std() / ((6 / 128) ** 0.5 / 3**0.5) - 1) < 0.1
 
 
+every_dropping = pytest.mark.parametrize("variant", [v for v in VARIANTS if "dropout_p" not in v.lacks], ids=str)
+
+
 class TestDropout:
-    @every_operator
+    @every_dropping
     def test_in_training_only(self, variant):
         layer, plain, x = make(variant, dropout=0.5), make(variant), draw(2, 3, 4, 8)
         assert not torch.equal(layer(x), layer(x))
         assert torch.equal(layer.eval()(x), plain(x))
         assert torch.equal(plain(x), plain(x))
 
-    @every_variant
+    @every_dropping
     def test_is_that_of_the_function(self, variant):
         layer, x = make(variant, dropout=1.0), draw(2, 3, 4, 8)
         output = variant.function(*heads_of(layer, x), order=2, dropout_p=1.0)
         compare(layer(x), joined(layer, output))
 
-    @every_operator
+    @every_dropping
     def test_is_the_same_in_both_passes(self, variant):
         layer, x = make(variant, dropout=0.5), draw(2, 5, 6, 8)
         direction, step = draw(*x.shape, seed=1), 1e-6
@@ -453,7 +457,8 @@ class TestAttention:
     def test_weights_are_those_of_the_function(self, variant, order, channels_first):
         if order == 1 and "kept" in variant.options:
             return
-        layer, x = make(variant, order, channels_first=channels_first, dropout=0.9), draw(2, *SIZES[:order], 8)
+        dropout = 0.0 if "dropout_p" in variant.lacks else 0.9
+        layer, x = make(variant, order, channels_first=channels_first, dropout=dropout), draw(2, *SIZES[:order], 8)
         weights = [draw(2, n, seed=n).sigmoid() for n in SIZES[:order]]
         given = x.movedim(-1, 1) if channels_first else x
         compare(layer.attention(given, weights=weights), apart(layer, x, weights)[1])  # nothing is dropped
@@ -533,7 +538,9 @@ class TestPositionBias:
             positions = make(name, order, position_bias=bias, project="positions")
             compare(positions(x), expected)
 
-    @pytest.mark.parametrize("name", [name for name in BIASED if "causal" not in OPERATORS[name].lacks])
+    @pytest.mark.parametrize(
+        "name", [name for name in BIASED if "causal" not in OPERATORS[name].lacking(OPERATORS[name].options)]
+    )
     def test_causal(self, name):
         x, bias = draw(2, *SIZES[:3], 8), self.biases(3)[0]
         for causal in range(3):
@@ -697,7 +704,7 @@ def test_construction(case):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_settings_without_a_meaning_for_the_operator(name):
-    lacks, build = OPERATORS[name].lacks, {"modes": 3, "operator": name}
+    lacks, build = OPERATORS[name].lacking(OPERATORS[name].options), {"modes": 3, "operator": name}
     for setting in ("mode_projections", "qk_norm"):
         if not OPERATORS[name].pools:
             rule = f"{setting} has no meaning for operator {name!r}: it does not pool its queries."

@@ -12,9 +12,9 @@ from nn.layers import DEFAULTS, VARIANTS, make, more
 from tensorattn.diagnose.cost import count_calls
 
 # Forward alone with gradients enabled, and with the backward pass, at order 3.
-LIMITS = {"kao_kv": (16, 60), "additive": (24, 80), "kao_qkv": (20, 70)}
+LIMITS = {"kao_kv": (16, 60), "additive": (24, 80), "kao_qkv": (20, 70), "clustered": (550, 650)}
 OTHERS = (48, 120)
-SIZES = ((3, 4, 5), (6, 8, 7))
+SIZES = ((3, 5, 5), (6, 8, 7))  # more positions than tokens
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 COUNTED = [(v, f) for f in FLOATS for v in VARIANTS]
 QUICK = [(v, f) for v, f in COUNTED if (v in DEFAULTS and f == FLOATS[0]) or (v.name in LIMITS and not v.options)]
@@ -45,7 +45,7 @@ def test_are_few_and_as_many_at_every_size(case):
 @pytest.mark.parametrize("settings", [{"channels_first": True}, {"causal": 0}, {"project": "positions"}], ids=str)
 @pytest.mark.parametrize("variant", more(*DEFAULTS), ids=str)
 def test_are_as_many_at_every_size_in_other_settings(variant, settings):
-    if "causal" in settings and "causal" in variant.operator.lacks:
+    if "causal" in settings and "causal" in variant.lacks:
         return
     layer = make(variant, 3, 32, 4, torch.float32, **settings)
     first = layer.channels_first
@@ -59,8 +59,11 @@ def test_are_as_many_at_every_size_in_other_settings(variant, settings):
 @pytest.mark.parametrize("variant", more(*VARIANTS), ids=str)
 def test_read_no_number_from_the_device(variant, settings):
     """Tensors without values, on the CPU as it seems: whoever asks for a value is told that there is none."""
-    if "causal" in settings and "causal" in variant.operator.lacks:
+    if "causal" in settings and "causal" in variant.lacks:
         return
+    settings = {
+        name: value for name, value in settings.items() if name != "dropout" or "dropout_p" not in variant.lacks
+    }
     with FakeTensorMode():
         layer = ta.TensorAttention(8, 2, modes=3, operator=variant.name, **variant.options, **settings)
         x = torch.randn((2, 8, 3, 4, 5) if layer.channels_first else (2, 3, 4, 5, 8), requires_grad=True)

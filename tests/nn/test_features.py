@@ -205,23 +205,23 @@ FEATURES: dict[str, Callable[[str], str]] = {
     "mode_projections, qk_norm": own_projections,
 }
 TABLE = """
-                           additive     truncated    kao_kv  kao_qkv  kronecker_product  kronecker_sum  axial   flattened
-queries anywhere           yes          yes          yes     raises   raises             raises         raises  yes
-weights a mode             yes          yes          yes     yes      yes                yes            yes     yes
-weights over the grid      approximate  approximate  raises  raises   yes                yes            yes     yes
-lengths, product masks     yes          yes          yes     yes      yes                yes            yes     yes
-masks of any shape         approximate  approximate  yes     yes      yes                yes            yes     yes
-causal                     yes          yes          yes     raises   raises             raises         yes     yes
-streams                    yes          yes          yes     raises   raises             raises         yes     yes
-position bias              yes          yes          yes     raises   raises             raises         yes     yes
-rotary                     raises       raises       raises  raises   yes                yes            yes     yes
-context                    yes          yes          yes     raises   raises             raises         raises  yes
-include_self               yes          yes          raises  raises   raises             raises         raises  raises
-interaction                yes          yes          raises  yes      raises             raises         raises  raises
-return_lse                 yes          yes          yes     yes      raises             raises         raises  yes
-attention maps             yes          yes          yes     yes      yes                yes            yes     yes
-skip, checkpoint, project  yes          yes          yes     yes      yes                yes            yes     yes
-mode_projections, qk_norm  raises       raises       raises  raises   yes                yes            raises  raises
+                           additive     truncated    kao_kv  kao_qkv  kronecker_product  kronecker_sum  axial   clustered  flattened
+queries anywhere           yes          yes          yes     raises   raises             raises         raises  yes        yes
+weights a mode             yes          yes          yes     yes      yes                yes            yes     yes        yes
+weights over the grid      approximate  approximate  raises  raises   yes                yes            yes     yes        yes
+lengths, product masks     yes          yes          yes     yes      yes                yes            yes     yes        yes
+masks of any shape         approximate  approximate  yes     yes      yes                yes            yes     yes        yes
+causal                     yes          yes          yes     raises   raises             raises         yes     raises     yes
+streams                    yes          yes          yes     raises   raises             raises         yes     raises     yes
+position bias              yes          yes          yes     raises   raises             raises         yes     raises     yes
+rotary                     raises       raises       raises  raises   yes                yes            yes     yes        yes
+context                    yes          yes          yes     raises   raises             raises         raises  yes        yes
+include_self               yes          yes          raises  raises   raises             raises         raises  raises     raises
+interaction                yes          yes          raises  yes      raises             raises         raises  raises     raises
+return_lse                 yes          yes          yes     yes      raises             raises         raises  yes        yes
+attention maps             yes          yes          yes     yes      yes                yes            yes     yes        yes
+skip, checkpoint, project  yes          yes          yes     yes      yes                yes            yes     yes        yes
+mode_projections, qk_norm  raises       raises       raises  raises   yes                yes            raises  raises     raises
 """
 
 

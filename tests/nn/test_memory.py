@@ -80,7 +80,11 @@ class TestCheckpoint:
 
     def test_changes_no_number(self, variant, build):
         x = draw(2, 3, 4, 2, 16, dtype=torch.float32).requires_grad_()
-        compare(*(seeded(module, x) for module in build(variant, dropout=0.3)), rtol=0, atol=0)
+        compare(
+            *(seeded(module, x) for module in build(variant, dropout=0.0 if "dropout_p" in variant.lacks else 0.3)),
+            rtol=0,
+            atol=0,
+        )
 
 
 @pytest.mark.parametrize("variant", more(*CAUSAL, quick=2), ids=str)

@@ -109,7 +109,7 @@ def test_operators_it_has_a_meaning_for():
                 suits[order].add(name)
             except ta.OptionError:
                 pass
-    always = {"flattened", "axial", "kronecker_product", "kronecker_sum"}
+    always = {"flattened", "clustered", "axial", "kronecker_product", "kronecker_sum"}
     # By default `truncated` keeps two modes, which are all there are at order 2: it is full attention.
     assert suits == {1: set(ta.OPERATORS), 2: {*always, "truncated"}, 3: always}
 

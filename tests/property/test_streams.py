@@ -42,7 +42,7 @@ FEW = ("additive interaction=linear", "axial")  # by default
 SOME = [
     pytest.param(v, id=str(v), marks=() if str(v) in FEW else pytest.mark.thorough)
     for v in variants()
-    if "causal" not in v.operator.lacks
+    if "causal" not in v.lacks
 ]
 
 

@@ -123,7 +123,10 @@ def test_every_operator_is_tried_with_every_option():
     tried = variants()
     assert {name for name, _ in tried} == set(OPERATORS)
     for name, operator in OPERATORS.items():
-        assert set(operator.options) == {option for known, options in tried if known == name for option in options}
+        one_order = {"blocks"}  # counts of modes
+        assert set(operator.options) - one_order == {
+            option for known, options in tried if known == name for option in options
+        }
 
 
 # ---- what a failure tells ------------------------------------------------------------------------------------------
