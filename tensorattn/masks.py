@@ -37,10 +37,12 @@ __all__ = [
     "is_recorded",
     "is_transformed",
     "log_weights",
+    "matmul",
     "one_a_mode",
     "read_weights",
     "readable",
     "real_tensor",
+    "relative",
     "without_absent",
 ]
 
@@ -87,12 +89,11 @@ class Weights:
         The factor keeps products of many large or small weights within the range of their type.
         """
         if self.grid is not None:
-            return self.grid
+            return self.grid if self.binary else relative(self.grid, self.order)
         found = []
         for mode, vector in enumerate(self.vectors):
             if vector is not None:
-                largest = vector.amax(-1, keepdim=True)
-                found.append(beside(vector / torch.where(largest > 0, largest, 1), mode, self.order))
+                found.append(beside(relative(vector, 1), mode, self.order))
         return functools.reduce(torch.mul, found) if found else None
 
     def shown(self) -> Tensor | None:
@@ -478,6 +479,19 @@ def in_autocast(device: torch.device) -> bool:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which averages of a type are accumulated: float32 for half precision.
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices in the type that they have, whatever autocast says: sums may be too large for half precision.
+
+    Args:
+        left: ``(*, L, D)``.
+        right: ``(*, D, S)``.
+    """
+    if not in_autocast(left.device):
+        return left @ right
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 
     Args:
         dtype: The type.
@@ -496,6 +510,17 @@ def counting_dtype(device: torch.device) -> torch.dtype:
 
 def log_weights(weights: Tensor) -> Tensor:
     """Return logarithms of weights: minus infinity for absent indices, to which no gradient flows.
+def relative(weights: Tensor, modes: int) -> Tensor:
+    """Divide weights by the largest of each sample, so that products with them stay within the range of their type.
+
+    Args:
+        weights: Non-negative weights ``(*batch, n_1, …)``.
+        modes: How many dimensions are modes.
+    """
+    largest = weights.amax(list(range(-modes, 0)), keepdim=True)
+    return weights / torch.where(largest > 0, largest, 1)
+
+
 
     Args:
         weights: Non-negative weights.

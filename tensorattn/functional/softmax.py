@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
-from tensorattn.masks import accumulation_dtype, is_recorded, is_transformed
+from tensorattn.masks import accumulation_dtype, check_floating, is_recorded, is_transformed, matmul
 
 __all__ = ["Attended", "TokenSet", "Tokens", "attend_tokens", "in_chunks", "merge_attention"]
 
@@ -382,7 +382,7 @@ def _explicit(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Attend to all sets by one product with the keys and one with the values."""
     dtype = accumulation_dtype(query.dtype)
-    logits = torch.matmul(query.to(dtype) * scale, tokens.key.to(dtype).mT)
+    logits = matmul(query.to(dtype) * scale, tokens.key.to(dtype).mT)
     weights, signed, lse = [], [], logits.new_zeros(())
     for each, part, bias in zip(tokens.sets, tokens.split(logits, -1), added, strict=True):
         assert part is not None
@@ -396,7 +396,7 @@ def _explicit(
         dropped = F.dropout(weight, dropout_p) if dropout_p > 0 and not each.constant else weight
         signed.append(dropped if each.coefficient == 1 else dropped * each.coefficient)
         weights.append(weight)
-    output = torch.matmul(signed[0] if len(signed) == 1 else torch.cat(signed, -1), tokens.value.to(dtype))
+    output = matmul(signed[0] if len(signed) == 1 else torch.cat(signed, -1), tokens.value.to(dtype))
     if alive is not None:
         output, lse = torch.where(alive, output, 0.0), torch.where(alive, lse, -math.inf)
         weights = [weight * alive for weight in weights]
