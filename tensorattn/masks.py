@@ -376,12 +376,14 @@ def check_floating(**tensors: Tensor) -> None:
         **tensors: Tensors by the name of their argument.
 
     Raises:
-        DtypeError: If one is not floating point, or two types or devices differ.
+        DtypeError: If one is not dense or not floating point, or two types or devices differ.
     """
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.layout != torch.strided:
+            raise DtypeError(f"{name} must be a dense tensor, got the layout {tensor.layout}.")
         if not tensor.is_floating_point():
             raise DtypeError(f"{name} must be floating point, got {tensor.dtype}.")
         if tensor.dtype != reference.dtype:
@@ -477,8 +479,6 @@ def in_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # not on meta
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which averages of a type are accumulated: float32 for half precision.
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """Multiply matrices in the type that they have, whatever autocast says: sums may be too large for half precision.
 
@@ -492,6 +492,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which averages of a type are accumulated: float32 for half precision.
 
     Args:
         dtype: The type.
@@ -508,8 +510,6 @@ def counting_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def log_weights(weights: Tensor) -> Tensor:
-    """Return logarithms of weights: minus infinity for absent indices, to which no gradient flows.
 def relative(weights: Tensor, modes: int) -> Tensor:
     """Divide weights by the largest of each sample, so that products with them stay within the range of their type.
 
@@ -521,6 +521,8 @@ def relative(weights: Tensor, modes: int) -> Tensor:
     return weights / torch.where(largest > 0, largest, 1)
 
 
+def log_weights(weights: Tensor) -> Tensor:
+    """Return logarithms of weights: minus infinity for absent indices, to which no gradient flows.
 
     Args:
         weights: Non-negative weights.

@@ -357,6 +357,8 @@ def outer_sum(vectors: Sequence[Tensor], *, skip: Tensor | None = None, out: Ten
         tensor([[11., 12., 13.],
                 [21., 22., 23.]])
     """
+    if not isinstance(vectors, (Sequence, Tensor)):
+        raise ShapeError(f"vectors must hold one tensor a mode, got {vectors!r}.")
     if len(vectors) == 0:
         raise ShapeError("vectors is empty, but every mode needs one.")
     named = {f"vectors[{mode}]": vector for mode, vector in enumerate(vectors)}

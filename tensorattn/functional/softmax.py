@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -419,7 +419,8 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         Output, in the type of the first, and log-sum-exp of the union.
 
     Raises:
-        ShapeError: If there is no part, or shapes disagree.
+        ShapeError: If there is no part, one is no pair, or shapes disagree.
+        DtypeError: If an output or a log-sum-exp is no tensor of a floating-point type.
 
     Shape:
         - outputs: :math:`(*, D_v)`, log-sum-exps: :math:`(*)`
@@ -432,7 +433,15 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         >>> torch.allclose(output, ta.flattened_attention(q, k, k, order=1))
         True
     """
-    pairs = [(part[0], part[1]) for part in parts]
+    if not isinstance(parts, Iterable):
+        raise ShapeError(f"parts must hold outputs with their log-sum-exps, got {parts!r}.")
+    pairs = []
+    for place, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) < 2:
+            raise ShapeError(f"parts[{place}] must be an output and its log-sum-exp, got {type(part).__name__}.")
+        check_floating(**{f"the output of parts[{place}]": part[0]})
+        check_floating(**{f"the log-sum-exp of parts[{place}]": part[1]})
+        pairs.append((part[0], part[1]))
     if not pairs:
         raise ShapeError("parts is empty, but at least one output with its log-sum-exp is needed.")
     for place, (output, lse) in enumerate(pairs):
