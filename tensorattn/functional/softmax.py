@@ -360,7 +360,7 @@ def _gradients(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Write out the derivatives of the kernel by queries, keys, values and bias."""
-    weights = _weights(query, key, bias, scale)
+    weights, grad = _weights(query, key, bias, scale), grad.to(query.dtype)  # the kernel has its own under autocast
     of_weights = grad @ value.mT
     of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
     of_bias = None if bias is None else of_logits.sum_to_size(bias.shape)

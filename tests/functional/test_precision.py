@@ -67,8 +67,9 @@ class TestTypes:
                 found = parts(variant.function(*leaves, order=2, **more))
             assert {part.dtype for part in found} == {torch.float32}
             close(found, exact, rtol=0.03, atol=0.03)
-            grads = torch.autograd.grad(found[0].sum(), leaves)
+            grads = torch.autograd.grad(found[0].sum(), leaves, create_graph=True)
             assert {grad.dtype for grad in grads} == {torch.float32}
+            assert torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves[2])[0].isfinite().all()
 
     @pytest.mark.parametrize("dtype", HALVES)
     @every_causal_variant
