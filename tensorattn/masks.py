@@ -38,10 +38,12 @@ __all__ = [
     "is_recorded",
     "is_transformed",
     "log_weights",
+    "matmul",
     "one_a_mode",
     "read_weights",
     "readable",
     "real_tensor",
+    "relative",
     "without_absent",
     "without_autocast",
 ]
@@ -89,12 +91,11 @@ class Weights:
         The factor keeps products of many large or small weights within the range of their type.
         """
         if self.grid is not None:
-            return self.grid
+            return self.grid if self.binary else relative(self.grid, self.order)
         found = []
         for mode, vector in enumerate(self.vectors):
             if vector is not None:
-                largest = vector.amax(-1, keepdim=True)
-                found.append(beside(vector / torch.where(largest > 0, largest, 1), mode, self.order))
+                found.append(beside(relative(vector, 1), mode, self.order))
         return functools.reduce(torch.mul, found) if found else None
 
     def shown(self) -> Tensor | None:
@@ -377,12 +378,14 @@ def check_floating(**tensors: Tensor) -> None:
         **tensors: Tensors by the name of their argument.
 
     Raises:
-        DtypeError: If one is not floating point, or two types or devices differ.
+        DtypeError: If one is not dense or not floating point, or two types or devices differ.
     """
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.layout != torch.strided:
+            raise DtypeError(f"{name} must be a dense tensor, got the layout {tensor.layout}.")
         if not tensor.is_floating_point():
             raise DtypeError(f"{name} must be floating point, got {tensor.dtype}.")
         if tensor.dtype != reference.dtype:
@@ -488,6 +491,19 @@ def in_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # not on meta
 
 
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices in the type that they have, whatever autocast says: sums may be too large for half precision.
+
+    Args:
+        left: ``(*, L, D)``.
+        right: ``(*, D, S)``.
+    """
+    if not in_autocast(left.device):
+        return left @ right
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which averages of a type are accumulated: float32 for half precision.
 
@@ -504,6 +520,17 @@ def counting_dtype(device: torch.device) -> torch.dtype:
         device: Device of the numbers: MPS has no float64.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def relative(weights: Tensor, modes: int) -> Tensor:
+    """Divide weights by the largest of each sample, so that products with them stay within the range of their type.
+
+    Args:
+        weights: Non-negative weights ``(*batch, n_1, …)``.
+        modes: How many dimensions are modes.
+    """
+    largest = weights.amax(list(range(-modes, 0)), keepdim=True)
+    return weights / torch.where(largest > 0, largest, 1)
 
 
 def log_weights(weights: Tensor) -> Tensor:

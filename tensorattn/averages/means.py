@@ -14,6 +14,7 @@ With a weight :math:`w_j` for each position it is the weighted mean of the slice
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -120,8 +121,9 @@ def _without_modes(node: Tensor, kept: Kept, order: int) -> Tensor:
 
 def _means_over_positions(tensor: Tensor, family: Family, weights: Weights) -> tuple[Tensor, ...]:
     """Average a tensor multiplied by the weight of each position, and divide by the average weight."""
-    order, weight = weights.order, weights.grid
+    order, weight = weights.order, weights.over_grid()
     assert weight is not None
+    weights = dataclasses.replace(weights, grid=weight)  # a factor of all weights leaves means as they are
     weighed = without_absent(tensor, weight > 0)
     if not weights.binary:
         weighed = weighed.to(accumulation_dtype(tensor.dtype)) * weight.unsqueeze(-1)
@@ -355,6 +357,8 @@ def outer_sum(vectors: Sequence[Tensor], *, skip: Tensor | None = None, out: Ten
         tensor([[11., 12., 13.],
                 [21., 22., 23.]])
     """
+    if not isinstance(vectors, (Sequence, Tensor)):
+        raise ShapeError(f"vectors must hold one tensor a mode, got {vectors!r}.")
     if len(vectors) == 0:
         raise ShapeError("vectors is empty, but every mode needs one.")
     named = {f"vectors[{mode}]": vector for mode, vector in enumerate(vectors)}

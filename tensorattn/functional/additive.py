@@ -36,7 +36,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import merge_attention
 from tensorattn.functional.summary import Needs, Summary
-from tensorattn.masks import accumulation_dtype
+from tensorattn.masks import accumulation_dtype, matmul
 from tensorattn.modes import Family, Kept, ModeSpec, check_order, mode_parts, mode_subsets
 
 __all__ = [
@@ -349,10 +349,10 @@ def _marginal_covariance(summary: Summary, kept: Kept, of_keys: bool) -> Tensor:
     key = tokens.key.to(dtype) - grand.key
     left = key if of_keys else tokens.value.to(dtype) - grand.value
     if tokens.log_weight is None:
-        return left.mT @ key / key.shape[-2]
+        return matmul(left.mT, key) / key.shape[-2]
     present = tokens.log_weight.amax(-1, keepdim=True) > -math.inf
     share = torch.softmax(torch.where(present, tokens.log_weight, 0.0), -1) * present
-    return (left * share.unsqueeze(-1)).mT @ key
+    return matmul((left * share.unsqueeze(-1)).mT, key)
 
 
 def missing_covariance(summary: Summary, counts: Mapping[Kept, int], of_keys: bool) -> Tensor:
@@ -399,11 +399,11 @@ def _correct(
     """Add the correction to an output, times a gain a batch entry, and half of τ² to its log-sum-exp."""
     batch, shape = len(summary.batch), query.shape
     flat = query.reshape(*shape[:batch], math.prod(shape[batch:-1]), shape[-1]).to(accumulation_dtype(query.dtype))
-    term = scale * (flat @ missing_covariance(summary, counts, of_keys=False).to(flat.dtype).mT)
+    term = scale * matmul(flat, missing_covariance(summary, counts, of_keys=False).to(flat.dtype).mT)
     square = None
     if saturation is not None or lse is not None:
         keys = missing_covariance(summary, counts, of_keys=True).to(flat.dtype)
-        square = scale * scale * ((flat @ keys) * flat).sum(-1)
+        square = scale * scale * (matmul(flat, keys) * flat).sum(-1)
     if saturation is not None and square is not None:
         term = term / saturated(square, saturation)
     if gain is not None:

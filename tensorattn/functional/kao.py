@@ -35,7 +35,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import TokenSet, attend_tokens
 from tensorattn.functional.summary import Means, Needs, Summary
-from tensorattn.masks import accumulation_dtype
+from tensorattn.masks import accumulation_dtype, matmul
 from tensorattn.modes import Family, check_order, main_effects
 
 __all__ = ["KAO_KV", "KAO_QKV", "kao_kv", "kao_qkv"]
@@ -258,7 +258,7 @@ def _correction(
     own = query.to(dtype) - additive
 
     def applied(to: Tensor, matrix: Tensor) -> Tensor:
-        return (to.flatten(batch, -2) @ matrix.to(dtype).mT).unflatten(-2, summary.sizes)
+        return matmul(to.flatten(batch, -2), matrix.to(dtype).mT).unflatten(-2, summary.sizes)
 
     assert summary.covariance is not None and summary.key_covariance is not None
     rest = missing_covariance(summary, counts, of_keys=False)

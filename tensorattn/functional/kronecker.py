@@ -27,7 +27,7 @@ from tensorattn.functional.operator import (
     run,
 )
 from tensorattn.functional.summary import Means, Needs, Summary
-from tensorattn.masks import accumulation_dtype, log_weights
+from tensorattn.masks import accumulation_dtype, log_weights, matmul, relative
 from tensorattn.modes import main_effects
 
 __all__ = ["KRONECKER_PRODUCT", "KRONECKER_SUM", "kronecker_product_attention", "kronecker_sum_attention"]
@@ -135,8 +135,8 @@ def _attend_by_product(
     if column is None:
         output = _in_turn(dropped, value, batch)
     else:
-        weighed = _in_turn(dropped, value * column.to(value.dtype), batch)
-        output = _over_present(weighed, _in_turn(matrices, column, batch))
+        output = _over_present(_in_turn(dropped, value * column, batch), _in_turn(matrices, column, batch))
+        output = output.to(value.dtype)
     return AttentionResult(output, lse, matrices if return_attention else None)
 
 
@@ -151,8 +151,9 @@ def _attend_by_sum(
         if column is None:
             parts.append(_along_mode(dropped[mode], value, mode, batch))
         else:
-            weighed = _along_mode(dropped[mode], value * column.to(value.dtype), mode, batch)
-            parts.append(_over_present(weighed, _along_mode(matrices[mode], column, mode, batch)))
+            weighed = _along_mode(dropped[mode], value * column, mode, batch)
+            part = _over_present(weighed, _along_mode(matrices[mode], column, mode, batch))
+            parts.append(part.to(value.dtype))
     return AttentionResult(functools.reduce(torch.add, parts), lse, matrices if return_attention else None)
 
 
@@ -184,7 +185,7 @@ def _matrices(
             key = torch.where((count > 0).unsqueeze(-1), key, 0.0)
         query = (query if query_norm is None else query_norm(query)).to(dtype)
         key = (key if key_norm is None else key_norm(key)).to(dtype)
-        logits, present = (query * scale) @ key.mT, None
+        logits, present = matmul(query * scale, key.mT), None
         if count is not None:
             weight = (
                 log_weights((count > 0).to(dtype)) if summary.mode_weights is None else summary.mode_log_weight(mode)
@@ -208,13 +209,13 @@ def _others(summary: Summary, mode: int) -> Tensor | int:
     if summary.mode_weights is None:
         count = summary.count((mode,))
         assert count is not None
-        return count.unsqueeze(-1).to(summary.key((mode,)).dtype)
+        return count.unsqueeze(-1).to(accumulation_dtype(summary.key((mode,)).dtype))
     totals = [
-        torch.tensor(float(size)) if weight is None else weight.sum(-1)[..., None, None]
+        size if weight is None else weight.sum(-1)[..., None, None]
         for k, (weight, size) in enumerate(zip(summary.mode_weights, summary.sizes, strict=True))
         if k != mode
     ]
-    return math.prod(totals) if totals else 1
+    return math.prod(totals)
 
 
 def _values(summary: Summary) -> Tensor:
@@ -225,10 +226,10 @@ def _values(summary: Summary) -> Tensor:
 
 
 def _position_column(summary: Summary) -> Tensor | None:
-    """Return the weight of each position as a column ``(*batch, n_1, …, n_N, 1)`` where it is no product over modes."""
+    """Return relative weights of positions, ``(*batch, n_1, …, n_N, 1)``, where they are no product over modes."""
     if summary.counts is None or summary.mode_weights is not None:
         return None
-    column = summary.counts.get(tuple(range(summary.order)))
+    column = relative(summary.counts.get(tuple(range(summary.order))), summary.order + 1)
     return column.expand(*summary.batch, *summary.sizes, 1).to(
         accumulation_dtype(summary.value_means.blocks[0][1].dtype)
     )
@@ -240,7 +241,7 @@ def _over_present(weighed: Tensor, share: Tensor) -> Tensor:
     Attention to a grid with gaps is attention to the whole grid, times the weights, made to sum to one again: full
     attention under a mask is nothing else.
     """
-    return weighed / torch.where(share > 0, share, 1).to(weighed.dtype)
+    return weighed / torch.where(share > 0, share, 1)
 
 
 def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int) -> Tensor:
@@ -253,7 +254,7 @@ def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int) -> Tensor:
 def _along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int) -> Tensor:
     """Multiply a tensor ``(*batch, n_1, …, n_N, D)`` by a matrix ``(*batch, n, n_mode)``: the mode-k product."""
     moved = tensor.movedim(batch + mode, batch)
-    product = matrix.to(tensor.dtype) @ moved.flatten(batch + 1)
+    product = matmul(matrix.to(tensor.dtype), moved.flatten(batch + 1))
     return product.unflatten(-1, moved.shape[batch + 1 :]).movedim(batch, batch + mode)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.errors import ShapeError, retells
-from tensorattn.masks import accumulation_dtype, is_recorded, is_transformed
+from tensorattn.masks import accumulation_dtype, check_floating, is_recorded, is_transformed, matmul
 
 __all__ = ["Attended", "TokenSet", "Tokens", "attend_tokens", "in_chunks", "merge_attention"]
 
@@ -360,7 +360,7 @@ def _gradients(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Write out the derivatives of the kernel by queries, keys, values and bias."""
-    weights = _weights(query, key, bias, scale)
+    weights, grad = _weights(query, key, bias, scale), grad.to(query.dtype)  # the kernel has its own under autocast
     of_weights = grad @ value.mT
     of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
     of_bias = None if bias is None else of_logits.sum_to_size(bias.shape)
@@ -382,7 +382,7 @@ def _explicit(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Attend to all sets by one product with the keys and one with the values."""
     dtype = accumulation_dtype(query.dtype)
-    logits = torch.matmul(query.to(dtype) * scale, tokens.key.to(dtype).mT)
+    logits = matmul(query.to(dtype) * scale, tokens.key.to(dtype).mT)
     weights, signed, lse = [], [], logits.new_zeros(())
     for each, part, bias in zip(tokens.sets, tokens.split(logits, -1), added, strict=True):
         assert part is not None
@@ -396,7 +396,7 @@ def _explicit(
         dropped = F.dropout(weight, dropout_p) if dropout_p > 0 and not each.constant else weight
         signed.append(dropped if each.coefficient == 1 else dropped * each.coefficient)
         weights.append(weight)
-    output = torch.matmul(signed[0] if len(signed) == 1 else torch.cat(signed, -1), tokens.value.to(dtype))
+    output = matmul(signed[0] if len(signed) == 1 else torch.cat(signed, -1), tokens.value.to(dtype))
     if alive is not None:
         output, lse = torch.where(alive, output, 0.0), torch.where(alive, lse, -math.inf)
         weights = [weight * alive for weight in weights]
@@ -419,7 +419,8 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         Output, in the type of the first, and log-sum-exp of the union.
 
     Raises:
-        ShapeError: If there is no part, or shapes disagree.
+        ShapeError: If there is no part, one is no pair, or shapes disagree.
+        DtypeError: If an output or a log-sum-exp is no tensor of a floating-point type.
 
     Shape:
         - outputs: :math:`(*, D_v)`, log-sum-exps: :math:`(*)`
@@ -432,7 +433,15 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         >>> torch.allclose(output, ta.flattened_attention(q, k, k, order=1))
         True
     """
-    pairs = [(part[0], part[1]) for part in parts]
+    if not isinstance(parts, Iterable):
+        raise ShapeError(f"parts must hold outputs with their log-sum-exps, got {parts!r}.")
+    pairs = []
+    for place, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) < 2:
+            raise ShapeError(f"parts[{place}] must be an output and its log-sum-exp, got {type(part).__name__}.")
+        check_floating(**{f"the output of parts[{place}]": part[0]})
+        check_floating(**{f"the log-sum-exp of parts[{place}]": part[1]})
+        pairs.append((part[0], part[1]))
     if not pairs:
         raise ShapeError("parts is empty, but at least one output with its log-sum-exp is needed.")
     for place, (output, lse) in enumerate(pairs):

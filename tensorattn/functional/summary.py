@@ -31,6 +31,7 @@ from tensorattn.masks import (
     check_floating,
     counting_dtype,
     log_weights,
+    matmul,
     read_weights,
     readable,
 )
@@ -366,7 +367,8 @@ class Summary:
         if self.counts is not None:
             parts = [self.mode_log_weight(mode) for mode in range(self.order)]
             batch = torch.broadcast_shapes(*[part.shape[:-1] for part in parts])
-            log_weight = torch.cat([part.expand(*batch, -1) for part in parts], -1).to(tokens.key.dtype)
+            log_weight = torch.cat([part.expand(*batch, -1) for part in parts], -1)
+            log_weight = log_weight.to(accumulation_dtype(tokens.key.dtype))
         return Tokens(tokens.key, tokens.value, log_weight, (TokenSet(length),))
 
     def mode_log_weight(self, mode: int) -> Tensor:
@@ -468,7 +470,7 @@ class Summary:
                     right.unflatten(0, (num_heads, -1)),
                     tensor.unsqueeze(-3),
                 )
-            return left @ tensor @ right.mT
+            return matmul(matmul(left, tensor), right.mT)
 
         return dataclasses.replace(
             self if num_heads is None else self.with_heads(),
@@ -790,4 +792,4 @@ def _covariance(
         left_centred = torch.where(present, left_centred, 0.0) * share.unsqueeze(-1)
         total = share.sum(list(range(-order, 0)))[..., None, None]
         count = torch.where(total > 0, total, 1)
-    return (left_centred.flatten(first, -2).mT @ right_centred.flatten(first, -2)) / count
+    return matmul(left_centred.flatten(first, -2).mT, right_centred.flatten(first, -2)) / count

@@ -39,6 +39,7 @@ from tensorattn.masks import (
     accumulation_dtype,
     beside,
     is_recorded,
+    matmul,
     read_weights,
     without_absent,
 )
@@ -791,7 +792,8 @@ class TensorAttention(nn.Module):
         )
         moments = []
         for moment, left in ((summary.covariance, to_values), (summary.key_covariance, to_keys)):
-            moments.append(left.mT.to(moment.dtype) @ moment.unsqueeze(-3) @ to_keys.to(moment.dtype))
+            of_left = matmul(left.mT.to(moment.dtype), moment.unsqueeze(-3))
+            moments.append(matmul(of_left, to_keys.to(moment.dtype)))
         return dataclasses.replace(found, covariance=moments[0], key_covariance=moments[1])
 
     def _linear_part(self, linear: Callable[[Tensor], Tensor], channels: int, dtype: torch.dtype) -> Tensor:

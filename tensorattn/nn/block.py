@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -194,6 +195,8 @@ class TensorTransformerBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         check(mlp_ratio, "mlp_ratio", "number", rule="a number")
+        if not math.isfinite(mlp_ratio):
+            raise OptionError(f"mlp_ratio must be finite, got {mlp_ratio}.")
         if layer_scale is not None:
             check(layer_scale, "layer_scale", "number", rule="a number or None")
         check(drop_path, "drop_path", "probability")

@@ -84,11 +84,11 @@ class ContextReader:
             spoken.get("weights"), spoken.get("mask"), spoken.get("lengths"), grid, key, modes, of="context"
         )
         check_indices(needs, weights)
-        counts = weights.over_grid()
-        if counts is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
+        shown = weights.shown()
+        if shown is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
             alone = value is key
-            key = without_absent(key, counts > 0)
-            value = key if alone else without_absent(value, counts > 0)
+            key = without_absent(key, shown)
+            value = key if alone else without_absent(value, shown)
         return make_summary(key, value, needs, weights)
 
     def read(self, context: Any, x: Tensor, parameter: Tensor | None, **spoken: Any) -> Summary:

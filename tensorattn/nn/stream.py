@@ -429,8 +429,8 @@ class ModuleStream:
         window: How many frames each attention sees, the own one included; None for all.
 
     Raises:
-        OptionError: If the module has no causal attention, or one along other modes or without a causal mode, or the
-            window is not a whole number of frames.
+        OptionError: If it is no module, has no causal attention, or one along other modes or without a causal mode, or
+            the window is not a whole number of frames.
 
     Examples:
         >>> import torch, tensorattn as ta
@@ -447,6 +447,8 @@ class ModuleStream:
 
     @retells
     def __init__(self, module: nn.Module, *, window: int | None = None) -> None:
+        if not isinstance(module, nn.Module):
+            raise OptionError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
         self.module = module
         _check_window(window)
         self._streams = _find_streams(module, window)

@@ -461,6 +461,12 @@ class TestRefused:
                 DtypeError,
                 f"tensor must be floating point, got torch.int32.{reading}",
             ),
+            (
+                (torch.sparse_coo_tensor(size=SIZE, check_invariants=True),),
+                {},
+                DtypeError,
+                f"tensor must be a dense tensor, got the layout torch.sparse_coo.{reading}",
+            ),
             ((x,), {"order": 0}, OptionError, "order must be at least 1, got 0."),
             (([[1.0]],), {}, DtypeError, "tensor must be a torch.Tensor, got list."),
         ]
@@ -487,6 +493,7 @@ class TestRefused:
         )
         cases = [
             ([], ShapeError, "vectors is empty, but every mode needs one."),
+            (3, ShapeError, "vectors must hold one tensor a mode, got 3."),
             ([rows, make(3, 40, 5)], ShapeError, batch.format((3,))),
             ([rows, make(40, 5)], ShapeError, batch.format(())),
             ([rows, columns, make(2, 4, 6)], ShapeError, "channels are 5 in vectors[0] but 6 in vectors[2]."),

@@ -67,8 +67,9 @@ class TestTypes:
                 found = parts(variant.function(*leaves, order=2, **more))
             assert {part.dtype for part in found} == {torch.float32}
             close(found, exact, rtol=0.03, atol=0.03)
-            grads = torch.autograd.grad(found[0].sum(), leaves)
+            grads = torch.autograd.grad(found[0].sum(), leaves, create_graph=True)
             assert {grad.dtype for grad in grads} == {torch.float32}
+            assert torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves[2])[0].isfinite().all()
 
     @pytest.mark.parametrize("dtype", HALVES)
     @every_causal_variant
@@ -126,6 +127,43 @@ class TestExtremes:
                 for w in ([size * v for v in weights], weights)
             )
             close([ours], [theirs], rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("size", [1e38, 1e-38])
+    @every_variant
+    def test_only_the_ratios_of_weights_of_positions_count(self, variant, size):
+        options = variant.operator.with_defaults(variant.options)
+        if options.get("include_self") or variant.operator.needs(2, **options).indices:
+            pytest.skip("weights count as they are, or are those of indices")
+        x, weights = draw(2, 3, 4, 8, dtype=torch.float32), positive(2, 3, 4).float()
+        ours, theirs = (variant.function(x, x, x, order=2, weights=w) for w in (size * weights, weights))
+        close([ours], [theirs], rtol=1e-4, atol=1e-4)
+
+    def test_many_positions_under_autocast(self):
+        """Neither sums over positions nor the logarithm of how many they are fit into half precision."""
+        x, query = draw(256, 264, 4, dtype=torch.float32) + 1, draw(5, 4, seed=1, dtype=torch.float32)
+        options = {"order": 2, "interaction": "linear", "return_lse": True}
+        with torch.autocast("cpu", torch.float16):
+            ours = parts(ta.additive_attention(query, x, x, **options))
+        close(ours, parts(ta.additive_attention(query, x, x, **options)), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["kronecker_product", "kronecker_sum"])
+    def test_attention_to_gaps_in_half_precision(self, name):
+        """What is left to the positions present is too little for half precision."""
+        mask, key = torch.tensor([[False, True], [True, True]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])
+        key, value = key.unsqueeze(-1).expand(2, 2, 8), draw(2, 2, 8).half()
+        exact, ours = (
+            OPERATORS[name].function(4 * key.to(dtype) ** 0, key.to(dtype), value.to(dtype), order=2, mask=mask)
+            for dtype in (torch.float64, torch.float16)
+        )
+        close([ours.double()], [exact], **within(torch.float16))
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("name", ["kao_kv", "kao_qkv"])
+    def test_the_logarithm_of_a_weight_is_not_rounded(self, name, dtype):
+        layer = ta.TensorAttention(8, 2, modes=2, operator=name).to(dtype)
+        x, weights = draw(2, 3, 4, 8, dtype=dtype), [torch.tensor([1e30, 1.7e30, 3e30]), torch.tensor([1.1e30] * 4)]
+        ours = layer(x, weights=weights)
+        close([ours.double()], [layer.double()(x.double(), weights=weights)], **within(dtype))
 
     @every_variant
     def test_a_constant_far_from_zero_is_no_loss(self, variant):

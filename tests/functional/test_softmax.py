@@ -12,7 +12,7 @@ from modules import draw, refused
 from torch.autograd import gradcheck, gradgradcheck
 
 import tensorattn as ta
-from tensorattn.errors import ShapeError
+from tensorattn.errors import DtypeError, ShapeError
 from tensorattn.functional.softmax import CHUNK, Tokens, TokenSet, attend_tokens
 
 BATCHES = [(), (2,), (2, 3), (2, 1, 2)]
@@ -358,7 +358,14 @@ class TestMerge:
         cases = [
             ([], "parts is empty, but at least one output with its log-sum-exp is needed."),
             ([(output, lse), (make(2, 31, 5), make(2, 31))], shapes),
+            ([(output, lse), output], "parts[1] must be an output and its log-sum-exp, got Tensor."),
+            (3, "parts must hold outputs with their log-sum-exps, got 3."),
             ([(output, make(2, 1))], "parts[0] has output (2, 30, 5) but log-sum-exp (2, 1)."),
         ]
         for parts, rule in cases:
             refused(ShapeError, f"merge_attention: {rule}", ta.merge_attention, parts)
+        for wrong, rule in (
+            ([(output, None)], "the log-sum-exp of parts[0] must be a torch.Tensor, got NoneType."),
+            ([(output, lse), (output.int(), lse)], "the output of parts[1] must be floating point, got torch.int32."),
+        ):
+            refused(DtypeError, f"merge_attention: {rule}", ta.merge_attention, wrong)

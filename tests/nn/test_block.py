@@ -411,6 +411,7 @@ BLOCKS = {
         "causal has no meaning for operator 'kronecker_sum': its queries are pooled over positions.",
     ),
     "drop path": ({"drop_path": -0.5}, "drop_path must be between 0 and 1, got -0.5."),
+    "no mlp": ({"mlp_ratio": float("nan")}, "mlp_ratio must be finite, got nan."),
     "mlp": ({"mlp_ratio": 0.0}, "mlp_ratio leaves no hidden channels, got 0.0 with embed_dim 8."),
     "checkpoint": ({"checkpoint": "no"}, "checkpoint must be True or False, got 'no'."),
     "layout": ({"channels_first": 1}, "channels_first must be True or False, got 1."),

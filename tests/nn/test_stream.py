@@ -547,6 +547,7 @@ def attention(**settings):
 
 
 MODULES = {
+    "no module": (3, "module must be a torch.nn.Module, got int."),
     "no attention": (
         torch.nn.Linear(2, 2),
         "module has no TensorAttention with a causal mode.\n  Make it with causal=....",
