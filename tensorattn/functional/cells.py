@@ -222,7 +222,7 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     half = half.squeeze(-1)
     # Points that are closer than rounding are one, and absent ones are never far from a centre.
     reach = torch.where(share > 0, half - 8 * torch.finfo(rows.dtype).eps * half.amax(-1, keepdim=True), -math.inf)
-    first = torch.where(share > 0, half, math.inf).argmin(-1, keepdim=True)
+    first = torch.sub(reach, half, alpha=2).argmax(-1, keepdim=True)  # the one nearest the mean
     centres = ends.new_full((len(ends), tokens + 1, ends.shape[-1]), math.inf)  # the last one takes what finds no place
     centres[:, :, :-1] = _rows(ends, first)[..., :-1]
     centres[:, 0] = _rows(ends, first).squeeze(-2)
@@ -264,7 +264,7 @@ def _per_cell(label: Tensor, rows: Tensor, share: Tensor, tokens: int) -> tuple[
     member = label.unsqueeze(-2) == torch.arange(tokens, device=label.device).unsqueeze(-1)
     weight = member * share.unsqueeze(-2)
     total = weight.sum(-1, keepdim=True)
-    return weight @ rows / torch.where(total > 0, total, 1.0), total > 0
+    return weight @ rows / total.clamp_min(torch.finfo(rows.dtype).tiny), total > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,7 +350,11 @@ def _sums(
     batch, length, dim = key.shape[:-2], key.shape[-2], key.shape[-1]
     about = key.detach().mean(-2, keepdim=True, dtype=dtype)
     key = key.to(dtype) - about
-    share = torch.ones_like(key[..., :1]) if weight is None else weight.to(dtype).unsqueeze(-1)
+    top = None
+    if weight is not None:  # in float64, and relative to the largest in their own type
+        top = weight.to(wide).amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny).unsqueeze(-1)
+        weight = (weight.to(wide) / top.squeeze(-1)).to(dtype)
+    share = torch.ones_like(key[..., :1]) if weight is None else weight.unsqueeze(-1)
     value = value.to(dtype)
     weighted = key if weight is None else key * share
     columns = [weighted, value if weight is None else value * share, share.expand(*batch, length, 1)]
@@ -367,7 +371,10 @@ def _sums(
     total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
     total = total.scatter_add(0, place.reshape(-1, 1).expand(rows.shape), rows)
     total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
-    return _about_zero(total, products.to(wide), about.to(wide), width, factor)
+    products = products.to(wide)
+    if top is not None:
+        total, products = total * top, products * top
+    return _about_zero(total, products, about.to(wide), width, factor)
 
 
 def _about_zero(total: Tensor, products: Tensor, about: Tensor, width: int, factor: Tensor | None) -> CellSums:
