@@ -20,7 +20,7 @@ from test_structure import ROOMS
 from torch import Tensor
 
 import tensorattn as ta
-from tensorattn.cli.attend import PACKAGED, QUERIES, default_choices
+from tensorattn.cli.attend import PACKAGED, QUERIES, default_choices, means_of_cells
 from tensorattn.cli.common import parse_choices
 from tensorattn.cli.embedding import embed, grid_of
 from tensorattn.cli.main import main
@@ -192,7 +192,7 @@ def in_orthogonal_channels(*sizes: int) -> Tensor:
     return ta.outer_sum(parts) @ rotation
 
 
-SIZES = (4, 5, 3)
+SIZES = (4, 5, 4)
 EXACT: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {  # data on which an operator is exact
     "always": lambda: (normal(*SIZES, 12), normal(*SIZES, 12), normal(*SIZES, 12)),
     "any values; queries and keys additive, their modes in orthogonal channels": lambda: (
@@ -208,8 +208,13 @@ EXACT: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {  # data on whi
     "keys and values additive": lambda: (normal(*SIZES, 12), outer_sum(*SIZES), outer_sum(*SIZES)),
     "keys and values a sum over disjoint groups of modes that are kept": lambda: (
         normal(*SIZES, 12),
-        normal(4, 5, 1, 12) + normal(3, 12),
-        normal(4, 5, 1, 12) + normal(3, 12),
+        normal(4, 5, 1, 12) + normal(4, 12),
+        normal(4, 5, 1, 12) + normal(4, 12),
+    ),
+    "at most 64 distinct keys, the number of `tokens`": lambda: (
+        normal(*SIZES, 12),
+        normal(64, 12)[torch.arange(80) % 64].view(*SIZES, 12),
+        normal(*SIZES, 12),
     ),
     "order 1 only": lambda: (normal(9, 12), normal(9, 12), normal(9, 12)),
 }
@@ -220,6 +225,7 @@ HARDER = {  # the next kind of data, on which it must not be exact
     ),
     "keys and values additive": "keys and values a sum over disjoint groups of modes that are kept",
     "keys and values a sum over disjoint groups of modes that are kept": "always",
+    "at most 64 distinct keys, the number of `tokens`": "always",
     "order 1 only": "additive values; queries and keys additive, their modes in orthogonal channels",
 }
 
@@ -253,6 +259,7 @@ COSTS: dict[str, Callable[..., float]] = {  # of P, S, D, and the number of aver
     "`4SD + 4D²`": lambda positions, averages, dim, kept: 4 * averages * dim + 4 * dim**2,
     "`4D` for each average kept": lambda positions, averages, dim, kept: 4 * dim * kept,
     "`4S²D / P`": lambda positions, averages, dim, kept: 4 * averages**2 * dim / positions,
+    "`4nD + 4D²`, and `2nD` a key": lambda positions, averages, dim, kept: 6 * 64 * dim + 4 * dim**2,
     "`2SD`": lambda positions, averages, dim, kept: 2 * averages * dim,
     "`4PD`": lambda positions, averages, dim, kept: 4 * positions * dim,
 }
@@ -261,7 +268,7 @@ COSTS: dict[str, Callable[..., float]] = {  # of P, S, D, and the number of aver
 @pytest.mark.parametrize("name", ROWS)
 def test_the_table_says_what_a_query_costs(name):
     """Counted operations are those of the table, and at most half as many again for softmax, averages and sums."""
-    row, sizes, dim = ROWS[name], (20, 24, 28), 32
+    row, sizes, dim = ROWS[name], (80, 96, 112), 32  # large, so that a search costs little beside
     tokens = [torch.empty(*sizes, dim, device="meta") for _ in range(3)]
     positions, averages = math.prod(sizes), sum(sizes)
     kept = averages + sum(math.prod(pair) for pair in itertools.combinations(sizes, 2))
@@ -288,7 +295,9 @@ def test_the_text_says_what_works_with_which_operator():
     text = flat(section("Which operator when"))
     assert "context of another grid or order: " + ", ".join(f"`{name}`" for name in anywhere) + "." in text
     assert [name for name in names if ta.OPERATORS[name].query == "positions" and name != "kao_qkv"] == anywhere
-    assert causal == [name for name in names if name in (*anywhere, "axial")] and "those and `axial`" in text
+    assert causal == [name for name in names if name in (*anywhere, "axial") and name != "clustered"]
+    assert works("clustered", x, causal=0, cells="blocks") and not works("clustered", x, causal=0)
+    assert 'those and `axial`; `clustered` with `cells="blocks"`. Position biases: the same but `clustered`.' in text
     assert [name for name in names if works(name, x, position_bias=bias)] == causal
     turned = [name for name in names if works(name, x, rotary=rotary)]
     assert "Rotary embeddings: " + ", ".join(f"`{name}`" for name in turned) + "." in text
@@ -317,6 +326,7 @@ def test_what_is_said_of_the_changes_is_true():
     gone = re.search(r"`Operator` has no ((?:`\w+`(?:, )?)+)", text).group(1)
     assert not set(re.findall(r"`(\w+)`", gone)) & set(ta.Operator.__dataclass_fields__)
     assert {"queries", "indices"} <= set(ta.Needs._fields)
+    assert "a fourth field, `rho`" in text and ta.AttentionResult._fields[3] == "rho"
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------
@@ -342,7 +352,7 @@ def test_the_shares_of_interactions_are_true():
 @pytest.fixture(scope="module")
 def measured() -> list[dict[tuple[str, float], float]]:
     """Errors of what `python -m tensorattn attend` runs on each packaged recording, by label and width of logits."""
-    found = []
+    found, few_at_other_widths = [], ("additive", "additive:interaction=linear", "clustered", "clustered:cells=blocks")
     for sample, patch, _ in PACKAGED:
         recording = sample()
         cut = tuple(map(int, patch.split(",")))
@@ -365,11 +375,13 @@ def measured() -> list[dict[tuple[str, float], float]]:
 
         errors = {("mean of the values", 1.0): 1.0}
         for width in (0.25, 1.0, 4.0):
-            wanted = default_choices() if width == 1 else parse_choices(["additive", "additive:interaction=linear"])
-            for choice in wanted:
+            wanted = default_choices() if width == 1 else parse_choices(few_at_other_widths)
+            for choice in (each.settled(sum(grid)) for each in wanted):
                 queries = some if takes_any_positions(choice.record, choice.options) else query
                 errors[choice.label, width] = error(choice.record.name, queries, width, **choice.options)
             errors["random keys", width] = error(random_keys, some, width)
+        for name, function in means_of_cells(grid).items():
+            errors[name, 1.0] = error(function, query, 1.0)
         found.append(errors)
     return found
 
@@ -392,13 +404,18 @@ def test_what_is_said_of_the_errors_is_true(measured):
     assert f"{pairs:,} more of them on the video" in flat(README)
     for errors in measured:
         at = {label: error for (label, width), error in errors.items() if width == 1}
-        others = [error for label, error in at.items() if label not in ("truncated", "flattened", "random keys")]
-        assert at["random keys"] < min(others)
+        averages = [at[each] for each in at if re.match("additive|kao|kron|axial|mean", each)]
+        assert at["random keys"] < min(averages)
+        assert max(at[f"clustered{of}"] for of in ("", ":tokens=16", ":tokens=S")) < 0.01
+        assert at["clustered"] < at["64 k-means tokens with log counts"] < at["random keys"]
+        assert at["clustered:cells=blocks"] < at["64 blocks without moments"]
         assert at["kao_qkv"] > 1 and at["kronecker_sum"] > 1
-        assert at["truncated"] == min(error for label, error in at.items() if label != "flattened")
+        assert at["truncated"] < at["random keys"]
         soft, sharp = ({label: e for (label, w), e in errors.items() if w == width} for width in (0.25, 4.0))
         assert soft["additive:interaction=linear"] < min(soft["random keys"], soft["additive"] / 2)
         assert sharp["additive:interaction=linear"] > sharp["additive"] > sharp["random keys"]
+        assert sharp["clustered:cells=blocks"] > sharp["random keys"]
+        assert 9 < sharp["clustered"] / at["clustered"] < 45
 
 
 # ---- the rooms -----------------------------------------------------------------------------------------------

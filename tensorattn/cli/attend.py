@@ -6,7 +6,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ from tensorattn.cli.recordings import Recording, load, parse_modes, sample_video
 from tensorattn.diagnose import ErrorEstimate, centred_error, sample_positions, takes_any_positions
 from tensorattn.diagnose.cost import cost, measure
 from tensorattn.errors import OptionError, TensorAttentionError
-from tensorattn.functional import OPERATORS
+from tensorattn.functional import OPERATORS, Cells, find_cells
+from tensorattn.functional.cells import block_counts, block_labels
 from tensorattn.functional.flattened import flattened_attention
 from tensorattn.functional.maps import attention_map
 
@@ -44,7 +45,17 @@ PACKAGED = (  # the packaged recordings: where they come from, patch, and the qu
     (sample_video, "2,2,2", "15,110,153"),  # on the wall between the chambers of the heart
     (sample_volume, "2,2,2", "64,48,12"),
 )
-VARIANTS = ("additive:interaction=linear", "kao_qkv:centered=True")  # run by default beside every operator
+VARIANTS = (  # run by default beside every operator; S is the number of mode averages
+    "additive:interaction=linear",
+    "kao_qkv:centered=True",
+    "clustered:tokens=16",
+    "clustered:tokens=S",
+    "clustered:cells=blocks:tokens=16",
+    "clustered:cells=blocks",
+    "clustered:cells=blocks:tokens=S",
+)
+CELLS = 64  # of the baselines without second moments
+LLOYD_STEPS = 4  # of k-means, over all keys
 QUERIES = 64  # sampled queries on which full attention is computed
 MAX_POSITIONS = 100_000  # patches are chosen so that a recording has at most so many
 BUDGET_SECONDS = 12.0  # an operator that would take more CPU time than this is not run over the whole grid
@@ -70,7 +81,8 @@ not come close to sharp attention.
 How it is measured: FLOPs are counted from the sizes, averages, softmax and outer sums included. CPU time is on one
 thread, the median of a few calls where they are short. Peak extra memory is what the process held more than before
 the call, the output included (Linux). The centred error is |O - F| / |F - v| over 64 sampled queries: O the output,
-F full attention, v the mean of the values, so that answering with the mean scores 1.
+F full attention, v the mean of the values, so that answering with the mean scores 1. rho, for clustered alone, is
+the share of the variance of the logits that is left inside cells, the largest over heads: it needs no full attention.
 """
 
 Array = np.ndarray[Any, Any]
@@ -96,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--operator",
         action="append",
         metavar="NAME[:OPTION=VALUE]",
-        help=f"run this one only; may be given again: {', '.join(OPERATORS)}",
+        help=f"run this one only; may be given again; a value S is the number of mode averages: {', '.join(OPERATORS)}",
     )
     add("--dim", type=positive, default=64, help="channels, all heads together (default 64)")
     add("--heads", type=positive, default=4, help="heads (default 4)")
@@ -272,7 +284,7 @@ def prepare(
         raise OptionError(f"{told} leaves a single patch, there is nothing to attend to: {recording.describe()}.")
     place = Place(recording.modes, sizes, parts, _query(query, sizes, parts))
     flops, notes = {}, []
-    for choice in choices:
+    for choice in (choice.settled(sum(grid)) for choice in choices):
         try:
             flops[choice] = _count(choice, (heads, *grid, dim // heads))
         except TensorAttentionError as cause:
@@ -299,11 +311,12 @@ class _Sample(NamedTuple):
     rate: float
     population: int
 
-    def error(self, output: Tensor) -> ErrorEstimate:
+    def error(self, output: Tensor, rho: Tensor | None = None) -> ErrorEstimate:
         """Compare outputs with full attention: those of the sampled queries, or of all over the grid."""
         if output.shape != self.exact.shape:
             output = output.flatten(1, -2)[:, self.positions]
-        return centred_error(output, self.exact, self.mean, population=self.population)
+        estimate = centred_error(output, self.exact, self.mean, population=self.population)
+        return estimate if rho is None else replace(estimate, rho=float(rho.amax()))
 
 
 def examine(
@@ -359,14 +372,18 @@ def _row(choice: Choice, flops: int, tokens: Tokens, sample: _Sample, budget: fl
     attend = partial(choice.record.function, order=key.ndim - 2, scale=scale, **choice.options)
     if flops / sample.rate <= budget:
         whole, (seconds, peak) = measure(lambda: attend(query, key, value))
-        return _Row(choice.label, flops, seconds, peak, sample.error(whole))
+        rho = attend(query, key, value, return_lse=True).rho if choice.record.condense is not None else None
+        return _Row(choice.label, flops, seconds, peak, sample.error(whole, rho))
     alone = takes_any_positions(choice.record, choice.options)
     error = sample.error(attend(sample.query, key, value)) if alone else None
     return _Row(choice.label, flops, flops / sample.rate, None, error, ran=False)
 
 
 def _baselines(tokens: Tokens, sample: _Sample, seed: int) -> list[_Row]:
-    """Return what every operator must be compared with: as many random keys as it has averages, and the mean."""
+    """Return what every operator must be compared with: as many random keys as it has averages, and the mean.
+
+    Clustered attention is compared with blocks and with k-means without its second moments, too.
+    """
     query, key, value, scale = tokens
     count = max(2, sum(key.shape[1:-1]))
     chosen = sample_positions(sample.population, count, torch.Generator().manual_seed(seed + 1))
@@ -375,17 +392,84 @@ def _baselines(tokens: Tokens, sample: _Sample, seed: int) -> list[_Row]:
     output, spent = measure(lambda: attend(query, *few))
     _, mean_spent = measure(lambda: value.mean(dim=tuple(range(1, value.ndim - 1))))
     mean_error = sample.error(sample.mean.unsqueeze(1).expand_as(sample.exact))
-    return [
-        _Row(f"{len(chosen)} random keys", cost(attend, query, *few).flops, *spent, sample.error(output)),
-        _Row("mean of the values", value.numel(), *mean_spent, mean_error),
-    ]
+    rows = [_Row(f"{len(chosen)} random keys", cost(attend, query, *few).flops, *spent, sample.error(output))]
+    for name, function in means_of_cells(key.shape[1:-1]).items():
+        clustered = partial(function, order=key.ndim - 2, scale=scale)
+        output, spent = measure(partial(clustered, query, key, value))
+        rows.append(_Row(name, cost(clustered, query, key, value).flops, *spent, sample.error(output)))
+    return [*rows, _Row("mean of the values", value.numel(), *mean_spent, mean_error)]
+
+
+def means_of_cells(sizes: Sequence[int]) -> dict[str, Callable[..., Tensor]]:
+    """Return full attention to the mean keys and values of cells, with the logarithms of their counts.
+
+    Args:
+        sizes: Sizes of the modes.
+
+    Returns:
+        Functions with the signature of `additive_attention`, by name: fixed blocks, and k-means.
+
+    Examples:
+        >>> list(means_of_cells((15, 120, 160)))
+        ['64 blocks without moments', '64 k-means tokens with log counts']
+    """
+    counts, tokens = block_counts(sizes, CELLS), min(CELLS, math.prod(sizes))
+
+    def blocks(query: Tensor, key: Tensor) -> Tensor:
+        """Return the block of each key."""
+        return block_labels(sizes, counts, key.device).expand(key.shape[:-1])
+
+    def nearest(query: Tensor, key: Tensor) -> Tensor:
+        """Return the nearest centre of each key, after a few steps."""
+        cells = find_cells(query, key, order=1, tokens=tokens)
+        for _ in range(LLOYD_STEPS):
+            mean, count = _cell_means(cells.label(key), key, tokens)
+            cells = Cells(torch.where(count.unsqueeze(-1) > 0, mean, cells.centres), cells.metric)
+        return cells.label(key)
+
+    def attend(
+        label: Callable[[Tensor, Tensor], Tensor],
+        count: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        order: int,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend to the means."""
+        flat = [each.flatten(1, -2) for each in (query, key, value)]
+        rows, weight = _cell_means(label(*flat[:2]), torch.cat(flat[1:], -1), count)
+        few = rows.split([key.shape[-1], value.shape[-1]], -1)
+        return flattened_attention(query, *few, order=1, scale=scale, weights=weight)
+
+    return {
+        f"{math.prod(counts)} blocks without moments": partial(attend, blocks, math.prod(counts)),
+        f"{tokens} k-means tokens with log counts": partial(attend, nearest, tokens),
+    }
+
+
+def _cell_means(label: Tensor, rows: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the means ``(H, n, D)`` of rows ``(H, P, D)`` with the same label, and their counts, summed in float64."""
+    count = rows.new_zeros(len(rows), tokens).scatter_add(1, label, torch.ones_like(rows[..., 0]))
+    heads = zip(label, rows, strict=True)
+    total = torch.stack(
+        [
+            torch.zeros(tokens, rows.shape[-1], dtype=torch.float64, device=rows.device).index_add(
+                0, own, each.double()
+            )
+            for own, each in heads
+        ]
+    )
+    return (total / count.clamp(min=1).unsqueeze(-1)).to(rows.dtype), count
 
 
 # ---- the figures ---------------------------------------------------------------------------------------------
 
 
 def _draw(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Draw the figures of one recording, with those operators that attend with one vector of weights a mode."""
+    """Draw the figures of one recording: operators with one vector of weights a mode, and one of each kind of cells."""
     token = int(np.ravel_multi_index(place.query, tokens.query.shape[1:-1]))
     query = tokens.query.flatten(1, -2)[:, token : token + 1]
     (exact,) = _attention(flattened_attention, query, tokens)
@@ -401,6 +485,7 @@ def _draw(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[
             drawn.append(([choice.label], spread))
         else:
             names.append(choice.label)
+    drawn.extend(([choice.label], spread[head]) for choice, spread in _cell_maps(choices, query, tokens).items())
     maps = {", ".join(names): spread.numpy() for names, spread in drawn}
     along = {choice.label: [vector.numpy() for vector in vectors] for choice, vectors in weights.items()}
     which = f"head {head + 1}" + (f", the sharpest of {len(exact)}" if len(exact) > 1 else "")
@@ -436,6 +521,23 @@ def _mode_weights(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> d
     return found
 
 
+def _cell_maps(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> dict[Choice, Tensor]:
+    """Return the maps ``(H, g_1, …, g_N)`` of the first choice of each kind of cells, made for all queries."""
+    settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True}
+    kinds: dict[str, Choice] = {}
+    for choice in choices:
+        if choice.record.condense is not None:
+            kinds.setdefault(choice.record.with_defaults(choice.options)["cells"], choice)
+    found = {}
+    for kind, choice in kinds.items():
+        options = choice.record.with_defaults(choice.options)
+        if kind == "keys":
+            options["cells"] = find_cells(tokens.query, tokens.key, order=tokens.key.ndim - 2, tokens=options["tokens"])
+        attention = choice.record.function(query, tokens.key, tokens.value, **settings, **options).attention
+        found[choice] = attention_map(attention, tokens.key.shape[1:-1], operator=choice.record.name, at=[0])
+    return found
+
+
 # ---- the report ----------------------------------------------------------------------------------------------
 
 
@@ -451,11 +553,13 @@ class _Row(NamedTuple):
 
     def cells(self) -> tuple[str, ...]:
         """Return the words of the row."""
+        rho = None if self.error is None else self.error.rho
         return (
             self.name,
             amount(self.flops),
             duration(self.seconds) if self.ran else f"about {duration(self.seconds)} *",
             ("n/a" if self.ran else "not run *") if self.peak_bytes is None else amount(self.peak_bytes, "B"),
+            "-" if rho is None else f"{rho:.3f}",
             "-" if self.error is None else _error_in_words(self.error),
         )
 
@@ -472,7 +576,7 @@ def _error_in_words(estimate: ErrorEstimate) -> str:
 
 def _table(rows: Iterable[_Row]) -> str:
     """Lay rows out as an aligned table."""
-    headings = ("operator", "FLOPs", "CPU time", "peak extra memory", "centred error")
+    headings = ("operator", "FLOPs", "CPU time", "peak extra memory", "rho", "centred error")
     cells = [row.cells() for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = ["   ".join(map(str.ljust, headings, widths)).rstrip()]
@@ -506,7 +610,7 @@ def _footnotes(rows: Sequence[_Row], tokens: Tokens, sample: _Sample, budget: fl
     lines = [
         f"centred error: |O - F| / |F - v| on {len(sample.positions)} sampled queries, F full attention, v the mean of "
         "the values; ± one standard error. Random keys: full attention to as many keys, drawn at random, as there are "
-        "mode averages; it costs as much as kao_kv.",
+        "mode averages, S; it costs as much as kao_kv. rho: the share of the variance of the logits left inside cells.",
     ]
     (full,) = parse_choices(["flattened"])
     if full.label not in [row.name for row in rows if row.ran]:

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,6 +104,8 @@ positive = number(int, lambda n: n >= 1, "a whole number of at least 1")
 class Choice:
     """An operator with some of its options, as the command line names it: ``kao_qkv:centered=True``.
 
+    The value ``S`` stands for the number of mode averages, which a recording decides: ``clustered:tokens=S``.
+
     Attributes:
         label: What the user called it.
         record: The operator.
@@ -113,6 +115,18 @@ class Choice:
     label: str
     record: Operator
     options: Mapping[str, Any]
+
+    def settled(self, averages: int) -> Choice:
+        """Return it with the number of mode averages in place of S.
+
+        Args:
+            averages: The number.
+
+        Examples:
+            >>> parse_choices(["clustered:cells=blocks:tokens=S"])[0].settled(295).options
+            {'cells': 'blocks', 'tokens': 295}
+        """
+        return replace(self, options={name: averages if of == "S" else of for name, of in self.options.items()})
 
 
 def parse_choices(texts: Iterable[str]) -> tuple[Choice, ...]:

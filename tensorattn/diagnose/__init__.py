@@ -3,7 +3,9 @@
 from tensorattn.diagnose.cost import Cost, cost
 from tensorattn.diagnose.error import (
     ErrorEstimate,
+    TokenChoice,
     centred_error,
+    choose_tokens,
     error_bound,
     error_estimate,
     sample_positions,
@@ -25,9 +27,11 @@ __all__ = [
     "CrossCovariance",
     "ErrorEstimate",
     "TensorNormal",
+    "TokenChoice",
     "additive_fraction",
     "additive_mean_law",
     "centred_error",
+    "choose_tokens",
     "cost",
     "error_bound",
     "error_estimate",

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.diagnose.effects import Effects, precise, scaled_queries, shares_of, split
-from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.functional import Operator, get_operator
+from tensorattn.errors import OptionError, ShapeError, check, retells
+from tensorattn.functional import AttentionResult, Operator, get_operator
 from tensorattn.functional.summary import summarize
 from tensorattn.masks import check_floating
 from tensorattn.modes import attention_shapes, is_integer
 
 __all__ = [
     "ErrorEstimate",
+    "TokenChoice",
     "centred_error",
+    "choose_tokens",
     "error_bound",
     "error_estimate",
     "sample_positions",
@@ -39,6 +41,7 @@ MEANINGLESS = {  # arguments of operators, and why an estimate takes none of the
     "return_lse": "only outputs are compared",
     "return_attention": "only outputs are compared",
 }
+FEWEST_TOKENS = 8  # that are tried
 CHUNK = 1 << 20  # logits that the bound holds at a time: 8 MB in float64
 
 
@@ -50,18 +53,49 @@ class ErrorEstimate:
         error: The estimate: 0 is exact, 1 is as far from full attention as the plain mean of the values.
         standard_error: How far the estimate is, typically, from the error over all queries.
         n_queries: Number of queries that it rests on.
+        rho: Of `clustered_attention`, the share of the variance of the logits that is left inside cells, the largest
+            over batch and heads: a warning that needs no full attention. None of other operators.
 
     Examples:
         >>> print(ErrorEstimate(0.5731, 0.0124, 64))
         0.573 ± 0.012 (64 queries)
+        >>> print(ErrorEstimate(0.0042, 0.0003, 64, rho=0.0125))
+        0.004 ± 0.000 (64 queries), rho 0.013
     """
 
     error: float
     standard_error: float
     n_queries: int
+    rho: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.error:.3f} ± {self.standard_error:.3f} ({self.n_queries} queries)"
+        rho = "" if self.rho is None else f", rho {self.rho:.3f}"
+        return f"{self.error:.3f} ± {self.standard_error:.3f} ({self.n_queries} queries){rho}"
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """The least number of tokens whose error is below a wish, and what was tried.
+
+    Attributes:
+        tokens: The number; None where none of those tried is enough.
+        wish: The error that was wished for.
+        tried: The estimate of each number that was tried, from few to many.
+
+    Examples:
+        >>> print(TokenChoice(None, 0.02, {8: ErrorEstimate(0.11, 0.01, 64, 0.2)}))
+        no number of tokens up to 8 has an error below 0.02
+          8: 0.110 ± 0.010 (64 queries), rho 0.200
+    """
+
+    tokens: int | None
+    wish: float
+    tried: Mapping[int, ErrorEstimate]
+
+    def __str__(self) -> str:
+        found = f"{self.tokens} tokens have" if self.tokens else f"no number of tokens up to {max(self.tried)} has"
+        lines = [f"  {tokens}: {estimate}" for tokens, estimate in self.tried.items()]
+        return "\n".join([f"{found} an error below {self.wish:g}", *lines])
 
 
 @retells
@@ -89,7 +123,8 @@ def error_estimate(
     batch dimensions, sampled queries and channels. Positions are drawn without replacement, the same ones for every
     batch index. It is a ratio estimator, and its standard error is the jackknife over the sampled positions: see
     `centred_error`. Costs 4PD operations a sampled query for P positions of the keys, plus the operator: on the
-    sampled queries alone where it takes any positions, on all queries where it needs their grid.
+    sampled queries alone where it takes any positions, on all queries where it needs their grid, or makes cells for
+    all of them. Of `clustered_attention` it tells ``rho`` too.
 
     Args:
         operator: Name in the registry, or a function with the signature of `additive_attention`; a function is called
@@ -108,7 +143,7 @@ def error_estimate(
         **options: Options of the operator.
 
     Returns:
-        The error, its standard error, and the number of queries.
+        The error, its standard error, the number of queries, and ``rho`` where there is one.
 
     Raises:
         OptionError: If there is no such operator or option, ``n_queries`` is less than 2, or something is asked for
@@ -129,29 +164,162 @@ def error_estimate(
         >>> error_estimate("kao_kv", x, x, x, order=2, n_queries=16).error > 0.1
         True
     """
+    _refuse_meaningless(options)
+    record = get_operator(operator) if isinstance(operator, str) else None
+    if record is not None:
+        record.with_defaults(options)
+    present = _present(order, weights, mask, lengths)
+    truth = _truth(query, key, value, n_queries, generator, scale=scale, **present)
+    function: Any = operator if record is None else record.function
+    settings = {"scale": scale, **present, **options}
+    if record is not None and record.condense is not None:
+        settings["return_lse"] = True  # rho comes with it
+    alone = record is not None and takes_any_positions(record, options)
+    return truth.error(function(truth.query if alone else query, key, value, **settings))
+
+
+@retells
+@torch.no_grad()
+def choose_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    order: int,
+    error: float = 0.02,
+    most: int = 1024,
+    n_queries: int = 64,
+    scale: float | None = None,
+    weights: Sequence[Tensor | None] | Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> TokenChoice:
+    r"""Find the least number of tokens whose `clustered_attention` has a centred error below a wish.
+
+    Powers of two are tried, from 8 up to the number of positions or ``most``, until one is enough. All are compared
+    with full attention on the same sampled queries, which is computed once; each costs a call on all queries. So do it
+    once, on data like those to come, not in every step: 64 queries predict the error of others within a factor of two.
+
+    Args:
+        query: Queries: the grid of the keys, another grid, or a list of tokens.
+        key: Keys over the grid.
+        value: Values over the grid.
+        order: Number of modes N.
+        error: The wish.
+        most: The largest number of tokens that may be tried, at least 8.
+        n_queries: Number of positions drawn; all of them where there are fewer.
+        scale: Factor of the logits; 1/√D if None.
+        weights: Weights of the positions, as `error_estimate` takes them.
+        mask: Mask of the positions, likewise.
+        lengths: Lengths of the modes, likewise.
+        generator: Source of randomness.
+        **options: Options of `clustered_attention` but ``tokens``.
+
+    Returns:
+        The number of tokens, None if no number tried is enough, and the estimate of each.
+
+    Raises:
+        OptionError: If there is no such option, ``tokens`` is among them, ``error`` is negative, ``most`` is less
+            than 8, ``n_queries`` is less than 2, or something is asked for that has no meaning for sampled queries.
+        ShapeError: If shapes disagree.
+        DtypeError: If a tensor is not floating point, or the types differ.
+        WeightsError: If weights do not fit the modes.
+
+    Shape:
+        - query: :math:`(*, P_1, \dots, P_M, D)`, key: :math:`(*, n_1, \dots, n_N, D)`
+        - value: :math:`(*, n_1, \dots, n_N, D_v)`
+
+    Examples:
+        >>> x = torch.randn(20, 8)[torch.randint(20, (6, 7, 9))]  # a volume of twenty kinds of voxels
+        >>> choose_tokens(x, x, x, order=3).tokens
+        32
+        >>> noise = torch.randn(6, 7, 9, 8)
+        >>> print(choose_tokens(noise, noise, noise, order=3, most=16))  # doctest: +ELLIPSIS
+        no number of tokens up to 16 has an error below 0.02
+          8: ... (64 queries), rho ...
+          16: ... (64 queries), rho ...
+    """
+    check(error, "error", "number", least=0)
+    check(most, "most", "integer", least=FEWEST_TOKENS)
+    _refuse_meaningless(options)
+    if "tokens" in options:
+        raise OptionError("tokens is what is chosen; most tells how many may be tried.")
+    record = get_operator("clustered")
+    record.with_defaults(options)
+    present = _present(order, weights, mask, lengths)
+    truth = _truth(query, key, value, n_queries, generator, scale=scale, **present)
+    settings = {"scale": scale, **present, **options}
+    tried: dict[int, ErrorEstimate] = {}
+    tokens = FEWEST_TOKENS
+    while not tried or tokens <= min(most, math.prod(key.shape[-order - 1 : -1])):
+        tried[tokens] = truth.error(record.function(query, key, value, tokens=tokens, return_lse=True, **settings))
+        if tried[tokens].error < error:
+            return TokenChoice(tokens, error, tried)
+        tokens *= 2
+    return TokenChoice(None, error, tried)
+
+
+def _refuse_meaningless(options: dict[str, Any]) -> None:
+    """Refuse what has no meaning for sampled queries, and take out what is not asked for."""
     for name, reason in MEANINGLESS.items():
         asked = options.pop(name, None)
         if asked is not None and asked is not False:
             raise OptionError(f"{name} has no meaning for an estimate: {reason}.")
-    record = get_operator(operator) if isinstance(operator, str) else None
-    if record is not None:
-        record.with_defaults(options)
+
+
+def _present(order: int, weights: Any, mask: Tensor | None, lengths: Any) -> dict[str, Any]:
+    """Put together what tells which positions take part; a function need not know of masks and lengths."""
+    given = {"mask": mask, "lengths": lengths}
+    return {"order": order, "weights": weights, **{name: each for name, each in given.items() if each is not None}}
+
+
+class _Truth(NamedTuple):
+    """Full attention on sampled queries.
+
+    Attributes:
+        positions: Which queries were drawn ``(L,)``.
+        query: The queries ``(*batch, L, D)``.
+        exact: Full attention on them ``(*batch, L, D_v)``.
+        mean: Mean of the values ``(*batch, D_v)``.
+        population: Number of queries that they were drawn from.
+    """
+
+    positions: Tensor
+    query: Tensor
+    exact: Tensor
+    mean: Tensor
+    population: int
+
+    def error(self, result: Tensor | AttentionResult) -> ErrorEstimate:
+        """Compare what an operator returned, for the sampled queries or for all, with full attention."""
+        output, rho = (result.output, result.rho) if isinstance(result, AttentionResult) else (result, None)
+        if output.shape != self.exact.shape:
+            batch = self.exact.shape[:-2]
+            output = output.reshape(*batch, self.population, output.shape[-1])[..., self.positions, :]
+        estimate = centred_error(output, self.exact, self.mean, population=self.population)
+        return estimate if rho is None else replace(estimate, rho=float(rho.amax()))
+
+
+def _truth(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    n_queries: int,
+    generator: torch.Generator | None,
+    *,
+    scale: float | None,
+    **present: Any,
+) -> _Truth:
+    """Draw queries, and compute full attention on them."""
     check_floating(query=query, key=key, value=value)
-    batch = attention_shapes(query.shape, key.shape, value.shape, order)[0].batch
+    batch = attention_shapes(query.shape, key.shape, value.shape, present["order"])[0].batch
     count = math.prod(query.shape[len(batch) : -1])
     positions = sample_positions(count, n_queries, generator).to(query.device)
     sampled = query.reshape(*batch, count, query.shape[-1])[..., positions, :]
-    present: dict[str, Any] = {"order": order, "weights": weights}
-    present.update({name: given for name, given in (("mask", mask), ("lengths", lengths)) if given is not None})
     exact = get_operator("flattened").function(sampled, key, value, scale=scale, **present)
-    mean = summarize(value, value, kept=[()], **present).value(())
-    if record is not None and takes_any_positions(record, options):
-        output = record.function(sampled, key, value, scale=scale, **present, **options)
-    else:
-        function: Any = operator if record is None else record.function
-        everywhere = function(query, key, value, scale=scale, **present, **options)
-        output = everywhere.reshape(*batch, count, everywhere.shape[-1])[..., positions, :]
-    return centred_error(output, exact, mean, population=count)
+    return _Truth(positions, sampled, exact, summarize(value, value, kept=[()], **present).value(()), count)
 
 
 def centred_error(output: Tensor, exact: Tensor, mean: Tensor, *, population: int | None = None) -> ErrorEstimate:
@@ -234,16 +402,18 @@ def takes_any_positions(operator: Operator, options: Mapping[str, Any]) -> bool:
 
     Args:
         operator: The operator.
-        options: Its options. With ``include_self`` a query must be at a position of the grid.
+        options: Its options. With ``include_self`` a query must be at a position of the grid; where ``cells`` are
+            searched for among the keys, they are made for all queries together.
 
     Returns:
         Whether it does.
 
     Examples:
-        >>> [takes_any_positions(get_operator(name), {}) for name in ("additive", "axial")]
-        [True, False]
+        >>> [takes_any_positions(get_operator(name), {}) for name in ("additive", "axial", "clustered")]
+        [True, False, False]
     """
-    return operator.query == "positions" and not options.get("include_self", False)
+    every = operator.with_defaults(options)
+    return operator.query == "positions" and not every.get("include_self") and every.get("cells") != "keys"
 
 
 @retells

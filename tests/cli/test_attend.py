@@ -12,10 +12,11 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 
 import tensorattn as ta
-from tensorattn.cli.attend import _Row, _table, default_choices, examine, prepare
+from tensorattn.cli.attend import _Row, _table, default_choices, examine, means_of_cells, prepare
 from tensorattn.cli.common import parse_choices
 from tensorattn.cli.main import main
 from tensorattn.cli.recordings import FileArray, make_recording
@@ -174,8 +175,29 @@ def test_gaps_and_series_and_six_modes(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_chosen_operators_run_alone() -> None:
     report = report_of(numbers(6, 7, 1), ["kao_kv", "kao_qkv:centered=True", " kao_kv "])
-    assert list(table_of(report)) == ["kao_kv", "kao_qkv:centered=True", "13 random keys", "mean of the values"]
+    assert list(table_of(report)) == [
+        *("kao_kv", "kao_qkv:centered=True", "13 random keys"),
+        *("42 blocks without moments", "42 k-means tokens with log counts", "mean of the values"),
+    ]
     assert "Full attention over all 42 queries would have needed " in report
+
+
+def test_tokens_may_be_as_many_as_there_are_averages_and_rho_is_shown() -> None:
+    report = report_of(numbers(12, 13, 1), ["clustered:tokens=S", "clustered:tokens=25", "clustered:cells=blocks"])
+    rows = table_of(report)
+    assert rows["clustered:tokens=S"][-2:] == rows["clustered:tokens=25"][-2:]
+    assert 0 < float(rows["clustered:tokens=S"][-2]) < float(rows["clustered:cells=blocks"][-2]) < 1
+    assert rows["25 random keys"][-2] == "-"
+
+
+def test_cells_without_moments_are_exact_where_keys_in_cells_are_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, 2, 8, 8, 8, generator=generator)  # keys and values of 8×8 blocks
+    key, value = coarse.repeat_interleave(2, dim=2).repeat_interleave(3, dim=3).unbind(0)
+    query = torch.randn(2, 16, 24, 8, generator=generator)
+    exact = ta.flattened_attention(query, key, value, order=2)
+    for name, function in means_of_cells((16, 24)).items():
+        torch.testing.assert_close(function(query, key, value, order=2), exact, msg=name)
 
 
 def test_an_operator_that_is_too_slow_is_estimated() -> None:
@@ -183,7 +205,7 @@ def test_an_operator_that_is_too_slow_is_estimated() -> None:
     rows = table_of(report)
     for name in ta.OPERATORS:
         assert rows[name][1].startswith("about ") and rows[name][2] == "not run *"
-    assert rows["axial"][-1] == "-"  # it takes whole grids only
+    assert rows["axial"][-1] == rows["clustered"][-1] == "-"  # they take whole grids, or all queries, only
     assert rows["flattened"][-1] == "0"
     words = " ".join(report.split())
     assert "Full attention over all 42 queries would have needed " in words
@@ -230,11 +252,11 @@ def test_an_operator_without_a_meaning_is_left_out_of_the_default_ones() -> None
 def test_the_words_of_a_row() -> None:
     estimate = ErrorEstimate(3.2e-7, 1e-8, 64)
     row = _Row("additive", 1200, 8.04, None, estimate)
-    assert row.cells() == ("additive", "1.20 k", "8.04 s", "n/a", "3e-07")
-    assert _table([_Row("additive", 10**9, 0.25, 147_000_000, ErrorEstimate(0.5731, 0.0124, 64))]) == (
-        "operator   FLOPs    CPU time   peak extra memory   centred error\n"
-        "----------------------------------------------------------------\n"
-        "additive   1.00 G   250.0 ms              147 MB   0.573 ± 0.012"
+    assert row.cells() == ("additive", "1.20 k", "8.04 s", "n/a", "-", "3e-07")
+    assert _table([_Row("additive", 10**9, 0.25, 147_000_000, ErrorEstimate(0.5731, 0.0124, 64, 0.25))]) == (
+        "operator   FLOPs    CPU time   peak extra memory   rho     centred error\n"
+        "------------------------------------------------------------------------\n"
+        "additive   1.00 G   250.0 ms              147 MB   0.250   0.573 ± 0.012"
     )
     rows = [_Row("a", 0, 0.0, 0, ErrorEstimate(error, 0.0001, 9), ran=False) for error in (0.0, 0.25, float("nan"))]
     assert [line.split("   ")[-1].strip() for line in _table(rows).splitlines()[2:]] == ["0", "0.250", "not a number"]

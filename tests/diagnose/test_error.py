@@ -76,6 +76,21 @@ def test_a_function_is_taken_as_an_operator() -> None:
     assert named.standard_error == pytest.approx(called.standard_error)
 
 
+@pytest.mark.parametrize("cells", ["keys", "blocks"])
+def test_the_largest_rho_of_batch_and_heads_is_told(cells: str) -> None:
+    q, k, v = tokens(2, 3, 6, 7, 8)
+    settings: dict[str, Any] = {"order": 2, "tokens": 6, "cells": cells}
+    estimate = error_estimate("clustered", q, k, v, n_queries=10, generator=seeded(), **settings)
+    result = ta.clustered_attention(q, k, v, return_lse=True, **settings)
+    assert estimate.rho == pytest.approx(float(result.rho.max())) and result.rho.min() < result.rho.max()
+    whole = error_estimate("clustered", q, k, v, n_queries=99, **settings)
+    exact = ta.flattened_attention(q, k, v, order=2)
+    missed = (result.output - exact).norm() / (exact - v.mean(dim=(2, 3), keepdim=True)).norm()
+    assert whole.error == pytest.approx(float(missed))  # with the cells of all queries, not of the sampled ones
+    assert str(estimate).endswith(f"(10 queries), rho {estimate.rho:.3f}")
+    assert error_estimate("additive", q, k, v, order=2).rho is None
+
+
 def test_options_reach_the_operator() -> None:
     q, k, v = tokens(2, 4, 5, 8)
     plain, centred = (
@@ -213,6 +228,59 @@ def test_positions_are_drawn_without_replacement(count: int, wanted: int, seed: 
     assert len(drawn) == len(set(drawn)) == min(count, wanted)
     assert drawn == sorted(drawn) and set(drawn) <= set(range(count))
     assert drawn == sample_positions(count, wanted, seeded(seed)).tolist()
+
+
+# ---- the number of tokens ------------------------------------------------------------------------------------
+
+
+def kinds(count: int) -> torch.Tensor:
+    """A grid of 160 positions of a few kinds."""
+    which = torch.randint(count, (10, 16), generator=seeded())
+    return torch.randn(count, 4, generator=seeded(), dtype=torch.float64)[which]
+
+
+@pytest.mark.parametrize(("count", "found"), [(5, 8), (12, 16), (40, 64)])
+def test_the_least_number_of_tokens_that_is_enough(count: int, found: int) -> None:
+    x = kinds(count)
+    choice = ta.choose_tokens(x, x, x, order=2, error=1e-9)
+    assert choice.tokens == found and list(choice.tried) == [8 << i for i in range(len(choice.tried))]
+    *before, last = choice.tried.values()
+    assert last.error < 1e-9 and all(estimate.error >= 1e-9 for estimate in before)
+    assert str(choice).startswith(f"{found} tokens have an error below 1e-09\n  8: ")
+
+
+def test_the_estimates_of_the_tokens_tried_are_those_of_each() -> None:
+    q, k, v = tokens(2, 10, 16, 4)
+    mask = torch.rand(2, 10, 16, generator=seeded()) > 0.3
+    settings: dict[str, Any] = {"order": 2, "scale": 0.4, "mask": mask, "n_queries": 20, "cells": "blocks"}
+    choice = ta.choose_tokens(q, k, v, error=0, most=40, generator=seeded(), **settings)
+    assert choice.tokens is None and list(choice.tried) == [8, 16, 32]
+    assert str(choice).startswith("no number of tokens up to 32 has an error below 0\n  8: ")
+    for number, estimate in choice.tried.items():
+        alone = error_estimate("clustered", q, k, v, tokens=number, generator=seeded(), **settings)
+        assert (estimate.error, estimate.rho) == pytest.approx((alone.error, alone.rho))
+
+
+def test_no_more_tokens_than_positions_are_tried() -> None:
+    q, k, v = tokens(10, 2, 4)
+    assert list(ta.choose_tokens(q, k, v, order=2, error=0).tried) == [8, 16]
+    assert ta.choose_tokens(q[:1, :1], k[:1], v[:1], order=2).tokens == 8  # two positions
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"error": -1}, "error must be at least 0, got -1."),
+        ({"most": 4}, "most must be at least 8, got 4."),
+        ({"tokens": 16}, "tokens is what is chosen; most tells how many may be tried."),
+        ({"kept": 1}, "operator 'clustered' has no option 'kept'; its options are: "),
+        ({"causal": 0}, "causal has no meaning for an estimate: sampled queries have no frames."),
+        ({"n_queries": 1}, "n_queries must be an integer of at least 2, got 1."),
+    ],
+)
+def test_what_tokens_cannot_be_chosen_by(options: dict[str, Any], rule: str) -> None:
+    with pytest.raises(OptionError, match=f"^{re.escape('choose_tokens: ' + rule)}"):
+        ta.choose_tokens(*tokens(4, 5, 8), order=2, **options)
 
 
 # ---- messages of the estimate --------------------------------------------------------------------------------
