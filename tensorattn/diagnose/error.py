@@ -233,7 +233,7 @@ def choose_tokens(
 
     Examples:
         >>> x = torch.randn(20, 8)[torch.randint(20, (6, 7, 9))]  # a volume of twenty kinds of voxels
-        >>> choose_tokens(x, x, x, order=3).tokens
+        >>> choose_tokens(x, x, x, order=3, error=1e-5).tokens
         32
         >>> noise = torch.randn(6, 7, 9, 8)
         >>> print(choose_tokens(noise, noise, noise, order=3, most=16))  # doctest: +ELLIPSIS

@@ -40,7 +40,7 @@ __all__ = ["CellSums", "Cells", "block_counts", "block_labels", "draw_queries", 
 SLAB = 8192  # positions that are added up before their sums are held in float64
 QUERIES = 1024  # queries that the metric is made of
 CANDIDATES = 64  # keys a token that centres are searched among, for at least 32 tokens
-FURTHER_ROUNDS = 6  # beyond those that double the number of centres
+FURTHER_ROUNDS = 10  # beyond those that double the number of centres
 LLOYD_STEPS = 2
 
 

@@ -192,5 +192,5 @@ def test_all_causal_operators_are_here():
         "clustered",
         "flattened",
     }
-    with_lse = {"additive", "truncated", "kao_kv", "clustered", "flattened", "kao_qkv"}
+    with_lse = {"additive", "truncated", "kao_kv", "flattened", "kao_qkv"}
     assert {variant.name for variant in WITH_LSE} == with_lse

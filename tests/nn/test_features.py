@@ -271,7 +271,8 @@ def test_the_readme_says_what_the_table_says() -> None:
     )
     for said in (
         f"Queries anywhere, and a context of another grid or order: {where('context')}.",
-        f"Causality along a mode, streams and position biases: those and {where('causal', but='context')}.",
+        f"Causality along a mode and streams: those and {where('causal', but='context')};",  # of clustered, blocks
+        "Position biases: the same but `clustered`.",
         f"Rotary embeddings: {where('rotary')}.",
         "Weights of each mode, masks and padding: all.",
     ):
