@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, check, retells
+from tensorattn.errors import OptionError, ShapeError, check, retells
 from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Sums
 from tensorattn.masks import (
@@ -79,6 +79,23 @@ class Cells:
         """Return them with one more batch dimension; -3 makes it the last."""
         return Cells(self.centres.unsqueeze(dim), self.metric.unsqueeze(dim))
 
+    def check(self, batch: Sequence[int], dim: int) -> None:
+        """Check that they fit keys.
+
+        Args:
+            batch: Batch dimensions of the keys.
+            dim: Head size D.
+
+        Raises:
+            ShapeError: If they do not.
+        """
+        for name, tensor, last in (("centres", self.centres, (self.tokens, dim)), ("metric", self.metric, (dim, dim))):
+            shape = tuple(tensor.shape)
+            missing = len(batch) + 2 - len(shape)
+            fits = missing >= 0 and all([a in (1, b) for a, b in zip(shape[:-2], batch[missing:], strict=True)])
+            if not fits or shape[-2:] != last:
+                raise ShapeError(f"cells have {name} of shape {shape}, which do not broadcast to {(*batch, *last)}.")
+
     @torch.no_grad()
     def label(self, key: Tensor) -> Tensor:
         """Return the cell of each key.
@@ -118,8 +135,11 @@ def _best(score: Tensor) -> tuple[Tensor, Tensor]:
     tokens = score.shape[-2]
     order = torch.arange(tokens, 0, -1, dtype=score.dtype, device=score.device).unsqueeze(-1)
     high = score.amax(-2, keepdim=True)
-    place = score.sub_(high).ge_(0).mul_(order).amax(-2)
-    return high.squeeze(-2), (tokens - place.long()).clamp_(max=tokens - 1)
+    score = score.sub_(high)
+    # torch.vmap knows no rule for ge_.
+    best = score.logical_not_() if not is_recorded() and is_transformed(score) else score.ge_(0)
+    place = best.mul_(order).amax(-2)
+    return high.squeeze(-2), (tokens - place.long()).clamp(max=tokens - 1)
 
 
 class Drawn(NamedTuple):
@@ -346,8 +366,8 @@ def _sums(
         squares = (key @ factor.to(dtype)).square().sum(-1, keepdim=True)
         columns.insert(2, squares if weight is None else squares * share)
     rows, width = torch.cat(columns, -1), dim + value.shape[-1]
-    products = torch.cat([key.mT @ weighted, value.mT @ weighted], -2)
     count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB
+    products = _products(rows[..., :width], key, slabs)
     first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
     slab = first + torch.arange(length, device=key.device) // SLAB
     place = label.expand(*batch, length).reshape(count, length) + slab * tokens
@@ -355,7 +375,20 @@ def _sums(
     total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
     total = total.scatter_add(0, place.reshape(-1, 1).expand(rows.shape), rows)
     total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
-    return _about_zero(total, products.to(wide), about.to(wide), width, factor)
+    return _about_zero(total, products, about.to(wide), width, factor)
+
+
+def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:
+    """Return the sum over positions of the products of rows ``(*, T, *)`` with keys, of each slab in their type."""
+    length, wide = key.shape[-2], counting_dtype(key.device)
+    if not is_recorded() and slabs == 1:
+        return (rows.mT @ key).to(wide)
+    side = (length + slabs - 1) // slabs
+    left = slabs * side - length
+    if is_recorded() or left > 0:
+        rows, key = (torch.nn.functional.pad(each, (0, 0, 0, left)) for each in (rows, key))
+    rows, key = (each.unflatten(-2, (slabs, side)) for each in (rows, key))
+    return (rows.mT @ key).sum(-3, dtype=wide)
 
 
 def _about_zero(total: Tensor, products: Tensor, about: Tensor, width: int, factor: Tensor | None) -> CellSums:

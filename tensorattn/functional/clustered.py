@@ -236,6 +236,8 @@ def _condense(
     everything = tuple(range(order))
     rows, weight = summary.tokens({everything: 1}), summary.count(everything)
     key, value, weight = rows.key, rows.value, None if weight is None else weight.flatten(batch)
+    if isinstance(cells, Cells):
+        cells.check(key.shape[:-2], key.shape[-1])
     spread = None
     found: Cells | Tensor
     with without_autocast(key.device):
@@ -363,7 +365,8 @@ def _clusters(
     own = torch.where(typical > 0, own / torch.where(typical > 0, typical, 1.0), 1.0)
     with torch.no_grad():
         left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
-        rho = torch.where(all_of_it > 0, left / torch.where(all_of_it > 0, all_of_it, 1.0), 0.0)
+        varies = all_of_it > 8 * torch.finfo(whole.dtype).eps * _trace(products[..., :dim, :] / every, factor)
+        rho = torch.where(varies, left / torch.where(varies, all_of_it, 1.0), 0.0)
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
     told: dict[str, Any] = {"weight": whole, "rho": rho.to(dtype), "label": label, "masked": masked}
     return Clusters(batch, sizes, **told, **_tokens(moments, dtype)), moments
