@@ -110,11 +110,11 @@ class Cells:
         flat = key.reshape(*key.shape[:batch], math.prod(key.shape[batch:-1]), key.shape[-1])
         return self.labels(flat).reshape(key.shape[:-1])
 
-    @torch.no_grad()
     def labels(self, key: Tensor) -> Tensor:
         """Return the cell of each key of ``(*batch, T, D)``."""
+        key = key.detach()
         dtype = torch.promote_types(accumulation_dtype(key.dtype), self.centres.dtype)
-        centres, metric = self.centres.to(dtype), self.metric.to(dtype)
+        centres, metric = self.centres.detach().to(dtype), self.metric.detach().to(dtype)
         middle = centres.mean(-2, keepdim=True)
         towards = (centres - middle) @ metric
         level = ((centres - middle) * towards).sum(-1) / 2 + (middle * towards).sum(-1)
