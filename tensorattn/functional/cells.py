@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, check, retells
+from tensorattn.errors import OptionError, ShapeError, check, retells
 from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Sums
 from tensorattn.masks import (
@@ -87,6 +87,23 @@ class Cells:
         """
         return Cells(self.centres.unsqueeze(dim), self.metric.unsqueeze(dim))
 
+    def check(self, batch: Sequence[int], dim: int) -> None:
+        """Check that they fit keys.
+
+        Args:
+            batch: Batch dimensions of the keys.
+            dim: Head size D.
+
+        Raises:
+            ShapeError: If they do not.
+        """
+        for name, tensor, last in (("centres", self.centres, (self.tokens, dim)), ("metric", self.metric, (dim, dim))):
+            shape = tuple(tensor.shape)
+            missing = len(batch) + 2 - len(shape)
+            fits = missing >= 0 and all([a in (1, b) for a, b in zip(shape[:-2], batch[missing:], strict=True)])
+            if not fits or shape[-2:] != last:
+                raise ShapeError(f"cells have {name} of shape {shape}, which do not broadcast to {(*batch, *last)}.")
+
     @torch.no_grad()
     def label(self, key: Tensor) -> Tensor:
         """Return the cell of each key.
@@ -101,15 +118,15 @@ class Cells:
         flat = key.reshape(*key.shape[:batch], math.prod(key.shape[batch:-1]), key.shape[-1])
         return self.labels(flat).reshape(key.shape[:-1])
 
-    @torch.no_grad()
     def labels(self, key: Tensor) -> Tensor:
         """Return the cell of each key, with as many batch dimensions as there are.
 
         Args:
             key: Keys ``(*batch, T, D)``.
         """
+        key = key.detach()
         dtype = torch.promote_types(accumulation_dtype(key.dtype), self.centres.dtype)
-        centres, metric = self.centres.to(dtype), self.metric.to(dtype)
+        centres, metric = self.centres.detach().to(dtype), self.metric.detach().to(dtype)
         middle = centres.mean(-2, keepdim=True)
         towards = (centres - middle) @ metric
         level = ((centres - middle) * towards).sum(-1) / 2 + (middle * towards).sum(-1)
@@ -133,7 +150,10 @@ def _best(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         place: The numbers from 0 to n − 1, ``(n, 1)`` in the same type.
     """
     high = score.amax(-2, keepdim=True)
-    return high.squeeze(-2), score.sub_(high).ge_(0).mul_(place).amax(-2).long()
+    score = score.sub_(high)
+    # torch.vmap knows no rule for ge_.
+    best = score.logical_not_() if not is_recorded() and is_transformed(score) else score.ge_(0)
+    return high.squeeze(-2), best.mul_(place).amax(-2).long()
 
 
 class Drawn(NamedTuple):
@@ -231,12 +251,12 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     for doubled in range(math.ceil(math.log2(tokens)) + FURTHER_ROUNDS if tokens > 1 else 0):
         width = min(tokens, 1 << doubled)
         high, label = _best(centres[:, :width] @ points, place[:width])
-        bits = (reach - high).clamp_(min=0).float().view(torch.int32).long()
+        bits = (reach - high).clamp(min=0).float().view(torch.int32).long()
         packed = torch.add(index, bits, alpha=1 << 32)
         packed = packed.new_zeros(len(packed), width).scatter_reduce(-1, label, packed, "amax")
         packed = packed.sort(-1, descending=True).values  # the farthest point of each cell, farthest first
         found = packed >= 1 << 32
-        slot = torch.where(found, filled + number[:width], nowhere).clamp_(max=tokens)
+        slot = torch.where(found, filled + number[:width], nowhere).clamp(max=tokens)
         farthest = _rows(ends, packed & 0xFFFFFFFF)
         centres = centres.scatter(-2, slot.unsqueeze(-1).expand(farthest.shape), farthest)
         filled = filled + found.sum(-1, keepdim=True)
@@ -362,8 +382,8 @@ def _sums(
         squares = (key @ factor.to(dtype)).square().sum(-1, keepdim=True)
         columns.insert(2, squares if weight is None else squares * share)
     rows, width = torch.cat(columns, -1), dim + value.shape[-1]
-    products = torch.cat([key.mT @ weighted, value.mT @ weighted], -2)
     count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB
+    products = _products(rows.tensor_split([width], -1)[0], key, slabs)
     first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
     slab = first + torch.arange(length, device=key.device) // SLAB
     place = label.expand(*batch, length).reshape(count, length) + slab * tokens
@@ -371,10 +391,22 @@ def _sums(
     total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
     total = total.scatter_add(0, place.reshape(-1, 1).expand(rows.shape), rows)
     total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
-    products = products.to(wide)
     if top is not None:
         total, products = total * top, products * top
     return _about_zero(total, products, about.to(wide), width, factor)
+
+
+def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:
+    """Return the sum over positions of the products of rows ``(*, T, *)`` with keys, of each slab in their type."""
+    length, wide = key.shape[-2], counting_dtype(key.device)
+    if not is_recorded() and slabs == 1:
+        return (rows.mT @ key).to(wide)
+    side = (length + slabs - 1) // slabs
+    left = slabs * side - length
+    if is_recorded() or left > 0:
+        rows, key = (torch.nn.functional.pad(each, (0, 0, 0, left)) for each in (rows, key))
+    rows, key = (each.unflatten(-2, (slabs, side)) for each in (rows, key))
+    return (rows.mT @ key).sum(-3, dtype=wide)
 
 
 def _about_zero(total: Tensor, products: Tensor, about: Tensor, width: int, factor: Tensor | None) -> CellSums:

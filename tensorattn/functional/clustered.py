@@ -235,6 +235,8 @@ def _condense(
     everything = tuple(range(order))
     rows, weight = summary.tokens({everything: 1}), summary.count(everything)
     key, value, weight = rows.key, rows.value, None if weight is None else weight.flatten(batch)
+    if isinstance(cells, Cells):
+        cells.check(key.shape[:-2], key.shape[-1])
     spread = None
     found: Cells | Tensor
     with without_autocast(key.device):
@@ -362,8 +364,9 @@ def _clusters(
     typical = (own * share).sum(-2, keepdim=True)
     own = torch.where(typical > 0, own / typical.clamp_min(least), 1.0)
     with torch.no_grad():
-        left, whole_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
-        rho = left / whole_of_it.clamp_min(least)
+        left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
+        varies = all_of_it > 8 * torch.finfo(whole.dtype).eps * _trace(products[..., :dim, :] / every, factor)
+        rho = left / all_of_it.clamp_min(least) * varies
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
     told: dict[str, Any] = {"weight": whole, "rho": rho.to(dtype), "label": label, "masked": masked}
     return Clusters(batch, sizes, **told, **_tokens(moments, dtype)), moments
