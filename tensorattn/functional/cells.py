@@ -243,7 +243,8 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     # Points that are closer than rounding are one, and absent ones are never far from a centre.
     reach = torch.where(share > 0, half - 8 * torch.finfo(rows.dtype).eps * half.amax(-1, keepdim=True), -math.inf)
     first = torch.sub(reach, half, alpha=2).argmax(-1, keepdim=True)  # the one nearest the mean
-    centres = ends.new_full((len(ends), tokens + 1, ends.shape[-1]), math.inf)  # the last one takes what finds no place
+    # The last one takes what finds no place; centres that were not found are at infinity.
+    centres = ends.new_full((ends.shape[0], tokens + 1, ends.shape[-1]), math.inf)
     centres[:, :, :-1] = _rows(ends, first)[..., :-1]
     centres[:, 0] = _rows(ends, first).squeeze(-2)
     filled, number, index = torch.ones_like(first), *(torch.arange(n, device=ends.device) for n in (tokens, count))
@@ -253,7 +254,7 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
         high, label = _best(centres[:, :width] @ points, place[:width])
         bits = (reach - high).clamp(min=0).float().view(torch.int32).long()
         packed = torch.add(index, bits, alpha=1 << 32)
-        packed = packed.new_zeros(len(packed), width).scatter_reduce(-1, label, packed, "amax")
+        packed = packed.new_zeros(packed.shape[0], width).scatter_reduce(-1, label, packed, "amax")
         packed = packed.sort(-1, descending=True).values  # the farthest point of each cell, farthest first
         found = packed >= 1 << 32
         slot = torch.where(found, filled + number[:width], nowhere).clamp(max=tokens)
