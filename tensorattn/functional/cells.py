@@ -109,7 +109,7 @@ class Cells:
         """Return the cell of each key.
 
         Args:
-            key: Keys ``(*batch, *positions, D)``.
+            key: Keys ``(*batch, *positions, D)``, with exactly the batch dimensions of the centres.
 
         Returns:
             Indices of cells ``(*batch, *positions)``.

@@ -256,7 +256,7 @@ def _condense(
             weight = None if weight is None else _frames_first(weight, sizes, causal, 0)
             found = found.unsqueeze(-3) if isinstance(found, Cells) else _frames_first(found, sizes, causal, 0)
         if isinstance(found, Cells):
-            factor = torch.linalg.cholesky_ex(found.metric)[0]
+            factor = torch.linalg.cholesky_ex(found.metric.to(counting_dtype(key.device)))[0]
         else:
             factor = torch.eye(key.shape[-1], dtype=counting_dtype(key.device), device=key.device)
         label = functools.partial(_labels, found, key)
