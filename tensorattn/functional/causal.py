@@ -37,7 +37,7 @@ class Past:
             1.
         total: Weight of all frames so far, ``(*batch,)`` likewise; None with a window.
         sums: For each kept subset of a frame, the weighted sum of its means over all frames ``(*batch, *n_U, D)``, or
-            None where it is not needed.
+            None where it is not needed; of an operator that condenses, its own sums, as ``means`` with a window.
         means: For each kept subset of a frame, its means in every frame held ``(*batch, held, *n_U, D)``, or None where
             they are not needed.
         moments: With second moments, the origin ``(*batch, D)`` that they are taken about, and the sums of first and

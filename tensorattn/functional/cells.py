@@ -252,6 +252,7 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     for doubled in range(math.ceil(math.log2(tokens)) + FURTHER_ROUNDS if tokens > 1 else 0):
         width = min(tokens, 1 << doubled)
         high, label = _best(centres[:, :width] @ points, place[:width])
+        # Bits of numbers that are not negative are in their order: distance in front, position behind, in one integer.
         bits = (reach - high).clamp(min=0).float().view(torch.int32).long()
         packed = torch.add(index, bits, alpha=1 << 32)
         packed = packed.new_zeros(packed.shape[0], width).scatter_reduce(-1, label, packed, "amax")

@@ -396,7 +396,12 @@ def _tokens(moments: _Moments, dtype: torch.dtype) -> dict[str, Any]:
 def _controlled(
     clusters: Clusters, moments: _Moments, summary: Summary, label: Tensor, weight: Tensor | None, factor: Tensor
 ) -> Clusters:
-    """Add the clusters of the additive parts of keys and values, known from where cells and indices of modes meet."""
+    """Add the clusters of the additive parts of keys and values, known from where cells and indices of modes meet.
+
+    With the effects of a mode, e = mean of its index less the grand mean: ``met`` is the mean of their sum over a cell,
+    ``own`` + ``total`` the covariance of the sum over all positions, ``inside`` what of it is inside cells, ``alike``
+    that of keys with their additive parts inside cells, and ``part`` the share β of the control, from 0 to 1.
+    """
     factor = factor.to(moments.rows.dtype)
     share, rows, mean, spread, within = moments
     sizes, order, tokens, dim = summary.sizes, summary.order, rows.shape[-2], within.shape[-1]
@@ -471,6 +476,7 @@ def _from_some(
     dim, keys = query.shape[-1], clusters.key
     with without_autocast(query.device):
         own = query.to(keys.dtype)
+        # One softmax with further channels: s q·k_c, then ½ log(1 + τ²) times a_c, then 1 times the log of the share.
         key = torch.cat([keys[..., :dim] * scale, keys[..., dim:]], -1)
         square = (own @ (clusters.key_covariance * scale * scale) * own).sum(-1, keepdim=True).clamp_min(0.0)
         rows = torch.cat([own, torch.log1p(square) / 2, torch.ones_like(square)], -1)

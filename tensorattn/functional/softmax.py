@@ -21,9 +21,8 @@ from tensorattn.masks import accumulation_dtype, check_floating, is_recorded, is
 
 __all__ = ["Attended", "TokenSet", "Tokens", "attend_tokens", "in_chunks", "merge_attention"]
 
-# The kernel for CPUs takes a row of logits that are all NaN for one of a query that sees nothing where they fill no
-# vector of this length: fewer tokens are repeated, which does not change their softmax; where some are hidden, NaN is
-# added.
+# Of fewer tokens than this, the kernel for CPUs returns zero where all logits of a query are NaN, as if it saw nothing.
+# They are therefore repeated, which does not change their softmax; where some tokens are hidden, NaN is added instead.
 LANES = 16
 
 CHUNK = 1 << 20  # elements that are worked on at a time, where nothing is kept

@@ -79,8 +79,8 @@ class TensorAttention(nn.Module):
         causal: A mode, by name or index, whose frames see their past and themselves only; None for none.
         position_bias: A bias of the logits by position, one matrix a mode: a `RelativePositionBias`, `AlibiBias` or
             `AxisWindow`, or your own `PositionBias`.
-        rotary: A `RotaryEmbedding` that turns queries and keys by their places; for full and axial attention, and for
-            the Kronecker operators, which turn pooled queries and keys by their mode.
+        rotary: A `RotaryEmbedding` that turns queries and keys by their places; for full, clustered and axial
+            attention, and for the Kronecker operators, which turn pooled queries and keys by their mode.
         mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
             operators.
         qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
@@ -599,7 +599,9 @@ class TensorAttention(nn.Module):
             return self._from_positions(x, self._project(summary, x.dtype), settings)
 
         def attend(x: Tensor) -> AttentionResult:
-            return self._from_positions(x, self._condensed(x, self._project(summary, x.dtype), of_x), settings, False)
+            return self._from_positions(
+                x, self._condensed(x, self._project(summary, x.dtype), of_x), settings, again=False
+            )
 
         return self._again(attend)(x)
 

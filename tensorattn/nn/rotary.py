@@ -26,7 +26,8 @@ class RotaryEmbedding(nn.Module):
 
     What it means for the operators, with queries and keys turned before they are called:
 
-    - ``flattened``: what it is made for. ``axial``: along a fibre only its own mode differs, so only its share counts.
+    - ``flattened``: what it is made for. ``clustered`` comes close to it, with more tokens than without turns.
+    - ``axial``: along a fibre only its own mode differs, so only its share counts.
     - ``kronecker_product`` and ``kronecker_sum`` pool first: turn pooled queries and keys with `rotate_mode`. Turned
       before, they are averaged over turns of the other modes, whose shares fade.
     - ``additive``, ``truncated``, ``kao_kv`` and ``kao_qkv`` average turned keys, in which the shares of the other

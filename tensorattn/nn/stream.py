@@ -45,13 +45,15 @@ class AttentionStream:
     r"""Feed a causal `TensorAttention` frame by frame, or chunk by chunk: it returns what the whole tensor would give.
 
     The state holds averages of the inputs, not keys and values. It is projected at every call, so a change of the
-    parameters takes effect on the past too. With S = n_1 + … + n_N without the frames and C channels it takes
+    parameters takes effect on the past too; for ``clustered`` it holds sums of keys and values, on which it does not.
+    With S = n_1 + … + n_N without the frames and C channels it takes
 
     ====================================  =========================================================
     ``additive``, ``kao_kv``              S·C, and C for each frame: its average
     with ``interaction="linear"``         C² more
     ``truncated``                         Σ_U Π n · C over kept subsets, those with frames for each frame
     ``flattened``, ``axial``              P·C for each frame: the frames themselves
+    ``clustered``, n tokens, H heads      2n(C + H) + 2C²/H + H, in float64
     ====================================  =========================================================
 
     a sample. With a window W it takes S·C for each of W − 1 frames, and C² more with an interaction, but no longer
