@@ -187,15 +187,23 @@ def draw(length: int, most: int, weight: Tensor | None, device: torch.device) ->
         weight: Weights of the positions ``(*batch, T)``, or None.
         device: Where they are.
     """
-    count = torch.sym_min(length, most)
+    exported = torch.compiler.is_exporting()
+    count = most if exported or isinstance(length, Tensor) else torch.sym_min(length, most)  # a tensor in torch.jit
     step = torch.arange(count, device=device, dtype=counting_dtype(device))
     place = step + step * 0.6180339887498949 % 1  # one in each part
-    if weight is None or length <= most:
+    if exported:  # one graph whatever the size: what is too much does not count
+        weight = step.new_ones(1, length) if weight is None else weight
+    elif weight is None or length <= most:
         return Drawn((place * (length / count)).long().clamp(max=length - 1), weight)
     running = weight.to(place.dtype).cumsum(-1)
     total = running[..., -1:]
-    index = torch.searchsorted(running, place * (total / count), right=True)
-    return Drawn(index.clamp(max=length - 1), (total > 0).expand(index.shape).to(weight.dtype))
+    index = torch.searchsorted(running, place * (total / count), right=True).clamp(max=length - 1)
+    each = (total > 0).expand(index.shape).to(weight.dtype)
+    if exported:
+        few = torch.full_like(step, length) <= most
+        index = torch.where(few, step.long().clamp(max=length - 1), index)
+        each = torch.where(few, weight.gather(-1, index.expand(*weight.shape[:-1], most)) * (step < length), each)
+    return Drawn(index, each)
 
 
 def metric_of(query: Tensor, weight: Tensor | None) -> Tensor:
@@ -384,7 +392,7 @@ def _sums(
         squares = (key @ factor.to(dtype)).square().sum(-1, keepdim=True)
         columns.insert(2, squares if weight is None else squares * share)
     rows, width = torch.cat(columns, -1), dim + value.shape[-1]
-    count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB
+    count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB + is_recorded()  # a graph for all sizes has several
     products = _products(rows.tensor_split([width], -1)[0], key, slabs)
     first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
     slab = first + torch.arange(length, device=key.device) // SLAB
@@ -455,7 +463,10 @@ def block_counts(
                 ]
                 if not fits:
                     break
-                found = wider[max(fits, key=lambda m: sizes[m] / found[m])]
+                longest = fits[0]
+                for m in fits[1:]:
+                    longest = m if sizes[m] * found[longest] > sizes[longest] * found[m] else longest
+                found = wider[longest]
         return tuple(found)
     if len(blocks) != len(sizes):
         raise OptionError(f"blocks has {len(blocks)} counts, but order {len(sizes)} needs one a mode.")

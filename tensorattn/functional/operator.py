@@ -163,6 +163,8 @@ class Operator:
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
             and the options to weights over the grid; None if they have no such form.
         lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
+        by_place: From the options to whether it matters where a position stands among the others, as where a grid is
+            cut into blocks: repeating, cropping and permuting indices then change more than counts.
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.
@@ -195,6 +197,7 @@ class Operator:
     condense: Callable[..., tuple[Any, Any]] | None = None
     spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
+    by_place: Callable[..., bool] = lambda **options: False
 
     def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the arguments without a meaning for some options, each with the reason.
