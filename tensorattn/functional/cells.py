@@ -32,6 +32,7 @@ from tensorattn.masks import (
     is_recorded,
     is_transformed,
     read_weights,
+    readable,
 )
 from tensorattn.modes import attention_shapes, grid_shape
 
@@ -109,12 +110,17 @@ class Cells:
         """Return the cell of each key.
 
         Args:
-            key: Keys ``(*batch, *positions, D)``, with exactly the batch dimensions of the centres.
+            key: Keys ``(*batch, *positions, D)``, with as many batch dimensions as the centres have, of the same sizes
+                or with centres that have size 1 there.
 
         Returns:
             Indices of cells ``(*batch, *positions)``.
+
+        Raises:
+            ShapeError: If batch dimensions or channels do not fit.
         """
         batch = self.centres.dim() - 2
+        self.check(key.shape[:batch], key.shape[-1])
         flat = key.reshape(*key.shape[:batch], math.prod(key.shape[batch:-1]), key.shape[-1])
         return self.labels(flat).reshape(key.shape[:-1])
 
@@ -270,6 +276,8 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
         farthest = _rows(ends, packed & 0xFFFFFFFF)
         centres = centres.scatter(-2, slot.unsqueeze(-1).expand(farthest.shape), farthest)
         filled = filled + found.sum(-1, keepdim=True)
+        if filled.device.type == "cpu" and readable(filled) and bool((filled >= tokens).all()):
+            break  # mostly after half of the rounds; elsewhere a look would cost more than them
     centres = centres[:, :tokens]
     for _ in range(LLOYD_STEPS):
         _, label = _best(centres @ points, place)

@@ -1,4 +1,11 @@
-"""Clustered attention: full attention to cells of keys, and the second moments inside them."""
+"""Clustered attention: full attention to cells of keys, and the second moments inside them.
+
+The record condenses: positions are put into cells, found or fixed (`tensorattn.functional.cells`), their sums become
+`Clusters`, means, counts, spreads and two covariances, and queries attend to those by one softmax with two channels
+more than keys have: the keys, the spread times half the logarithm of 1 + τ², and the logarithm of the share. Means are
+taken off keys and values before, in float64, so that nothing large cancels. What is causal runs the same sums over
+frames, which are one more batch dimension then.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +179,7 @@ class Clusters:
         key_covariance: Of the keys, ``(*batch, D, D)``.
         mean: The mean key ``(*batch, 1, D)``.
         weight: Weight of all positions ``(*batch, 1)``.
-        rho: Share of the variance of the logits that is left inside cells ``(*batch)``.
+        rho: From nothing to the share of the variance of the logits that is left inside cells ``(*batch)``.
         label: From nothing to the cell of each position ``(*batch, n_1, …, n_N)``, where a causal mode has size 1.
         masked: Whether there may be nothing.
         control: With ``additive_control``, the clusters of the additive parts, the mode averages, and how much of
@@ -187,7 +194,7 @@ class Clusters:
     key_covariance: Tensor
     mean: Tensor
     weight: Tensor
-    rho: Tensor
+    rho: Callable[[], Tensor]
     label: Callable[[], Tensor]
     masked: bool
     control: tuple[Clusters, Summary, Tensor] | None = None
@@ -363,12 +370,15 @@ def _clusters(
         own = spread.unsqueeze(-1).to(rows.dtype)
     typical = (own * share).sum(-2, keepdim=True)
     own = torch.where(typical > 0, own / _nonzero(typical), 1.0)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def rho() -> Tensor:
         left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
         varies = all_of_it > 8 * torch.finfo(whole.dtype).eps * _trace(products[..., :dim, :] / every, factor)
-        rho = left / _nonzero(all_of_it) * varies
+        return (left / _nonzero(all_of_it) * varies).to(dtype)
+
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
-    told: dict[str, Any] = {"weight": whole, "rho": rho.to(dtype), "label": label, "masked": masked}
+    told: dict[str, Any] = {"weight": whole, "rho": rho, "label": label, "masked": masked}
     return Clusters(batch, sizes, **told, **_tokens(moments, dtype)), moments
 
 
@@ -471,7 +481,8 @@ def _attend(
     shape = query.shape[:-1]
     lse = None if lse is None else lse.reshape(shape)
     cells = None if attention is None else (attention.reshape(*shape, attention.shape[-1]), summary.label())
-    return AttentionResult(output.reshape(*shape, output.shape[-1]), lse, cells, summary.rho)
+    rho = summary.rho() if return_lse or return_attention else None
+    return AttentionResult(output.reshape(*shape, output.shape[-1]), lse, cells, rho)
 
 
 def _from_some(
