@@ -307,21 +307,24 @@ def _per_cell(label: Tensor, rows: Tensor, share: Tensor, tokens: int) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class CellSums:
-    """Sums over the positions of each cell, about zero: the fold. They add up, and run over frames.
+    """Sums over the positions of each cell: the fold. About zero they add up, and run over frames.
 
     Attributes:
         cells: Weights of the cells ``(*batch, n)``, and weighted sums of keys, values and, if wanted, the squares of
             keys behind each other ``(*batch, n, D + D_v + 1)``, in float64.
         products: The weight of all positions ``(*batch)``, and weighted sums of the outer products of keys, and of
             values, with keys, below each other ``(*batch, D + D_v, D)``, in float64.
+        origin: What was taken off the keys ``(*batch, 1, D)``; None for nothing.
     """
 
     cells: Sums
     products: Sums
+    origin: Tensor | None = None
 
     def __add__(self, other: CellSums) -> CellSums:
-        """Return the sums over the positions of both."""
-        return CellSums(self.cells + other.cells, self.products + other.products)
+        """Return the sums over the positions of both, about the same origin."""
+        assert self.origin is other.origin
+        return CellSums(self.cells + other.cells, self.products + other.products, self.origin)
 
     @classmethod
     def of(
@@ -333,7 +336,7 @@ class CellSums:
         tokens: int,
         factor: Tensor | None = None,
     ) -> CellSums:
-        """Add up keys and values ``(*batch, T, D)``.
+        """Add up keys and values ``(*batch, T, D)``, about a rough mean of the keys.
 
         On a CPU, where nothing is differentiated, a slab of positions at a time.
 
@@ -345,16 +348,39 @@ class CellSums:
             tokens: Number of cells.
             factor: L of the squares (k L) · (k L) that are wanted too, ``(*batch, D, D)``; None for none.
         """
+        origin = key.detach().mean(-2, keepdim=True, dtype=accumulation_dtype(key.dtype))
 
         def part(places: slice) -> CellSums:
             own = None if weight is None else weight[..., places]
-            return _sums(key[..., places, :], value[..., places, :], own, label(places), tokens, factor)
+            return _sums(key[..., places, :], value[..., places, :], own, label(places), tokens, factor, origin)
 
         length, rows = key.shape[-2], math.prod(key.shape[:-2])
         step = max(64, CHUNK // max(1, rows * max(tokens, key.shape[-1] + value.shape[-1])))
         if is_recorded() or key.device.type != "cpu" or is_transformed(key, value) or step >= length:
             return part(slice(None))
         return functools.reduce(operator.add, [part(slice(start, start + step)) for start in range(0, length, step)])
+
+    def about_zero(self, factor: Tensor | None = None) -> CellSums:
+        """Return the sums of what the keys were.
+
+        Args:
+            factor: L of the squares, if there are any.
+        """
+        if self.origin is None:
+            return self
+        about, dim = self.origin.to(self.products.total.dtype), self.origin.shape[-1]
+        count, rows, width = self.cells.count.unsqueeze(-1), self.cells.total, self.products.total.shape[-2]
+        far = torch.nn.functional.pad(about, (0, width - dim))
+        keys = rows[..., :dim]
+        moved = rows[..., :width] + count * far
+        products = self.products.total + moved.sum(-2).unsqueeze(-1) @ about + far.mT @ keys.sum(-2, keepdim=True)
+        if factor is not None:
+            factor = factor.to(rows.dtype)
+            apart = about @ factor
+            square = apart.square().sum(-1, keepdim=True)
+            squares = rows[..., width:] + 2 * (keys @ factor) @ apart.mT + count * square
+            moved = torch.cat([moved, squares], -1)
+        return CellSums(Sums(self.cells.count, moved), Sums(self.products.count, products))
 
     def running(self, dim: int, before: CellSums | None = None) -> CellSums:
         """Return the sums up to each index of a dimension, after those of what came before."""
@@ -367,7 +393,7 @@ class CellSums:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors, as `from_tensors` takes them."""
+        """All tensors of sums about zero, as `from_tensors` takes them."""
         return (*self.cells, *self.products)
 
     @classmethod
@@ -381,37 +407,42 @@ class CellSums:
 
 
 def _sums(
-    key: Tensor, value: Tensor, weight: Tensor | None, label: Tensor, tokens: int, factor: Tensor | None
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    label: Tensor,
+    tokens: int,
+    factor: Tensor | None,
+    origin: Tensor,
 ) -> CellSums:
-    """Add up all positions at once: a slab about a rough mean, all slabs in float64."""
-    dtype, wide = accumulation_dtype(key.dtype), counting_dtype(key.device)
-    batch, length, dim = key.shape[:-2], key.shape[-2], key.shape[-1]
-    about = key.detach().mean(-2, keepdim=True, dtype=dtype)
-    key = key.to(dtype) - about
-    top = None
+    """Add up all positions at once: a slab in the type of the origin, all slabs in float64."""
+    dtype, wide = origin.dtype, counting_dtype(key.device)
+    batch, length = key.shape[:-2], key.shape[-2]
+    key, value, top = key - origin, value.to(dtype), None
+    rows = torch.cat([key, value], -1)
+    width, share = rows.shape[-1], rows.new_ones(*batch, length, 1)
+    if factor is not None:
+        rows = torch.cat([rows, (key @ factor.to(dtype)).square().sum(-1, keepdim=True)], -1)
     if weight is not None:  # in float64, and relative to the largest in their own type
         top = weight.to(wide).amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny).unsqueeze(-1)
-        weight = (weight.to(wide) / top.squeeze(-1)).to(dtype)
-    share = torch.ones_like(key[..., :1]) if weight is None else weight.unsqueeze(-1)
-    value = value.to(dtype)
-    weighted = key if weight is None else key * share
-    columns = [weighted, value if weight is None else value * share, share.expand(*batch, length, 1)]
-    if factor is not None:
-        squares = (key @ factor.to(dtype)).square().sum(-1, keepdim=True)
-        columns.insert(2, squares if weight is None else squares * share)
-    rows, width = torch.cat(columns, -1), dim + value.shape[-1]
+        share = (weight.to(wide).unsqueeze(-1) / top).to(dtype).expand(share.shape)
+        rows = rows * share
+    rows = torch.cat([rows, share], -1)
     count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB + is_recorded()  # a graph for all sizes has several
-    products = _products(rows.tensor_split([width], -1)[0], key, slabs)
+    products = _products(rows[..., :width], key, slabs)
+    place = label.expand(*batch, length).reshape(count, length)
     first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
     slab = first + torch.arange(length, device=key.device) // SLAB
-    place = label.expand(*batch, length).reshape(count, length) + slab * tokens
+    place = (place + slab * tokens).reshape(-1, 1)
     rows = rows.reshape(count * length, rows.shape[-1])
     total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
-    total = total.scatter_add(0, place.reshape(-1, 1).expand(rows.shape), rows)
+    total = total.scatter_add(0, place.expand(rows.shape), rows)
     total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
     if top is not None:
         total, products = total * top, products * top
-    return _about_zero(total, products, about.to(wide), width, factor)
+    each, counts = total.split([total.shape[-1] - 1, 1], -1)
+    counts = counts.squeeze(-1)
+    return CellSums(Sums(counts, each), Sums(counts.sum(-1), products), origin)
 
 
 def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:
@@ -425,22 +456,6 @@ def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:
         rows, key = (torch.nn.functional.pad(each, (0, 0, 0, left)) for each in (rows, key))
     rows, key = (each.unflatten(-2, (slabs, side)) for each in (rows, key))
     return (rows.mT @ key).sum(-3, dtype=wide)
-
-
-def _about_zero(total: Tensor, products: Tensor, about: Tensor, width: int, factor: Tensor | None) -> CellSums:
-    """Turn sums of keys about a point, and of values about zero, into sums about zero."""
-    dim = about.shape[-1]
-    rows, count = total[..., :width], total[..., -1:]
-    whole, far = count.sum(-2, keepdim=True), torch.nn.functional.pad(about, (0, width - dim))
-    products = products + rows.sum(-2).unsqueeze(-1) @ about + far.mT @ (rows[..., :dim].sum(-2, keepdim=True))
-    products = products + whole * (far.mT @ about)
-    columns = [rows + count * far]
-    if factor is not None:
-        moved, apart = rows[..., :dim] @ factor.to(rows.dtype), about @ factor.to(rows.dtype)
-        square = apart.square().sum(-1, keepdim=True)
-        columns.append(total[..., width : width + 1] + 2 * moved @ apart.mT + count * square)
-    cells = Sums(count.squeeze(-1), torch.cat(columns, -1))
-    return CellSums(cells, Sums(whole.squeeze(-1).squeeze(-1), products))
 
 
 def block_counts(

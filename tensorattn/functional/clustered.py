@@ -270,7 +270,7 @@ def _condense(
         label = functools.partial(_labels, found, key)
         sums, after = CellSums.of(key, value, weight, label, count, None if spread is not None else factor), None
         if causal is not None:
-            sums, after = _seen(sums, batch, past, window)
+            sums, after = _seen(sums.about_zero(factor), batch, past, window)
         grid = functools.partial(_on_grid, label, key.shape[:-1], sizes, causal)
         dtype, masked = accumulation_dtype(key.dtype), weight is not None
         clusters, moments = _clusters(sums, key.shape[-1], spread, factor, sizes, grid, dtype, masked)
@@ -370,12 +370,14 @@ def _clusters(
         own = spread.unsqueeze(-1).to(rows.dtype)
     typical = (own * share).sum(-2, keepdim=True)
     own = torch.where(typical > 0, own / _nonzero(typical), 1.0)
+    if sums.origin is not None:
+        mean = mean + F.pad(sums.origin.to(mean.dtype), (0, width - dim))
 
     @torch.no_grad()
     def rho() -> Tensor:
         left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
-        varies = all_of_it > 8 * torch.finfo(whole.dtype).eps * _trace(products[..., :dim, :] / every, factor)
-        return (left / _nonzero(all_of_it) * varies).to(dtype)
+        least = torch.finfo(whole.dtype).eps * (all_of_it + (mean[..., :dim] @ factor).square().sum((-2, -1)))
+        return (left / _nonzero(all_of_it) * (all_of_it > 8 * least)).to(dtype)
 
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
     told: dict[str, Any] = {"weight": whole, "rho": rho, "label": label, "masked": masked}
