@@ -418,31 +418,33 @@ def _sums(
     """Add up all positions at once: a slab in the type of the origin, all slabs in float64."""
     dtype, wide = origin.dtype, counting_dtype(key.device)
     batch, length = key.shape[:-2], key.shape[-2]
-    key, value, top = key - origin, value.to(dtype), None
-    rows = torch.cat([key, value], -1)
-    width, share = rows.shape[-1], rows.new_ones(*batch, length, 1)
-    if factor is not None:
-        rows = torch.cat([rows, (key @ factor.to(dtype)).square().sum(-1, keepdim=True)], -1)
-    if weight is not None:  # in float64, and relative to the largest in their own type
+    key = key - origin
+    rows = torch.cat([key, value.to(dtype)], -1)
+    others = [] if factor is None else [(key @ factor.to(dtype)).square().sum(-1, keepdim=True)]
+    if weight is None:
+        top, share = None, rows.new_ones(1, 1).expand(*batch, length, 1)
+    else:  # in float64, and relative to the largest in their own type
         top = weight.to(wide).amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny).unsqueeze(-1)
-        share = (weight.to(wide).unsqueeze(-1) / top).to(dtype).expand(share.shape)
-        rows = rows * share
-    rows = torch.cat([rows, share], -1)
+        share = (weight.to(wide).unsqueeze(-1) / top).to(dtype).expand(*batch, length, 1)
+        rows, others = rows * share, [other * share for other in others]
     count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB + is_recorded()  # a graph for all sizes has several
-    products = _products(rows[..., :width], key, slabs)
-    place = label.expand(*batch, length).reshape(count, length)
     first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
     slab = first + torch.arange(length, device=key.device) // SLAB
-    place = (place + slab * tokens).reshape(-1, 1)
-    rows = rows.reshape(count * length, rows.shape[-1])
-    total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
-    total = total.scatter_add(0, place.expand(rows.shape), rows)
-    total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
+    place = (label.expand(*batch, length).reshape(count, length) + slab * tokens).reshape(-1, 1)
+
+    def added(rows: Tensor) -> Tensor:
+        """Add up ``(*batch, T, W)`` in each cell of each slab, then the slabs."""
+        rows = rows.reshape(count * length, rows.shape[-1])
+        total = rows.new_zeros(count * slabs * tokens, rows.shape[-1]).scatter_add(0, place.expand(rows.shape), rows)
+        return total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
+
+    products, total = _products(rows, key, slabs), added(rows)
+    others = list(added(torch.cat([*others, share], -1) if others else share).split(1, -1))
     if top is not None:
-        total, products = total * top, products * top
-    each, counts = total.split([total.shape[-1] - 1, 1], -1)
-    counts = counts.squeeze(-1)
-    return CellSums(Sums(counts, each), Sums(counts.sum(-1), products), origin)
+        total, products, others = total * top, products * top, [other * top for other in others]
+    counts = others.pop().squeeze(-1)
+    cells = torch.cat([total, *others], -1) if others else total
+    return CellSums(Sums(counts, cells), Sums(counts.sum(-1), products), origin)
 
 
 def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:

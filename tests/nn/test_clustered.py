@@ -23,7 +23,7 @@ every_fixed_kind = pytest.mark.parametrize("kind", ["blocks", "Cells"])
 
 # Kernel calls of the layer that are wanted, forwards, and forwards and backwards, and those of today.
 WANTED = {"keys": (550, 650), "blocks": (40, 110)}
-TODAY = {"keys": (660, 850), "blocks": (170, 366)}
+TODAY = {"keys": (630, 740), "blocks": (135, 300)}
 
 
 def clustered(kind, modes=2, tokens=4, **settings):
