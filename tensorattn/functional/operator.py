@@ -458,19 +458,24 @@ def attend_condensed(
     Returns:
         The result, and what returns what later frames need to know.
     """
-    batch = len(summary.batch)
+    batch, sizes = len(summary.batch), summary.sizes
+    further = query.dim() - 1 - batch - len(sizes)  # positions beside those of the grid, as heads of a group are
     shown = None
-    if tuple(query.shape[batch:-1]) == summary.sizes and summary.counts is not None:
+    if further >= 0 and tuple(query.shape[batch + further : -1]) == sizes and summary.counts is not None:
         count = summary.count(tuple(range(summary.order)))
-        shown = None if count is None else count.flatten(batch)
+        if count is not None:
+            shape = (*count.shape[:batch], *query.shape[batch : batch + further], *count.shape[batch:])
+            shown = count[(slice(None),) * batch + (None,) * further].expand(shape).flatten(batch)
     flat = query.reshape(*summary.batch, math.prod(query.shape[batch:-1]), query.shape[-1])
     found, after = operator.condense(flat, summary, shown, causal=mode, **before, **options)  # type: ignore[misc]
     if mode is None:
         return operator.attend(query, found, **settings), after
-    result = operator.attend(frames_first(query, mode, batch), found, **settings)
-    last = functools.partial(frames_last, mode=mode, batch=batch)
+    result = operator.attend(frames_first(query, mode + further, batch), found, **settings)
+    last = functools.partial(frames_last, mode=mode + further, batch=batch)
     lse = None if result.lse is None else last(result.lse)
-    attention = result.attention and tuple(map(last, result.attention))
+    attention = result.attention
+    if attention is not None:  # labels of positions are those of the grid alone
+        attention = last(attention[0]), *[frames_last(part, mode, batch) for part in attention[1:]]
     return AttentionResult(last(result.output), lse, attention, result.rho), after
 
 

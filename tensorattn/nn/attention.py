@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from tensorattn.averages.means import check_same_shape, marginal_means
+from tensorattn.averages.means import check_same_shape
 from tensorattn.averages.plan import memory_order
-from tensorattn.errors import OptionError, ShapeError, check, retells
+from tensorattn.errors import OptionError, ShapeError, check, check_scale, retells
 from tensorattn.functional.causal import Past, causal_summary, frames_beside, frames_first, frames_last
 from tensorattn.functional.cells import Cells, draw_queries, find_cells
 from tensorattn.functional.maps import base_of, indices_of, place_on
@@ -23,14 +24,13 @@ from tensorattn.functional.operator import (
     Bias,
     Operator,
     attend_condensed,
-    causal_bias,
     check_indices,
     default_scale,
     get_operator,
     spread_parts,
 )
 from tensorattn.functional.softmax import CHUNK, in_chunks
-from tensorattn.functional.summary import Means, Needs, Summary, make_summary
+from tensorattn.functional.summary import Needs, Summary, make_summary
 from tensorattn.masks import (
     GivenWeights,
     Lengths,
@@ -39,7 +39,6 @@ from tensorattn.masks import (
     accumulation_dtype,
     beside,
     is_recorded,
-    matmul,
     read_weights,
     without_absent,
 )
@@ -49,6 +48,7 @@ from tensorattn.nn.context import Context, ContextReader, check_crossing
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.rotary import RotaryEmbedding
+from tensorattn.nn.sources import Sources, join_heads, normed, split_heads, unchanged
 
 __all__ = ["TensorAttention"]
 
@@ -68,22 +68,31 @@ class TensorAttention(nn.Module):
 
     Args:
         embed_dim: Channels C of input and output.
-        num_heads: Number of heads H; they divide the channels.
+        num_heads: Number of heads H; they divide the channels unless ``head_dim`` is given.
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         operator: Name of the operator in `OPERATORS`.
         channels_first: Whether inputs are ``(B, C, n_1, …, n_N)`` instead of ``(B, n_1, …, n_N, C)``.
         bias: Whether the four linear maps have a bias.
+        qkv_bias: Whether those to queries, keys and values have one; as ``bias`` if None.
+        out_bias: Whether that of the output has one; as ``bias`` if None.
+        head_dim: Head size D; C/H if None.
+        num_kv_heads: Number of heads of keys and values, each of which serves a group of H over as many heads of
+            queries; H if None. Cells of ``clustered`` are those of a key head, found for its whole group.
+        scale: Factor of the logits; 1/√D if None.
         dropout: Probability of dropping an attention weight in training.
+        proj_drop: Probability of dropping an element of the output in training.
         kdim: Channels of a context that keys are made of; C if None.
         vdim: Channels of a context that values are made of; C if None.
         causal: A mode, by name or index, whose frames see their past and themselves only; None for none.
         position_bias: A bias of the logits by position, one matrix a mode: a `RelativePositionBias`, `AlibiBias` or
             `AxisWindow`, or your own `PositionBias`.
         rotary: A `RotaryEmbedding` that turns queries and keys by their places; for full, clustered and axial
-            attention, and for the Kronecker operators, which turn pooled queries and keys by their mode.
+            attention, and for the Kronecker operators, which turn pooled queries and keys by their mode. Where there is
+            a norm too, it comes first.
         mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
             operators.
-        qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
+        qk_norm: Whether queries and keys of each head go through a LayerNorm each; or what makes a norm of the head
+            size, such as ``nn.RMSNorm``. An operator that averages queries or keys norms the averages.
         project: ``"averages"`` to project averages where the operator works on them, ``"positions"`` to project all
             positions and average afterwards, which is another thing only where a projection is no affine map.
         checkpoint: Whether the backward pass attends again instead of keeping what is between input and output.
@@ -130,14 +139,20 @@ class TensorAttention(nn.Module):
         operator: str = "additive",
         channels_first: bool = False,
         bias: bool = True,
+        qkv_bias: bool | None = None,
+        out_bias: bool | None = None,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        scale: float | None = None,
         dropout: float = 0.0,
+        proj_drop: float = 0.0,
         kdim: int | None = None,
         vdim: int | None = None,
         causal: int | str | None = None,
         position_bias: PositionBias | None = None,
         rotary: RotaryEmbedding | None = None,
         mode_projections: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | Callable[..., nn.Module] = False,
         project: str = "averages",
         checkpoint: bool = False,
         device: torch.device | str | None = None,
@@ -148,29 +163,42 @@ class TensorAttention(nn.Module):
         self.modes = ModeSpec.parse(modes)
         record = get_operator(operator)
         switches = {"channels_first": channels_first, "bias": bias, "checkpoint": checkpoint}
-        for name, value in {**switches, "mode_projections": mode_projections, "qk_norm": qk_norm}.items():
+        for name, value in {**switches, "mode_projections": mode_projections}.items():
             check(value, name, "switch")
+        for name, switch in (("qkv_bias", qkv_bias), ("out_bias", out_bias)):
+            if switch is not None:
+                check(switch, name, "switch")
+        if not callable(qk_norm):
+            check(qk_norm, "qk_norm", "switch")
+        check_scale(scale)
         if project not in ("averages", "positions"):
             raise OptionError(f"project must be 'averages' or 'positions', got {project!r}.")
         self.causal = None if causal is None else self.modes.index(causal)
         if options.get("kept") is not None:
             subsets = mode_subsets(options["kept"])
             options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
-        _check_heads(embed_dim, num_heads)
+        self.head_dim, self.num_kv_heads = _check_heads(embed_dim, num_heads, head_dim, num_kv_heads)
         self.embed_dim, self.num_heads, self.operator = int(embed_dim), int(num_heads), operator
+        self.scale = None if scale is None else float(scale)
         cells = options.get("cells")
         self._options = record.with_defaults({**options, "cells": "keys"} if isinstance(cells, Cells) else options)
         if isinstance(cells, Cells):
             self.hold_cells(cells)
         record.needs(self.modes.order, **self.options)  # refuses values out of range
         check(dropout, "dropout", "probability")
+        check(proj_drop, "proj_drop", "probability")
         if mode_projections and project == "positions":
             raise OptionError(
                 "mode_projections has no meaning with project='positions': it maps the averages of a mode."
             )
-        for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
-            if given and not record.pools:
-                raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
+        if mode_projections and not record.pools:
+            raise OptionError(
+                f"mode_projections has no meaning for operator {operator!r}: it does not pool its queries."
+            )
+        for name, reason in (("interaction", "covariances"), ("additive_control", "averages")):
+            if qk_norm and self.options.get(name):
+                told = f"{name}={self.options[name]!r}: {reason} of normed keys are not those of linear maps"
+                raise OptionError(f"qk_norm has no meaning with {told}.")
         lacking = record.lacking(self.options)
         for name, given in (("causal", self.causal is not None), ("dropout_p", dropout > 0)):
             if given and name in lacking:
@@ -179,9 +207,7 @@ class TensorAttention(nn.Module):
         if position_bias is not None:
             _check_position_bias(position_bias, record, self.options, self.modes, num_heads)
         if rotary is not None:
-            _check_rotary(rotary, record, self.options, self.modes, embed_dim // num_heads)
-            if qk_norm:
-                raise OptionError("rotary has no meaning with qk_norm: pooled queries are turned before a norm.")
+            _check_rotary(rotary, record, self.options, self.modes, self.head_dim)
         for name, dim in (("kdim", kdim), ("vdim", vdim)):
             if dim is not None:
                 check(dim, name, "integer")
@@ -190,15 +216,19 @@ class TensorAttention(nn.Module):
                     raise OptionError(f"{name} must be at least 1, got {dim}.")
         embed_dim, num_heads = self.embed_dim, self.num_heads
         self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
+        self.proj_drop = proj_drop
         self.kdim, self.vdim = (embed_dim if dim is None else int(dim) for dim in (kdim, vdim))
-        rows = embed_dim * (self.modes.order if mode_projections else 1)
+        maps = self.modes.order if mode_projections else 1
+        width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        of_qkv, of_output = (bias if given is None else given for given in (qkv_bias, out_bias))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, rows, bias, **factory)
-        self.k_proj = nn.Linear(self.kdim, rows, bias, **factory)
-        self.v_proj = nn.Linear(self.vdim, embed_dim, bias, **factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.q_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
-        self.k_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
+        self.q_proj = nn.Linear(embed_dim, width * maps, of_qkv, **factory)
+        self.k_proj = nn.Linear(self.kdim, kv_width * maps, of_qkv, **factory)
+        self.v_proj = nn.Linear(self.vdim, kv_width, of_qkv, **factory)
+        self.out_proj = nn.Linear(width, embed_dim, of_output, **factory)
+        make_norm = nn.LayerNorm if qk_norm is True else qk_norm
+        self.q_norm = make_norm(self.head_dim, **factory) if make_norm else None
+        self.k_norm = make_norm(self.head_dim, **factory) if make_norm else None
         gain = torch.ones(num_heads, **factory) if self.options.get("interaction") else None
         self.interaction_gain = None if gain is None else nn.Parameter(gain)
         self.position_bias, self.rotary = position_bias, rotary
@@ -237,8 +267,9 @@ class TensorAttention(nn.Module):
         parts.extend(f"{name}={value!r}" for name, value in told.items())
         if self.channels_first:
             parts.append("channels_first=True")
-        if self.dropout:
-            parts.append(f"dropout={self.dropout}")
+        sizes = {"head_dim": self.embed_dim // self.num_heads, "num_kv_heads": self.num_heads, "scale": None}
+        usual = {**sizes, "dropout": 0, "proj_drop": 0}
+        parts += [f"{name}={value}" for name, common in usual.items() if (value := getattr(self, name)) != common]
         parts += [f"{name}={dim}" for name in ("kdim", "vdim") if (dim := getattr(self, name)) != self.embed_dim]
         if self.causal is not None:
             parts.append(f"causal={self.modes.names[self.causal]!r}")
@@ -309,10 +340,7 @@ class TensorAttention(nn.Module):
             check_same_shape("skip", skip, x.shape, x)
         if present is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
             last = without_absent(last, present)
-        y = self._attend(last, weights_of_x, summary).output
-        y = y if present is None else without_absent(y, present)
-        y = y if skip is None else y + channels_last(skip, self.channels_first)
-        return y.movedim(-1, 1) if self.channels_first else y
+        return self.finished(self._attend(last, weights_of_x, summary).output, present, skip)
 
     @retells
     def summarize(
@@ -490,9 +518,9 @@ class TensorAttention(nn.Module):
         last, present = channels_last(x, self.channels_first), spoken.present
         last = last if present is None else without_absent(last, present)
         # Samples are one more mode, so that all have the same cells.
-        query, key = (self._heads(to(last), 1).movedim(1, 0) for to in (self.q_proj, self.k_proj))
-        if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
+        sources = self._projected(last)
+        query, key = sources.query(sources.tensors[0], 1), sources.key_and_value(*sources.tensors[1:], 1)[0]
+        query, key = self._by_group(query, 1).movedim(1, 0), key.movedim(1, 0)
         counts = spoken.over_grid()
         counts = None if counts is None else counts.expand(x.shape[0], *last.shape[1:-1])
         tokens = self.options["tokens"]
@@ -510,7 +538,7 @@ class TensorAttention(nn.Module):
         """
         if "cells" not in self._options:
             raise OptionError(f"operator {self.operator!r} takes no cells.")
-        shape, needed = tuple(cells.centres.shape), (self.num_heads, cells.tokens, self.embed_dim // self.num_heads)
+        shape, needed = tuple(cells.centres.shape), (self.num_kv_heads, cells.tokens, self.head_dim)
         if shape != needed:
             raise OptionError(f"cells have centres of shape {shape}, but the heads need {needed}.")
         self.register_buffer("cell_centres", cells.centres)
@@ -552,7 +580,7 @@ class TensorAttention(nn.Module):
         """What the operator is told at every call."""
         gain = self.interaction_gain
         return {
-            "scale": default_scale(self.embed_dim // self.num_heads),
+            "scale": default_scale(self.head_dim) if self.scale is None else self.scale,
             "dropout_p": self.dropout if self.training else 0.0,
             "return_lse": False,
             "return_attention": False,
@@ -561,91 +589,62 @@ class TensorAttention(nn.Module):
             **further,
         }
 
-    # ------------------------------------------------------------------------------------------- summarise, and attend
+    def finished(self, y: Tensor, present: Tensor | None, skip: Tensor | None) -> Tensor:
+        """Do what follows the output map, unchecked, and return the layout of the input.
+
+        Args:
+            y: What the output map gives, channels last.
+            present: Where positions take part, or None.
+            skip: What is added, in the layout of the input, or None.
+        """
+        y = y if present is None else without_absent(y, present)
+        y = F.dropout(y, self.proj_drop, self.training) if self.proj_drop > 0 else y
+        y = y if skip is None else y + channels_last(skip, self.channels_first)
+        return y.movedim(-1, 1) if self.channels_first else y
+
+    # --------------------------------------------------------------------------------------------------------- project
+
+    def _given(self, x: Tensor) -> Sources:
+        """Make queries, keys and values of an input by the projections."""
+        record = get_operator(self.operator)
+        return Sources(
+            (x, x, x),
+            (self.q_proj, self.k_proj, self.v_proj),
+            (None, None) if record.pools else (self.q_norm, self.k_norm),  # an operator that pools is told of norms
+            (self.num_heads, self.num_kv_heads),
+            self.mode_projections,
+            grouped=record.condense is not None,
+        )
+
+    def _turns_positions(self) -> bool:
+        """Tell whether queries and keys are turned before the operator sees them."""
+        return self.rotary is not None and not get_operator(self.operator).pools
+
+    def _projected(self, x: Tensor) -> Sources:
+        """Make queries, keys and values of an input at all its positions, and turn them by their places."""
+        given = self._given(x)
+        tensors = [to(x) for to in given.maps]
+        norms = given.norms
+        if self.rotary is not None and self._turns_positions():
+            for place, (norm, heads) in enumerate(zip(given.norms, given.heads, strict=True)):
+                turned = self.rotary(normed(norm, split_heads(tensors[place], heads, 1)))
+                tensors[place] = join_heads(turned, 1)
+            norms = (None, None)
+        return dataclasses.replace(
+            given, tensors=(tensors[0], tensors[1], tensors[2]), maps=(unchanged,) * 3, norms=norms
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- attend
 
     def _attend(
         self, x: Tensor, weights: Weights, context: Summary | None, *, return_attention: bool = False
     ) -> AttentionResult:
         """Attend from an input with its channels last to itself, or to a context, and project back."""
-        record, needs, settings = (
-            get_operator(self.operator),
-            self._needs(),
-            self._settings(return_attention=return_attention),
-        )
-        if context is not None:
-            return self._from_summary(x, context, settings, of_x=False)
-        frames = self.causal if record.query == "positions" else None
-        if frames is None and self.causal is not None:
-            settings["causal"] = self.causal
-        projected = self.project == "positions" or (self.rotary is not None and not record.pools)
-        projected = projected or (record.condense is not None and frames is not None)
-        if self.position_bias is not None:
-            settings["bias"] = self._bias(self.position_bias, x, None if projected else frames)
-        if projected:
-            return self._again(self._from_projected)(x, weights, frames, settings)
-        if needs.queries is not None:
-            return self._again(self._from_averages)(x, weights, needs, settings)
-        if frames is None:
-            return self._from_summary(x, make_summary(x, x, needs, weights), settings)
-        summary, _ = causal_summary(x, x, needs, weights, frames)
-        return self._from_frames(x, self._project(summary, x.dtype), frames, settings)
-
-    def _from_summary(
-        self, x: Tensor, summary: Summary, settings: dict[str, Any], *, of_x: bool = True
-    ) -> AttentionResult:
-        """Attend from each position to a summary of the input, or of a context, which is projected."""
         record = get_operator(self.operator)
-        if record.condense is None:
-            return self._from_positions(x, self._project(summary, x.dtype), settings)
-
-        def attend(x: Tensor) -> AttentionResult:
-            return self._from_positions(
-                x, self._condensed(x, self._project(summary, x.dtype), of_x), settings, again=False
-            )
-
-        return self._again(attend)(x)
-
-    def _condensed(self, x: Tensor, summary: Summary, of_x: bool) -> Any:
-        """Condense a projected summary by some queries of an input."""
-        shown = summary.count(tuple(range(summary.order))) if of_x else None
-        with torch.no_grad():
-            rows, seen = draw_queries(x.flatten(1, -2), None if shown is None else shown.squeeze(1).flatten(1))
-            query = self._heads(self.q_proj(rows), 1)
-        seen = None if seen is None else seen.unsqueeze(1)
-        return get_operator(self.operator).condense(query, summary, seen, **self.options)[0]  # type: ignore[misc]
-
-    def _from_positions(self, x: Tensor, summary: Any, settings: dict[str, Any], again: bool = True) -> AttentionResult:
-        """Attend from each position by itself: project it, attend, project back; some positions at a time.
-
-        Args:
-            x: Where the queries are made of, ``(*batch, *positions, C)``.
-            summary: Projected summary of the input or of a context, with heads as last batch dimension, or what it was
-                condensed to.
-            settings: What the operator is told.
-            again: Whether the backward pass may attend again, where that is wanted.
-        """
-        operator, batch = get_operator(self.operator), len(summary.batch) - 1
-        positions, owns = tuple(x.shape[batch:-1]), bool(self.options.get("include_self"))
-        whole = "bias" in settings or settings["return_attention"] or operator.query == "grid"
-        flat = x if whole else x.flatten(batch, -2)
-
-        def attend(chunk: Tensor) -> tuple[Tensor, ...]:
-            own = {"own": tuple([self._heads(to(chunk), batch) for to in (self.k_proj, self.v_proj)])} if owns else {}
-            result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
-            return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
-
-        attend_again = self._again(attend) if again else attend
-        if whole:
-            output, *attention = attend_again(x)
-            return AttentionResult(output, None, tuple(attention) or None)
-        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * self.embed_dim
-        if attend_again is not attend:
-            parts = [attend_again(chunk)[0] for chunk in flat.split(max(1, CHUNK // width), -2)]
-            return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
-        held = [*self.parameters(), *_tensors_of(summary)]
-        output, *_ = in_chunks(lambda part: attend(flat[..., part, :]), length, 4 * width, flat, *held)
-        assert output is not None
-        return AttentionResult(output.unflatten(-2, positions))
+        at_once = self.project == "positions" or self._turns_positions()
+        at_once = at_once or self._needs().queries is not None or record.condense is not None
+        attend = self._again(self._attend_to) if at_once else self._attend_to
+        return attend(x, weights, context, return_attention, not at_once)
 
     def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make the backward pass call a function again instead of keeping what is inside, where that is wanted."""
@@ -653,9 +652,116 @@ class TensorAttention(nn.Module):
             return functools.partial(recompute, function, use_reentrant=False)
         return function
 
-    def _from_frames(self, x: Tensor, summary: Summary, mode: int, settings: dict[str, Any]) -> AttentionResult:
+    def _attend_to(
+        self, x: Tensor, weights: Weights, context: Summary | None, return_attention: bool, again: bool
+    ) -> AttentionResult:
+        """Summarise what is attended to, attend, and project back.
+
+        Args:
+            x: The input.
+            weights: Weights of its positions.
+            context: Summary of a context, or None.
+            return_attention: Whether to return the attention weights.
+            again: Whether the backward pass may attend again from some positions at a time, where that is wanted.
+        """
+        record, needs = get_operator(self.operator), self._needs()
+        settings = self._settings(return_attention=return_attention)
+        early = context is None and (self.project == "positions" or self._turns_positions())
+        sources = self._projected(x) if early else self._given(x)
+        frames = self.causal if record.query == "positions" else None
+        if frames is None and self.causal is not None:
+            settings["causal"] = self.causal
+        if self.position_bias is not None and context is None:
+            settings["bias"] = self._bias(self.position_bias, x, frames)
+        if needs.queries is not None:
+            return self._from_averages(sources, weights, needs, settings)
+        if frames is not None and record.condense is not None:
+            return self._from_condensed_frames(sources, weights, needs, settings)[0]
+        if frames is not None:
+            summary, _ = causal_summary(*sources.tensors[1:], needs, weights, frames)
+            return self._from_frames(sources, sources.project(summary), frames, settings, again)
+        known = sources.project(sources.summarise(needs, weights) if context is None else context)
+        found = known if record.condense is None else self._condensed(sources, known, context is None)
+        return self._from_positions(sources, found, settings, again)
+
+    def _condensed(self, sources: Sources, summary: Summary, of_x: bool) -> Any:
+        """Condense a projected summary by some queries of an input."""
+        shown = summary.count(tuple(range(summary.order))) if of_x else None
+        with torch.no_grad():
+            rows = sources.tensors[0].flatten(1, -2)
+            rows, seen = draw_queries(rows, None if shown is None else shown.squeeze(1).flatten(1))
+            query = self._by_group(sources.query(rows, 1), 1)
+            if seen is not None:
+                seen = seen.unsqueeze(1)
+                seen = seen.repeat(1, 1, query.shape[2]) if query.dim() > 4 else seen
+            query = query.flatten(2, -2)
+        return get_operator(self.operator).condense(query, summary, seen, **self.options)[0]  # type: ignore[misc]
+
+    def _by_group(self, query: Tensor, batch: int) -> Tensor:
+        """Give queries the heads of the keys, those of a group as one more dimension of positions."""
+        if self.num_heads == self.num_kv_heads:
+            return query
+        return query.unflatten(batch, (self.num_kv_heads, -1))
+
+    def _ungrouped(self, result: AttentionResult, batch: int) -> AttentionResult:
+        """Undo `_by_group`; cells are told for each head."""
+        if self.num_heads == self.num_kv_heads:
+            return result
+        attention = result.attention
+        if attention is not None:
+            weights, label = attention
+            group = self.num_heads // self.num_kv_heads
+            attention = weights.flatten(batch, batch + 1), label.repeat_interleave(group, batch)
+        return result._replace(output=result.output.flatten(batch, batch + 1), attention=attention)
+
+    def _from_positions(
+        self, sources: Sources, summary: Any, settings: dict[str, Any], again: bool = True
+    ) -> AttentionResult:
+        """Attend from each position by itself: project it, attend, project back; some positions at a time.
+
+        Args:
+            sources: Where the queries are made of, ``(*batch, *positions, C)``.
+            summary: Projected summary of the input or of a context, with heads as last batch dimension, or what it was
+                condensed to.
+            settings: What the operator is told.
+            again: Whether the backward pass may attend again, where that is wanted.
+        """
+        operator, batch = get_operator(self.operator), len(summary.batch) - 1
+        positions, owns = tuple(sources.tensors[0].shape[batch:-1]), bool(self.options.get("include_self"))
+        whole = "bias" in settings or settings["return_attention"] or operator.query == "grid"
+        flat = sources if whole else sources.each(lambda tensor: tensor.flatten(batch, -2))
+
+        def attend(part: slice) -> tuple[Tensor, ...]:
+            of_query, of_key, of_value = (tensor[..., part, :] for tensor in flat.tensors)
+            own = {"own": flat.key_and_value(of_key, of_value, batch)} if owns else {}
+            query = flat.query(of_query, batch)
+            if flat.grouped:
+                query = self._by_group(query, batch)
+            result = operator.attend(query, summary, **settings, **own)
+            if flat.grouped:
+                result = self._ungrouped(result, batch)
+            return self.out_proj(join_heads(result.output, batch)), *(result.attention or ())
+
+        attend_again = self._again(attend) if again else attend
+        if whole:
+            output, *attention = attend_again(slice(None))
+            return AttentionResult(output, None, tuple(attention) or None)
+        first = flat.tensors[0]
+        length, width = first.shape[-2], math.prod(first.shape[:batch]) * self.num_heads * self.head_dim
+        if attend_again is not attend:
+            step = max(1, CHUNK // width)
+            parts = [attend_again(slice(start, start + step))[0] for start in range(0, length, step)]
+            return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
+        held = [*self.parameters(), *_tensors_of(summary)]
+        output, *_ = in_chunks(attend, length, 4 * width, *flat.tensors, *held)
+        assert output is not None
+        return AttentionResult(output.unflatten(-2, positions))
+
+    def _from_frames(
+        self, sources: Sources, summary: Summary, mode: int, settings: dict[str, Any], again: bool = True
+    ) -> AttentionResult:
         """Attend from each frame to what it may know of those up to its own."""
-        result = self._from_positions(frames_first(x, mode, 1), summary, settings)
+        result = self._from_positions(sources.each(lambda x: frames_first(x, mode, 1)), summary, settings, again)
         attention = result.attention and tuple([self._frames_in_place(part, mode) for part in result.attention])
         return AttentionResult(frames_last(result.output, mode, 1), None, attention)
 
@@ -663,74 +769,55 @@ class TensorAttention(nn.Module):
         """Bring ``(B, T, H, …, 1, …)`` to ``(B, H, …, T, …)``."""
         return tensor.squeeze(3 + mode).movedim(1, 2 + mode)
 
-    def _from_averages(self, x: Tensor, weights: Weights, needs: Needs, settings: dict[str, Any]) -> AttentionResult:
+    def _from_condensed_frames(
+        self, sources: Sources, weights: Weights, needs: Needs, settings: dict[str, Any], **before: Any
+    ) -> tuple[AttentionResult, Any]:
+        """Attend from each frame to what those up to its own are condensed to; and what returns what to keep."""
+        mode = self.causal
+        assert mode is not None
+        summary = sources.project(sources.summarise(needs, weights))
+        query = self._by_group(sources.query(sources.tensors[0], 1), 1)
+        record = get_operator(self.operator)
+        result, after = attend_condensed(record, query, summary, self.options, mode, settings, **before)
+        result = self._ungrouped(result, 1)
+        return AttentionResult(self.out_proj(join_heads(result.output, 1)), None, result.attention), after
+
+    def _from_averages(
+        self, sources: Sources, weights: Weights, needs: Needs, settings: dict[str, Any]
+    ) -> AttentionResult:
         """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
-        record, sizes, order = get_operator(self.operator), tuple(x.shape[1:-1]), self.modes.order
-        summary = make_summary(x, x, needs, weights).in_type(x.dtype)
-        queries = self._project_queries(_means_of(x, summary, needs.queries or (), weights))
-        summary = self._project(summary, x.dtype)
-        if self.q_norm is not None and self.k_norm is not None:
-            settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
-        if self.rotary is not None:
-            turned = [self._turned(means, self.rotary) for means in (queries, summary.key_means)]
-            queries, summary = turned[0], dataclasses.replace(summary, key_means=turned[1])
-        result = record.attend(queries, summary, **settings)
+        record, (x, *_), order = get_operator(self.operator), sources.tensors, self.modes.order
+        sizes = tuple(x.shape[1:-1])
+        summary = sources.summarise(needs, weights)
+        queries = sources.project_queries(summary, needs.queries or (), weights)
+        if record.pools and (self.q_norm is not None or self.rotary is not None):
+            settings.update(query_norm=self._prepared(self.q_norm), key_norm=self._prepared(self.k_norm))
+        result = record.attend(queries, sources.project(summary), **settings)
         if isinstance(result.output, Tensor):
-            return result._replace(output=self.out_proj(self._joined(result.output, 1)))
-        parts = [self._joined(part, 1) for part in result.output]
-        rows = torch.cat([*parts, parts[0].new_zeros(x.shape[0], 1, self.embed_dim)], -2) if order > 1 else parts[0]
+            return result._replace(output=self.out_proj(join_heads(result.output, 1)))
+        parts = [join_heads(part, 1) for part in result.output]
+        memory, attention = None if is_recorded() else memory_order(x.stride()), result.attention
+        shape = (x.shape[0], *sizes)
+        if self.project == "positions":
+            spread = spread_parts(AttentionResult(tuple(parts)), shape, x.dtype, memory).output
+            return AttentionResult(self.out_proj(spread), None, attention)
+        zero = parts[0].new_zeros(x.shape[0], 1, parts[0].shape[-1])
+        rows = torch.cat([*parts, zero], -2) if order > 1 else parts[0]
         first, *others = self.out_proj(rows).split_with_sizes([*sizes, *[1] * (order > 1)], -2)
         if order > 1:  # what the map makes of zero, its bias, counts once
             *others, zero = others
             first = torch.sub(first, zero, alpha=order - 1)
-        memory = None if is_recorded() else memory_order(x.stride())
         spread = AttentionResult((first, *others))
-        return spread_parts(spread, (x.shape[0], *sizes), first.dtype, memory)._replace(attention=result.attention)
+        return spread_parts(spread, shape, first.dtype, memory)._replace(attention=attention)
 
-    def _turned(self, means: Means, rotary: RotaryEmbedding) -> Means:
-        """Turn pooled queries or keys of each mode by their places."""
-        found = {kept: rotary.rotate_mode(means.get(kept), kept[0]) for kept in means.family}
-        return Means.of(means.sizes, found, 2)
+    def _prepared(self, norm: nn.Module | None) -> Callable[[Tensor, int], Tensor]:
+        """Return what is called with pooled queries or keys of a mode: a norm, then a turn by their places."""
 
-    def _from_projected(
-        self, x: Tensor, weights: Weights, frames: int | None, settings: dict[str, Any]
-    ) -> AttentionResult:
-        """Project all positions, and attend as the function of the operator does."""
-        record, needs = get_operator(self.operator), self._needs()
-        query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rotary is not None and not record.pools:
-            query, key = self.rotary(query), self.rotary(key)
-        weights, heads = weights.with_batch_dim(-1), 2
-        if self.options.get("include_self"):
-            settings["own"] = (key, value)
-        if record.condense is not None:
-            summary = make_summary(key, value, needs, weights)
-            result, _ = attend_condensed(record, query, summary, self.options, frames, settings)
-        elif frames is not None:
-            if "own" in settings:
-                settings["own"] = tuple([frames_first(part, frames, heads) for part in settings["own"]])
-            if "bias" in settings:
-                settings["bias"] = causal_bias(settings["bias"], frames)
-            if "gain" in settings:
-                settings["gain"] = settings["gain"].unsqueeze(-1)
-            summary, _ = causal_summary(key, value, needs, weights, frames)
-            result = record.attend(frames_first(query, frames, heads), summary, **settings)
-            attention = result.attention and tuple([frames_last(part, frames, heads) for part in result.attention])
-            result = AttentionResult(frames_last(result.output, frames, heads), None, attention)
-        else:
-            summary = make_summary(key, value, needs, weights)
-            queries: Any = query
-            if needs.queries is not None:
-                queries = _means_of(query, None, needs.queries, weights)
-            if self.q_norm is not None and self.k_norm is not None:
-                settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
-            if self.rotary is not None and record.pools:
-                queries = self._turned(queries, self.rotary)
-                summary = dataclasses.replace(summary, key_means=self._turned(summary.key_means, self.rotary))
-            result = record.attend(queries, summary, **settings)
-            if not isinstance(result.output, Tensor):
-                result = spread_parts(result, query.shape[:-1], query.dtype, None)
-        return AttentionResult(self.out_proj(self._joined(result.output, 1)), None, result.attention)
+        def prepared(pooled: Tensor, mode: int) -> Tensor:
+            pooled = normed(norm, pooled)
+            return pooled if self.rotary is None else self.rotary.rotate_mode(pooled, mode)
+
+        return prepared
 
     def continued(
         self, x: Tensor, weights: Weights, past: Past | None, *, window: int | None = None
@@ -748,18 +835,15 @@ class TensorAttention(nn.Module):
         """
         record, mode, needs = get_operator(self.operator), self.causal, self._needs()
         assert mode is not None
+        sources = self._given(x)
         if record.condense is not None:
-            query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
-            summary = make_summary(key, value, needs, weights.with_batch_dim(-1))
-            settings = self._settings()
-            result, then = attend_condensed(
-                record, query, summary, self.options, mode, settings, past=past, window=window
-            )
+            before = {"past": past, "window": window}
+            result, then = self._from_condensed_frames(sources, weights, needs, self._settings(), **before)
             held = [None if k == mode or v is None else v.clone() for k, v in enumerate(weights.vectors)]
-            return self.out_proj(self._joined(result.output, 1)), dataclasses.replace(then(), mode_weights=tuple(held))
+            return result.output, dataclasses.replace(then(), mode_weights=tuple(held))
         if record.query == "positions":
             summary, after = causal_summary(x, x, needs, weights, mode, past=past, window=window)
-            return self._from_frames(x, self._project(summary, x.dtype), mode, self._settings()).output, after()
+            return self._from_frames(sources, sources.project(summary), mode, self._settings()).output, after()
         whole = 1 if window is not None else x.shape[1 + mode]  # with a window, each frame sees other frames
         outputs = []
         for start in range(0, x.shape[1 + mode], whole):
@@ -771,63 +855,10 @@ class TensorAttention(nn.Module):
                 ]
             )
             seen, spoken, past = frames_beside(part, Weights(own), mode, past=past, window=window)
-            summary = self._project(make_summary(seen, seen, needs, spoken), x.dtype)
-            outputs.append(self._from_positions(part, summary, self._settings(causal=mode)).output)
+            summary = sources.project(make_summary(seen, seen, needs, spoken))
+            outputs.append(self._from_positions(self._given(part), summary, self._settings(causal=mode)).output)
         assert past is not None
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), past
-
-    # --------------------------------------------------------------------------------------------------------- project
-
-    def _project(self, summary: Summary, dtype: torch.dtype) -> Summary:
-        """Call the projections with a summary of inputs; return that of keys and values, heads the last batch dim."""
-        summary = summary.in_type(dtype)
-        if self.mode_projections:
-            keys = self._project_modes(summary.key_means, self.k_proj)
-        else:
-            keys = summary.key_means.project(self.k_proj, self.num_heads)
-        values = summary.value_means.project(self.v_proj, self.num_heads)
-        found = dataclasses.replace(summary.with_heads(), key_means=keys, value_means=values)
-        if summary.covariance is None or summary.key_covariance is None:
-            return found
-        to_keys, to_values = (
-            self._linear_part(to, c, dtype) for to, c in ((self.k_proj, self.kdim), (self.v_proj, self.vdim))
-        )
-        moments = []
-        for moment, left in ((summary.covariance, to_values), (summary.key_covariance, to_keys)):
-            of_left = matmul(left.mT.to(moment.dtype), moment.unsqueeze(-3))
-            moments.append(matmul(of_left, to_keys.to(moment.dtype)))
-        return dataclasses.replace(found, covariance=moments[0], key_covariance=moments[1])
-
-    def _linear_part(self, linear: Callable[[Tensor], Tensor], channels: int, dtype: torch.dtype) -> Tensor:
-        """Return the matrix of each head of an affine map ``(H, C, D)`` by calling it: f(I) − f(0)."""
-        unit = torch.eye(channels + 1, channels, dtype=dtype, device=self._device())
-        mapped = linear(unit)
-        return (mapped[:-1] - mapped[-1:]).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-
-    def _device(self) -> torch.device | None:
-        """Return where the parameters are."""
-        parameter = parameter_of(self)
-        return None if parameter is None else parameter.device
-
-    def _project_queries(self, means: Means) -> Means:
-        """Call the projection of the queries with averages."""
-        if self.mode_projections:
-            return self._project_modes(means, self.q_proj)
-        return means.project(self.q_proj, self.num_heads)
-
-    def _project_modes(self, means: Means, linear: Callable[[Tensor], Tensor]) -> Means:
-        """Call a projection that has one map a mode, below each other, and take from it what is of the mode."""
-        mapped, width = means.project(linear, None), self.embed_dim
-        found = {kept: mapped.get(kept)[..., kept[0] * width : (kept[0] + 1) * width] for kept in means.family}
-        return Means.of(means.sizes, {kept: self._heads(part, 1) for kept, part in found.items()}, 2)
-
-    def _heads(self, tensor: Tensor, batch: int) -> Tensor:
-        """Split channels into heads, the last batch dimension: ``(*batch, *, C)`` to ``(*batch, H, *, D)``."""
-        return tensor.unflatten(-1, (self.num_heads, -1)).movedim(-2, batch)
-
-    def _joined(self, tensor: Tensor, batch: int) -> Tensor:
-        """Join heads into channels: ``(*batch, H, *, D)`` to ``(*batch, *, C)``."""
-        return tensor.movedim(batch, -2).flatten(-2)
 
     def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None) -> Bias:
         """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
@@ -849,19 +880,6 @@ class TensorAttention(nn.Module):
         return tuple(found)
 
 
-def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ...]], weights: Weights) -> Means:
-    """Return the means of what queries are made of: those that a summary of it holds, and the tensor itself."""
-    batch, order = x.dim() - weights.order - 1, weights.order
-    small = tuple([kept for kept in family if len(kept) < order or order == 1])
-    if summary is not None and order > 1 and all([kept in summary.key_means.family for kept in small]):
-        blocks = [(small, summary.key_means.joined(small))]
-        if len(small) < len(family):
-            blocks.append(((tuple(range(order)),), x.flatten(batch, -2)))
-        return Means(tuple(x.shape[batch:-1]), tuple(blocks))
-    found = dict(zip(family, marginal_means(x, tuple(family), weights), strict=True))
-    return Means.of(x.shape[batch:-1], found, batch)
-
-
 def _tensors_of(summary: Any) -> list[Tensor]:
     """List the tensors of a summary, or of what it was condensed to, that may be differentiated."""
     if not isinstance(summary, Summary):
@@ -870,24 +888,21 @@ def _tensors_of(summary: Any) -> list[Tensor]:
     return [*means, *[moment for moment in (summary.covariance, summary.key_covariance) if moment is not None]]
 
 
-def _in_type(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """Call a norm with what it is given in the type of its parameters, and return the type that it was given."""
-
-    def normed(pooled: Tensor) -> Tensor:
-        parameter = parameter_of(norm)
-        return norm(pooled if parameter is None else pooled.to(parameter.dtype)).to(pooled.dtype)
-
-    return normed
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    """Check that heads divide the channels."""
+def _check_heads(embed_dim: int, num_heads: int, head_dim: int | None, num_kv_heads: int | None) -> tuple[int, int]:
+    """Check that heads divide the channels, unless their size is given, and return their size and those of keys."""
     for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
         check(count, name, "integer")
     if embed_dim < 1 or num_heads < 1:
         raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
-    if embed_dim % num_heads:
+    for name, given in (("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
+        if given is not None:
+            check(given, name, "integer", least=1)
+    if head_dim is None and embed_dim % num_heads:
         raise OptionError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.")
+    groups = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % groups:
+        raise OptionError(f"num_heads must be divisible by num_kv_heads, got {num_heads} and {groups}.")
+    return int(embed_dim // num_heads if head_dim is None else head_dim), int(groups)
 
 
 def _check_position_bias(
