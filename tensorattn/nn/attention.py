@@ -49,6 +49,7 @@ from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.nn.sources import Sources, join_heads, normed, split_heads, unchanged
+from tensorattn.nn.weights import settings_of, unpack
 
 __all__ = ["TensorAttention"]
 
@@ -62,6 +63,8 @@ class TensorAttention(nn.Module):
     so adapters, hooks and quantisation act on them; of one that is no affine map (dropout inside an adapter, dynamic
     quantisation) the output is that of the averages. The layer keeps nothing that depends on the sizes of the modes, so
     one takes inputs of any size.
+
+    State dicts of `torch.nn.MultiheadAttention` and of the attention of timm and MONAI are read as they are.
 
     Given a context, which may be on another grid and of another order, keys and values are made of that: once for each
     context, by `summarize`. Operators whose queries may stand anywhere take one.
@@ -233,7 +236,48 @@ class TensorAttention(nn.Module):
         self.interaction_gain = None if gain is None else nn.Parameter(gain)
         self.position_bias, self.rotary = position_bias, rotary
         self.project, self.checkpoint = project, checkpoint
+        self.register_load_state_dict_pre_hook(unpack)
         self._draw()
+
+    @classmethod
+    @retells
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        modes: int | str | Sequence[str] | None = None,
+        operator: str = "additive",
+        **options: Any,
+    ) -> TensorAttention:
+        """Make a layer of an attention module of another library: a copy of its weights, with its settings.
+
+        With ``operator="flattened"`` the layer gives what the module gives for the positions one behind the other. What
+        it cannot keep (``add_bias_kv``, relative positions, gates, a causal order of positions) is refused by name.
+
+        Args:
+            module: A `torch.nn.MultiheadAttention`, or one like the ``Attention`` of timm or the ``SABlock`` of MONAI:
+                with ``num_heads``, linear maps ``qkv`` (or ``to_q``, ``to_k`` and ``to_v``, or ``q_proj``, ``k_proj``
+                and ``v_proj``) and ``proj`` or ``out_proj``.
+            modes: Modes of the grid.
+            operator: Name of the operator.
+            **options: Further arguments of the layer; they take the place of what the module says, as ``dropout=0.0``.
+
+        Raises:
+            OptionError: If it is no such module or has what the layer has not, or an option is refused.
+            ModesError: If modes are missing or named badly.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> host = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+            >>> layer = ta.TensorAttention.from_module(host, modes="h w", operator="flattened")
+            >>> x = torch.randn(2, 3, 5, 16)
+            >>> rows = x.flatten(1, 2)
+            >>> torch.allclose(layer(x).flatten(1, 2), host(rows, rows, rows)[0], atol=1e-6)
+            True
+        """
+        layer = cls(modes=modes, operator=operator, **{**settings_of(module), **options})
+        layer.load_state_dict({**layer.state_dict(), **module.state_dict()})
+        return layer.train(module.training)
 
     @property
     def options(self) -> dict[str, Any]:
