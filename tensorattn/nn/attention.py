@@ -18,11 +18,13 @@ from tensorattn.averages.plan import memory_order
 from tensorattn.errors import OptionError, ShapeError, check, check_scale, retells
 from tensorattn.functional.causal import Past, causal_summary, frames_beside, frames_first, frames_last
 from tensorattn.functional.cells import Cells, draw_queries, find_cells
+from tensorattn.functional.flattened import FLATTENED
 from tensorattn.functional.maps import base_of, indices_of, place_on
 from tensorattn.functional.operator import (
     AttentionResult,
     Bias,
     Operator,
+    attend_beside,
     attend_condensed,
     check_indices,
     default_scale,
@@ -47,6 +49,7 @@ from tensorattn.nn.bias import PositionBias
 from tensorattn.nn.context import Context, ContextReader, check_crossing
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
+from tensorattn.nn.prefix import Prefix, check_prefix, check_prefix_meaning
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.nn.sources import Sources, join_heads, normed, split_heads, unchanged
 from tensorattn.nn.weights import settings_of, unpack
@@ -332,12 +335,26 @@ class TensorAttention(nn.Module):
         mask: Mask = None,
         lengths: Lengths | Mapping[Any, Any] = None,
         skip: Tensor | None = None,
-    ) -> Tensor:
+        prefix: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend: from each position of the input to the input itself, or to a context.
 
         Without a context, weights, mask and lengths speak of the input: where a mask or lengths leave a position out,
         it may hold anything, and the output is zero before ``skip`` is added. With a context they speak of the context,
         and a sample without any position gives what the output map makes of zero: its bias.
+
+        Tokens of no place, such as class and register tokens, go beside the input as ``prefix``. They attend and are
+        attended to, and count once each where each position does; weights, masks, lengths, biases and turns speak of
+        the grid alone. What the operators make of them:
+
+        - ``flattened``: full attention over tokens and positions together. ``kao_kv``: they join its one softmax with
+          the logarithm of S/P, as its S averages stand for P positions.
+        - ``additive`` and ``truncated`` are joined with full attention to the tokens by their log-sum-exp, which for
+          ``additive`` is exact where keys are additive; ``clustered`` likewise, whose log-sum-exp is an approximation
+          as its output is. With ``include_self`` tokens have no average of their own.
+        - ``axial``, ``kao_qkv``, ``kronecker_product`` and ``kronecker_sum``, whose queries stand on the grid: the
+          tokens see themselves and all positions by full attention, for which all of these are projected; the grid
+          sees the grid, and not the tokens.
 
         Args:
             x: Input, channels last or first as the module was told.
@@ -353,9 +370,10 @@ class TensorAttention(nn.Module):
                 for all, or a mapping from modes as in ``{"t": torch.tensor([5, 7])}``.
             skip: A tensor of the shape of the input that is added to the output, as for a skip connection; ``x`` itself
                 or another one.
+            prefix: Tokens beside the input ``(B, R, C)``, in either layout.
 
         Returns:
-            The output, of the shape of the input.
+            The output, of the shape of the input; with ``prefix`` that of the tokens too, ``(B, R, C)``.
 
         Raises:
             ShapeError: If a tensor has the wrong number of dimensions or channels, or an empty mode, if ``skip`` has
@@ -377,14 +395,24 @@ class TensorAttention(nn.Module):
             >>> summary = layer.summarize(torch.randn(2, 3, 4, 4, 8), lengths=[3, 4, [2, 4]])
             >>> layer(image, summary).shape
             torch.Size([2, 5, 6, 8])
+            >>> y, class_token = layer(image, prefix=torch.randn(2, 1, 8))
+            >>> y.shape, class_token.shape
+            (torch.Size([2, 5, 6, 8]), torch.Size([2, 1, 8]))
         """
         weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
         last, present = channels_last(x, self.channels_first), weights_of_x.present
+        if prefix is not None:
+            check_prefix_meaning(context=context, causal=self.causal, mode_projections=self.mode_projections)
+            check_prefix(prefix, x, self.embed_dim)
         if skip is not None:
             check_same_shape("skip", skip, x.shape, x)
         if present is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
             last = without_absent(last, present)
-        return self.finished(self._attend(last, weights_of_x, summary).output, present, skip)
+        result, beside = self._attend(last, weights_of_x, summary, prefix)
+        y = self.finished(result.output, present, skip)
+        if beside is None:
+            return y
+        return y, F.dropout(beside, self.proj_drop, self.training) if self.proj_drop > 0 else beside
 
     @retells
     def summarize(
@@ -465,7 +493,7 @@ class TensorAttention(nn.Module):
         weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
         last, present = channels_last(x, self.channels_first), weights_of_x.present
         last = last if present is None else without_absent(last, present)
-        return self._attend(last, weights_of_x, summary, return_attention=True).attention
+        return self._attend(last, weights_of_x, summary, return_attention=True)[0].attention
 
     @retells
     def attention_map(
@@ -510,7 +538,7 @@ class TensorAttention(nn.Module):
         if record.spread is None:
             raise OptionError(f"operator {record.name!r} has no map.")
         last = last if present is None else without_absent(last, present)
-        attention = self._attend(last, weights_of_x, None, return_attention=True).attention
+        attention = self._attend(last, weights_of_x, None, return_attention=True)[0].attention
         first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
         base = base_of(weights_of_x, sizes, first)
         counts = base.weights
@@ -681,14 +709,22 @@ class TensorAttention(nn.Module):
     # ---------------------------------------------------------------------------------------------------------- attend
 
     def _attend(
-        self, x: Tensor, weights: Weights, context: Summary | None, *, return_attention: bool = False
-    ) -> AttentionResult:
-        """Attend from an input with its channels last to itself, or to a context, and project back."""
+        self,
+        x: Tensor,
+        weights: Weights,
+        context: Summary | None,
+        prefix: Tensor | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> tuple[AttentionResult, Tensor | None]:
+        """Attend from an input with its channels last to itself, or to a context, and project back; and from tokens."""
         record = get_operator(self.operator)
         at_once = self.project == "positions" or self._turns_positions()
         at_once = at_once or self._needs().queries is not None or record.condense is not None
         attend = self._again(self._attend_to) if at_once else self._attend_to
-        return attend(x, weights, context, return_attention, not at_once)
+        if prefix is not None and prefix.shape[1] == 0:  # nothing is beside the input
+            return attend(x, weights, context, None, return_attention, not at_once)[0], prefix
+        return attend(x, weights, context, prefix, return_attention, not at_once)
 
     def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make the backward pass call a function again instead of keeping what is inside, where that is wanted."""
@@ -697,14 +733,21 @@ class TensorAttention(nn.Module):
         return function
 
     def _attend_to(
-        self, x: Tensor, weights: Weights, context: Summary | None, return_attention: bool, again: bool
-    ) -> AttentionResult:
+        self,
+        x: Tensor,
+        weights: Weights,
+        context: Summary | None,
+        prefix: Tensor | None,
+        return_attention: bool,
+        again: bool,
+    ) -> tuple[AttentionResult, Tensor | None]:
         """Summarise what is attended to, attend, and project back.
 
         Args:
             x: The input.
             weights: Weights of its positions.
             context: Summary of a context, or None.
+            prefix: Tokens beside the input, or None.
             return_attention: Whether to return the attention weights.
             again: Whether the backward pass may attend again from some positions at a time, where that is wanted.
         """
@@ -717,16 +760,63 @@ class TensorAttention(nn.Module):
             settings["causal"] = self.causal
         if self.position_bias is not None and context is None:
             settings["bias"] = self._bias(self.position_bias, x, frames)
+        tokens = None if prefix is None else self._tokens(prefix)
+        found: Any = None
         if needs.queries is not None:
-            return self._from_averages(sources, weights, needs, settings)
-        if frames is not None and record.condense is not None:
-            return self._from_condensed_frames(sources, weights, needs, settings)[0]
-        if frames is not None:
+            result = self._from_averages(sources, weights, needs, settings)
+        elif frames is not None and record.condense is not None:
+            result, _ = self._from_condensed_frames(sources, weights, needs, settings)
+        elif frames is not None:
             summary, _ = causal_summary(*sources.tensors[1:], needs, weights, frames)
-            return self._from_frames(sources, sources.project(summary), frames, settings, again)
-        known = sources.project(sources.summarise(needs, weights) if context is None else context)
-        found = known if record.condense is None else self._condensed(sources, known, context is None)
-        return self._from_positions(sources, found, settings, again)
+            result = self._from_frames(sources, sources.project(summary), frames, settings, again)
+        else:
+            found = sources.project(sources.summarise(needs, weights) if context is None else context)
+            found = found if record.condense is None else self._condensed(sources, found, context is None)
+            joined = tokens if record.query == "positions" else None
+            result = self._from_positions(sources, found, settings, again, joined)
+        if tokens is None:
+            return result, None
+        if record.query == "positions":
+            told = {name: value for name, value in settings.items() if name != "bias"}
+        else:  # by full attention to all positions
+            record, told = FLATTENED, {name: settings[name] for name in ("scale", "dropout_p")}
+            found = found if needs == self._everything() else self._all_positions(x, weights)
+        output = self._answer(record, tokens.query, found, told, 1, tokens).output
+        return result, self.out_proj(join_heads(output, 1))
+
+    def _tokens(self, prefix: Tensor) -> Prefix:
+        """Project tokens beside the input; they have no place to be turned by."""
+        sources = dataclasses.replace(self._given(prefix), norms=(self.q_norm, self.k_norm))
+        return Prefix(sources.query(prefix, 1), *sources.key_and_value(prefix, prefix, 1))
+
+    def _everything(self) -> Needs:
+        """What is known of all positions."""
+        return Needs((tuple(range(self.modes.order)),))
+
+    def _all_positions(self, x: Tensor, weights: Weights) -> Summary:
+        """Summarise all positions, which tokens beside a grid attend to where the operator averages."""
+        sources = dataclasses.replace(self._given(x), norms=(self.q_norm, self.k_norm))
+        summary = sources.project(sources.summarise(self._everything(), weights))
+        rotary, sizes = self.rotary, tuple(x.shape[1:-1])
+        if rotary is None:
+            return summary
+        turned = summary.key_means.map(lambda rows: rotary(rows.unflatten(-2, sizes)).flatten(2, -2))
+        return dataclasses.replace(summary, key_means=turned)
+
+    def _answer(
+        self, record: Operator, query: Tensor, found: Any, settings: dict[str, Any], batch: int, tokens: Prefix | None
+    ) -> AttentionResult:
+        """Attend from queries to what was found of keys and values, and to tokens beside the grid.
+
+        Where keys keep their own heads, those of a group of queries are one more dimension of positions.
+        """
+        grouped = record.condense is not None
+        query = self._by_group(query, batch) if grouped else query
+        if tokens is None:
+            result = record.attend(query, found, **settings)
+        else:
+            result = attend_beside(record, query, found, tokens.key, tokens.value, **settings)
+        return self._ungrouped(result, batch) if grouped else result
 
     def _condensed(self, sources: Sources, summary: Summary, of_x: bool) -> Any:
         """Condense a projected summary by some queries of an input."""
@@ -759,7 +849,12 @@ class TensorAttention(nn.Module):
         return result._replace(output=result.output.flatten(batch, batch + 1), attention=attention)
 
     def _from_positions(
-        self, sources: Sources, summary: Any, settings: dict[str, Any], again: bool = True
+        self,
+        sources: Sources,
+        summary: Any,
+        settings: dict[str, Any],
+        again: bool = True,
+        tokens: Prefix | None = None,
     ) -> AttentionResult:
         """Attend from each position by itself: project it, attend, project back; some positions at a time.
 
@@ -769,6 +864,7 @@ class TensorAttention(nn.Module):
                 condensed to.
             settings: What the operator is told.
             again: Whether the backward pass may attend again, where that is wanted.
+            tokens: What is attended to beside, or None.
         """
         operator, batch = get_operator(self.operator), len(summary.batch) - 1
         positions, owns = tuple(sources.tensors[0].shape[batch:-1]), bool(self.options.get("include_self"))
@@ -779,11 +875,7 @@ class TensorAttention(nn.Module):
             of_query, of_key, of_value = (tensor[..., part, :] for tensor in flat.tensors)
             own = {"own": flat.key_and_value(of_key, of_value, batch)} if owns else {}
             query = flat.query(of_query, batch)
-            if flat.grouped:
-                query = self._by_group(query, batch)
-            result = operator.attend(query, summary, **settings, **own)
-            if flat.grouped:
-                result = self._ungrouped(result, batch)
+            result = self._answer(operator, query, summary, {**settings, **own}, batch, tokens)
             return self.out_proj(join_heads(result.output, batch)), *(result.attention or ())
 
         attend_again = self._again(attend) if again else attend
@@ -796,7 +888,7 @@ class TensorAttention(nn.Module):
             step = max(1, CHUNK // width)
             parts = [attend_again(slice(start, start + step))[0] for start in range(0, length, step)]
             return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
-        held = [*self.parameters(), *_tensors_of(summary)]
+        held = [*self.parameters(), *_tensors_of(summary), *(tokens or ())]
         output, *_ = in_chunks(attend, length, 4 * width, *flat.tensors, *held)
         assert output is not None
         return AttentionResult(output.unflatten(-2, positions))

@@ -159,10 +159,12 @@ class AttentionStream:
         mask: Any = None,
         lengths: Lengths = None,
         skip: Tensor | None = None,
+        prefix: Any = None,
     ) -> tuple[Tensor, StreamState]:
         """Return the output and the state after these frames; the present one stays as it is."""
         layer, state = self.layer, self._state
-        spoken = self._checked(x, context=context, weights=weights, mask=mask, lengths=lengths, skip=skip)
+        refused = {"context": context, "mask": mask, "prefix": prefix}
+        spoken = self._checked(x, weights=weights, lengths=lengths, skip=skip, refused=refused)
         last, present = channels_last(x, layer.channels_first), spoken.present
         last = last if present is None else without_absent(last, present)
         y, past = layer.continued(last, spoken, None if state is None else state.past, window=self.window)
@@ -170,7 +172,7 @@ class AttentionStream:
 
     @retells
     def _checked(
-        self, x: Tensor, *, context: Any, weights: Any, mask: Any, lengths: Any, skip: Tensor | None
+        self, x: Tensor, *, weights: Any, lengths: Any, skip: Tensor | None, refused: Mapping[str, Any]
     ) -> Weights:
         """Check the next frames, and return the weights of their positions.
 
@@ -183,7 +185,7 @@ class AttentionStream:
             check_parameters(x, parameter)
         if skip is not None:
             check_same_shape("skip", skip, x.shape, x)
-        for name, argument in (("context", context), ("mask", mask)):
+        for name, argument in refused.items():
             if argument is not None:
                 hint = "Give lengths, or one vector of weights a mode." if name == "mask" else ""
                 raise OptionError(f"{name} has no meaning in a stream.", hint=hint)
