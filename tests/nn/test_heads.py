@@ -281,3 +281,16 @@ def test_all_of_it_together(name, settings):
     compare(layer(x), joined(layer, expected))
     layer(x).square().sum().backward()
     assert layer.k_proj.weight.grad.ne(0).any()
+
+
+def test_blocks_and_models_pass_them_on():
+    settings = {"num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "qkv_bias": False, "proj_drop": 0.1, "scale": 0.5}
+    block = ta.TensorTransformerBlock(16, 4, modes=2, **settings)
+    config = {"modes": 2, "in_channels": 3, "embed_dim": 16, "depth": 1, "options": settings}
+    model = ta.TensorTransformer.from_config(config)
+    for layer in (block.attention, model.blocks[0].attention):
+        told = "head_dim=6, num_kv_heads=2, scale=0.5, proj_drop=0.1"
+        assert layer.extra_repr().endswith(told)
+        assert layer.q_norm is not None
+        assert (layer.q_proj.bias, layer.out_proj.bias is None) == (None, False)
+    assert model(torch.randn(2, 3, 4, 3)).shape == (2, 3, 4, 16)

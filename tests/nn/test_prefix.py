@@ -152,6 +152,21 @@ class TestJoined:
         compare((y.flatten(1, 3), out), (attend(q.flatten(2, 4)), attend(own[0])))
 
     @every_variant
+    def test_without_logits_a_token_counts_as_a_position(self, variant):
+        if variant.operator.query != "positions" or variant.options.get("include_self"):
+            return
+        layer, (_, prefix) = make(variant, 3, scale=0.0, bias=False), given()
+        mask = draw(2, *SIZES, seed=3) > -0.3
+        x, product = torch.zeros(2, *SIZES, 8, dtype=prefix.dtype), _within(SIZES, (2, 1, 3)).expand(mask.shape)
+        for told in (None, mask, product):
+            count = 24 if told is None else told.sum((1, 2, 3)).view(2, 1, 1)
+            expected = layer.out_proj(layer.v_proj(prefix).sum(1, keepdim=True) / (count + 2))
+            y, out = layer(x, prefix=prefix, mask=told)
+            compare(out, expected.expand(2, 2, 8))
+            seen = torch.ones_like(mask) if told is None else told
+            compare(y, expected.view(2, 1, 1, 1, 8) * seen.unsqueeze(-1))
+
+    @every_variant
     def test_by_the_log_sum_exp_of_the_function(self, variant):
         record = variant.operator
         layer, (x, prefix) = make(variant), given(2)
