@@ -186,6 +186,29 @@ class TestJoined:
         if not rtol:  # cells are found for the queries of the grid
             compare(layer(x, prefix=prefix)[1], found[1])
 
+    def test_averages_weigh_tokens_more_than_full_attention_does(self):
+        """Of what they hide, the variance of logits, a correction knows."""
+        sizes, weight = (8, 10, 10), {}
+        x, prefix = draw(2, *sizes, 16), draw(2, 2, 16, seed=5)
+        for name, options in (
+            ("flattened", {}),
+            ("additive", {}),
+            ("kao_kv", {}),
+            ("additive", {"interaction": "linear"}),
+        ):
+            layer = ta.TensorAttention(
+                16, 1, modes=3, operator=name, dtype=torch.float64, scale=0.3, bias=False, **options
+            )
+            with torch.no_grad():
+                for linear in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj):
+                    linear.weight.copy_(torch.eye(16))
+                layer.v_proj.weight.zero_()[0, 15] = 1.0  # the value tells whether it is of a token
+                y, _ = layer(x * torch.arange(16).lt(15), prefix=torch.cat([prefix[..., :15], torch.ones(2, 2, 1)], -1))
+            weight[name, *options] = y[..., 0].mean()
+        full = weight.pop(("flattened",))
+        assert abs(weight.pop(("additive", "interaction")) / full - 1) < 0.1
+        assert all(1.5 < each / full < 4 for each in weight.values())
+
     def test_an_operator_without_a_log_sum_exp_is_refused(self):
         def attend(query, summary, **_):
             return ta.AttentionResult(summary.value(())[..., None, :].expand(*query.shape[:-1], -1))
