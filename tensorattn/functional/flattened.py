@@ -55,13 +55,23 @@ def flattened_attention(query: Tensor, key: Tensor, value: Tensor, *, order: int
     return run(FLATTENED, query, key, value, order=order, options={}, **shared)
 
 
-def _attend(query: Tensor, summary: Summary, *, bias: Bias | None = None, **settings: Any) -> AttentionResult:
-    """Attend to all positions as one set of tokens."""
+def _attend(
+    query: Tensor,
+    summary: Summary,
+    *,
+    bias: Bias | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    **settings: Any,
+) -> AttentionResult:
+    """Attend to all positions as one set of tokens, and to those of a prefix."""
     everything, batch = tuple(range(summary.order)), len(summary.batch)
     tokens = summary.tokens({everything: 1})
     each = biased(tokens.sets[0], everything, bias, query.shape[batch:-1], summary.sizes)
-    output, lse, attention, _ = attend_positions(query, tokens._replace(sets=(each,)), batch, **settings)
-    return AttentionResult(output, lse, attention and (attention[0].unflatten(-1, summary.sizes),))
+    tokens = tokens._replace(sets=(each,))
+    tokens = tokens if prefix is None else tokens.beside(*prefix)
+    output, lse, attention, _ = attend_positions(query, tokens, batch, **settings)
+    on_grid = attention and (attention[0][..., : summary.positions].unflatten(-1, summary.sizes),)
+    return AttentionResult(output, lse, on_grid)
 
 
 def _spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base) -> Tensor:
@@ -76,4 +86,5 @@ FLATTENED = Operator(
     _attend,
     lambda: frozenset(Claim) - {Claim.INVISIBLE_INTERACTION},
     spread=_spread,
+    joins=True,
 )

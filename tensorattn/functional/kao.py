@@ -33,7 +33,7 @@ from tensorattn.functional.operator import (
     run,
     spread_parts,
 )
-from tensorattn.functional.softmax import TokenSet, attend_tokens
+from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens
 from tensorattn.functional.summary import Means, Needs, Summary
 from tensorattn.masks import accumulation_dtype, matmul
 from tensorattn.modes import Family, check_order, main_effects
@@ -83,9 +83,14 @@ def kao_kv(query: Tensor, key: Tensor, value: Tensor, *, order: int, **shared: U
 
 
 def _attend_from_positions(
-    query: Tensor, summary: Summary, *, bias: Bias | None = None, **settings: Any
+    query: Tensor,
+    summary: Summary,
+    *,
+    bias: Bias | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    **settings: Any,
 ) -> AttentionResult:
-    """Attend to all averages together."""
+    """Attend to all averages together, and to the tokens of a prefix, S of which weigh what P positions do."""
     batch, positions, tokens = len(summary.batch), query.shape[len(summary.batch) : -1], summary.mode_tokens()
     if bias is not None:
         parts = []
@@ -97,8 +102,24 @@ def _attend_from_positions(
         joint = torch.cat([part.expand(*shared, -1) for part in parts], -1)
         rows = torch.arange(joint.shape[-2], device=joint.device)
         tokens = tokens._replace(sets=(tokens.sets[0]._replace(bias=joint, rows=rows),))
+    if prefix is not None:
+        tokens = tokens.beside(*prefix, _share_of_tokens(summary, tokens))
     output, lse, attention, _ = attend_positions(query, tokens, batch, **settings)
-    return AttentionResult(output, lse, attention and attention[0].split_with_sizes(summary.sizes, -1))
+    if attention is not None:
+        attention = attention[0][..., : sum(summary.sizes)].split_with_sizes(summary.sizes, -1)
+    return AttentionResult(output, lse, attention)
+
+
+def _share_of_tokens(summary: Summary, tokens: Tokens) -> Tensor:
+    """Return log(S / P), by weight: what a token of its own counts beside averages that each count once."""
+    count, weight = summary.count((0,)), tokens.log_weight
+    if count is None or weight is None:
+        logarithm = math.log(sum(summary.sizes) / summary.positions)
+        return tokens.key.new_full((1,), logarithm, dtype=accumulation_dtype(tokens.key.dtype))
+    total = count.sum(-1, keepdim=True)
+    averages = weight.exp().sum(-1, keepdim=True)
+    share = torch.where(total > 0, averages / torch.where(total > 0, total, 1).to(averages.dtype), 1.0)
+    return share.log()
 
 
 def _spread_of_positions(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, base: Base) -> Tensor:
@@ -113,6 +134,7 @@ KAO_KV = Operator(
     _attend_from_positions,
     lambda: SYMMETRIES | {Claim.INVISIBLE_INTERACTION, Claim.CONVEX, Claim.ZERO_SCALE_MEAN},
     spread=_spread_of_positions,
+    joins=True,
 )
 
 

@@ -34,7 +34,7 @@ __all__ = ["KRONECKER_PRODUCT", "KRONECKER_SUM", "kronecker_product_attention", 
 
 POOLED = "its queries are pooled over positions"
 
-Norm = Callable[[Tensor], Tensor] | None
+Norm = Callable[[Tensor, int], Tensor] | None  # of pooled queries or keys of a mode
 
 
 @attention_function
@@ -183,8 +183,8 @@ def _matrices(
         count = summary.count((mode,))
         if count is not None:  # an absent index may hold so much that its logits overflow
             key = torch.where((count > 0).unsqueeze(-1), key, 0.0)
-        query = (query if query_norm is None else query_norm(query)).to(dtype)
-        key = (key if key_norm is None else key_norm(key)).to(dtype)
+        query = (query if query_norm is None else query_norm(query, mode)).to(dtype)
+        key = (key if key_norm is None else key_norm(key, mode)).to(dtype)
         logits, present = matmul(query * scale, key.mT), None
         if count is not None:
             weight = (

@@ -53,7 +53,7 @@ from tensorattn.averages.means import broadcast_sum, marginal_means
 from tensorattn.averages.plan import memory_order
 from tensorattn.errors import DtypeError, OptionError, ShapeError, check, check_scale, retells
 from tensorattn.functional.causal import causal_summary, frames_first, frames_last
-from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens
+from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens, merge_attention
 from tensorattn.functional.summary import Means, Needs, Summary, make_summary
 from tensorattn.masks import (
     GivenWeights,
@@ -76,6 +76,7 @@ __all__ = [
     "Claim",
     "Operator",
     "Shared",
+    "attend_beside",
     "attend_condensed",
     "attend_positions",
     "attention_function",
@@ -165,6 +166,8 @@ class Operator:
         lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
         by_place: From the options to whether it matters where a position stands among the others, as where a grid is
             cut into blocks: repeating, cropping and permuting indices then change more than counts.
+        joins: Whether it is one softmax, and takes a ``prefix`` into it: keys and values of tokens beside the grid.
+            Others are joined with such tokens by their log-sum-exp.
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.
@@ -198,6 +201,7 @@ class Operator:
     spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
     by_place: Callable[..., bool] = lambda **options: False
+    joins: bool = False
 
     def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the arguments without a meaning for some options, each with the reason.
@@ -461,19 +465,24 @@ def attend_condensed(
     Returns:
         The result, and what returns what later frames need to know.
     """
-    batch = len(summary.batch)
+    batch, sizes = len(summary.batch), summary.sizes
+    further = query.dim() - 1 - batch - len(sizes)  # positions beside those of the grid, as heads of a group are
     shown = None
-    if tuple(query.shape[batch:-1]) == summary.sizes and summary.counts is not None:
+    if further >= 0 and tuple(query.shape[batch + further : -1]) == sizes and summary.counts is not None:
         count = summary.count(tuple(range(summary.order)))
-        shown = None if count is None else count.flatten(batch)
+        if count is not None:
+            shape = (*count.shape[:batch], *query.shape[batch : batch + further], *count.shape[batch:])
+            shown = count[(slice(None),) * batch + (None,) * further].expand(shape).flatten(batch)
     flat = query.reshape(*summary.batch, math.prod(query.shape[batch:-1]), query.shape[-1])
     found, after = operator.condense(flat, summary, shown, causal=mode, **before, **options)  # type: ignore[misc]
     if mode is None:
         return operator.attend(query, found, **settings), after
-    result = operator.attend(frames_first(query, mode, batch), found, **settings)
-    last = functools.partial(frames_last, mode=mode, batch=batch)
+    result = operator.attend(frames_first(query, mode + further, batch), found, **settings)
+    last = functools.partial(frames_last, mode=mode + further, batch=batch)
     lse = None if result.lse is None else last(result.lse)
-    attention = result.attention and tuple(map(last, result.attention))
+    attention = result.attention
+    if attention is not None:  # labels of positions are those of the grid alone
+        attention = last(attention[0]), *[frames_last(part, mode, batch) for part in attention[1:]]
     return AttentionResult(last(result.output), lse, attention, result.rho), after
 
 
@@ -553,6 +562,40 @@ def attend_positions(query: Tensor, tokens: Tokens, batch: int, **settings: Any)
         None if found.attention is None else tuple([part.reshape(*shape, part.shape[-1]) for part in found.attention]),
         alive,
     )
+
+
+def attend_beside(
+    operator: Operator, query: Tensor, summary: Any, key: Tensor, value: Tensor, **settings: Any
+) -> AttentionResult:
+    """Attend to a summary, or to what it was condensed to, and to tokens of no place beside the grid.
+
+    The tokens count once each where each position does. An operator of one softmax takes them into it; others are
+    joined with them by their log-sum-exp, which is that of all positions: exactly as far as it is.
+
+    Args:
+        operator: An operator whose queries are any positions.
+        query: Queries ``(*batch, *positions, D)``.
+        summary: What is attended to.
+        key: Keys of the tokens ``(*batch, R, D)``.
+        value: Their values ``(*batch, R, D_v)``.
+        **settings: What the operator is told.
+
+    Returns:
+        The result, its attention weights those of the operator alone unless it is one softmax.
+
+    Raises:
+        OptionError: If the operator gives no log-sum-exp.
+    """
+    if operator.joins:
+        return operator.attend(query, summary, prefix=(key, value), **settings)
+    result = operator.attend(query, summary, **{**settings, "return_lse": True})
+    if result.lse is None:
+        raise OptionError(f"prefix has no meaning for operator {operator.name!r}: it gives no log-sum-exp.")
+    tokens = Tokens(key, value, None, (TokenSet(key.shape[-2]),))
+    told = {name: settings[name] for name in ("scale", "dropout_p")}
+    there = attend_positions(query, tokens, len(summary.batch), return_lse=True, **told)
+    output, lse = merge_attention([result[:2], there[:2]])  # type: ignore[list-item]
+    return result._replace(output=output, lse=lse if settings.get("return_lse") else None)
 
 
 def default_scale(dim: int) -> float:

@@ -70,6 +70,27 @@ class Tokens(NamedTuple):
             return (tensor,) * len(self.sets)
         return tensor.split_with_sizes([each.length for each in self.sets], dim)
 
+    def beside(self, key: Tensor, value: Tensor, log_weight: Tensor | None = None) -> Tokens:
+        """Return them with more tokens in the last set, ``(*batch, R, D)`` and ``(*batch, R, D_v)``, without a bias.
+
+        Args:
+            key: Keys.
+            value: Values.
+            log_weight: Logarithm of how often each of them counts, broadcastable to ``(*batch, R)``; None for once.
+        """
+        *before, last = self.sets
+        more, weights = key.shape[-2], None
+        if self.log_weight is not None or log_weight is not None:
+            like, own = (self.log_weight if log_weight is None else log_weight), key.shape[:-2]
+            assert like is not None
+            lengths = (self.key.shape[-2], more)
+            parts = [like.new_zeros(()) if part is None else part for part in (self.log_weight, log_weight)]
+            weights = torch.cat([part.expand(*own, n) for part, n in zip(parts, lengths, strict=True)], -1)
+        bias = None if last.bias is None else F.pad(last.bias, (0, more))
+        last = last._replace(length=last.length + more, bias=bias)
+        keys, values = torch.cat([self.key, key], -2), torch.cat([self.value, value], -2)
+        return Tokens(keys, values, weights, (*before, last))
+
     def added(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Return for each set what is added to its logits, broadcastable to ``(*batch, L, S)``; None for nothing."""
         found = []

@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from tensorattn.averages.means import check_same_shape, marginal_means
-from tensorattn.averages.plan import memory_order
-from tensorattn.errors import OptionError, ShapeError, check, retells
-from tensorattn.functional.causal import Past, causal_summary, frames_beside, frames_first, frames_last
-from tensorattn.functional.cells import Cells, draw_queries, find_cells
+from tensorattn.averages.means import check_same_shape
+from tensorattn.errors import OptionError, check, check_scale, retells
+from tensorattn.functional.cells import Cells, find_cells
 from tensorattn.functional.maps import base_of, indices_of, place_on
-from tensorattn.functional.operator import (
-    AttentionResult,
-    Bias,
-    Operator,
-    attend_condensed,
-    causal_bias,
-    check_indices,
-    default_scale,
-    get_operator,
-    spread_parts,
-)
-from tensorattn.functional.softmax import CHUNK, in_chunks
-from tensorattn.functional.summary import Means, Needs, Summary, make_summary
-from tensorattn.masks import (
-    GivenWeights,
-    Lengths,
-    Mask,
-    Weights,
-    accumulation_dtype,
-    beside,
-    is_recorded,
-    matmul,
-    read_weights,
-    without_absent,
-)
+from tensorattn.functional.operator import check_indices, get_operator
+from tensorattn.functional.summary import Summary
+from tensorattn.masks import GivenWeights, Lengths, Mask, Weights, beside, read_weights, without_absent
 from tensorattn.modes import ModeSpec, mode_subsets
 from tensorattn.nn.bias import PositionBias
+from tensorattn.nn.checks import check_heads, check_meaning, check_position_bias, check_rotary
 from tensorattn.nn.context import Context, ContextReader, check_crossing
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
+from tensorattn.nn.pipeline import AttentionPipeline
+from tensorattn.nn.prefix import check_prefix, check_prefix_meaning
 from tensorattn.nn.rotary import RotaryEmbedding
+from tensorattn.nn.weights import settings_of, unpack
 
 __all__ = ["TensorAttention"]
 
 
-class TensorAttention(nn.Module):
+class TensorAttention(AttentionPipeline):
     r"""Multi-head attention over a tensor of any order, without flattening it: to itself, or to a context.
 
     Queries, keys and values are linear maps of the input. As averages of a linear map are the linear map of the
@@ -63,27 +40,38 @@ class TensorAttention(nn.Module):
     quantisation) the output is that of the averages. The layer keeps nothing that depends on the sizes of the modes, so
     one takes inputs of any size.
 
+    State dicts of `torch.nn.MultiheadAttention` and of the attention of timm and MONAI are read as they are.
+
     Given a context, which may be on another grid and of another order, keys and values are made of that: once for each
     context, by `summarize`. Operators whose queries may stand anywhere take one.
 
     Args:
         embed_dim: Channels C of input and output.
-        num_heads: Number of heads H; they divide the channels.
+        num_heads: Number of heads H; they divide the channels unless ``head_dim`` is given.
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         operator: Name of the operator in `OPERATORS`.
         channels_first: Whether inputs are ``(B, C, n_1, …, n_N)`` instead of ``(B, n_1, …, n_N, C)``.
         bias: Whether the four linear maps have a bias.
+        qkv_bias: Whether those to queries, keys and values have one; as ``bias`` if None.
+        out_bias: Whether that of the output has one; as ``bias`` if None.
+        head_dim: Head size D; C/H if None.
+        num_kv_heads: Number of heads of keys and values, each of which serves a group of H over as many heads of
+            queries; H if None. Cells of ``clustered`` are those of a key head, found for its whole group.
+        scale: Factor of the logits; 1/√D if None.
         dropout: Probability of dropping an attention weight in training.
+        proj_drop: Probability of dropping an element of the output in training.
         kdim: Channels of a context that keys are made of; C if None.
         vdim: Channels of a context that values are made of; C if None.
         causal: A mode, by name or index, whose frames see their past and themselves only; None for none.
         position_bias: A bias of the logits by position, one matrix a mode: a `RelativePositionBias`, `AlibiBias` or
             `AxisWindow`, or your own `PositionBias`.
         rotary: A `RotaryEmbedding` that turns queries and keys by their places; for full, clustered and axial
-            attention, and for the Kronecker operators, which turn pooled queries and keys by their mode.
+            attention, and for the Kronecker operators, which turn pooled queries and keys by their mode. Where there is
+            a norm too, it comes first.
         mode_projections: Whether queries and keys have a linear map of their own for each mode; for the Kronecker
             operators.
-        qk_norm: Whether pooled queries and keys go through a LayerNorm each; for the Kronecker operators.
+        qk_norm: Whether queries and keys of each head go through a LayerNorm each; or what makes a norm of the head
+            size, such as ``nn.RMSNorm``. An operator that averages queries or keys norms the averages.
         project: ``"averages"`` to project averages where the operator works on them, ``"positions"`` to project all
             positions and average afterwards, which is another thing only where a projection is no affine map.
         checkpoint: Whether the backward pass attends again instead of keeping what is between input and output.
@@ -130,14 +118,20 @@ class TensorAttention(nn.Module):
         operator: str = "additive",
         channels_first: bool = False,
         bias: bool = True,
+        qkv_bias: bool | None = None,
+        out_bias: bool | None = None,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        scale: float | None = None,
         dropout: float = 0.0,
+        proj_drop: float = 0.0,
         kdim: int | None = None,
         vdim: int | None = None,
         causal: int | str | None = None,
         position_bias: PositionBias | None = None,
         rotary: RotaryEmbedding | None = None,
         mode_projections: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | Callable[..., nn.Module] = False,
         project: str = "averages",
         checkpoint: bool = False,
         device: torch.device | str | None = None,
@@ -148,40 +142,37 @@ class TensorAttention(nn.Module):
         self.modes = ModeSpec.parse(modes)
         record = get_operator(operator)
         switches = {"channels_first": channels_first, "bias": bias, "checkpoint": checkpoint}
-        for name, value in {**switches, "mode_projections": mode_projections, "qk_norm": qk_norm}.items():
+        for name, value in {**switches, "mode_projections": mode_projections}.items():
             check(value, name, "switch")
+        for name, switch in (("qkv_bias", qkv_bias), ("out_bias", out_bias)):
+            if switch is not None:
+                check(switch, name, "switch")
+        if not callable(qk_norm):
+            check(qk_norm, "qk_norm", "switch")
+        check_scale(scale)
         if project not in ("averages", "positions"):
             raise OptionError(f"project must be 'averages' or 'positions', got {project!r}.")
         self.causal = None if causal is None else self.modes.index(causal)
         if options.get("kept") is not None:
             subsets = mode_subsets(options["kept"])
             options["kept"] = tuple(tuple(self.modes.index(mode) for mode in kept) for kept in subsets)
-        _check_heads(embed_dim, num_heads)
+        self.head_dim, self.num_kv_heads = check_heads(embed_dim, num_heads, head_dim, num_kv_heads)
         self.embed_dim, self.num_heads, self.operator = int(embed_dim), int(num_heads), operator
+        self.scale = None if scale is None else float(scale)
         cells = options.get("cells")
         self._options = record.with_defaults({**options, "cells": "keys"} if isinstance(cells, Cells) else options)
         if isinstance(cells, Cells):
             self.hold_cells(cells)
         record.needs(self.modes.order, **self.options)  # refuses values out of range
         check(dropout, "dropout", "probability")
-        if mode_projections and project == "positions":
-            raise OptionError(
-                "mode_projections has no meaning with project='positions': it maps the averages of a mode."
-            )
-        for name, given in (("mode_projections", mode_projections), ("qk_norm", qk_norm)):
-            if given and not record.pools:
-                raise OptionError(f"{name} has no meaning for operator {operator!r}: it does not pool its queries.")
-        lacking = record.lacking(self.options)
-        for name, given in (("causal", self.causal is not None), ("dropout_p", dropout > 0)):
-            if given and name in lacking:
-                name, reason = name.removesuffix("_p"), lacking[name]
-                raise OptionError(f"{name} has no meaning for operator {operator!r}: {reason}.")
+        check(proj_drop, "proj_drop", "probability")
+        given = {"mode_projections": mode_projections, "project": project, "qk_norm": bool(qk_norm)}
+        given.update(causal=self.causal is not None, dropout=dropout > 0)
+        check_meaning(record, self.options, given)
         if position_bias is not None:
-            _check_position_bias(position_bias, record, self.options, self.modes, num_heads)
+            check_position_bias(position_bias, record, self.options, self.modes, num_heads)
         if rotary is not None:
-            _check_rotary(rotary, record, self.options, self.modes, embed_dim // num_heads)
-            if qk_norm:
-                raise OptionError("rotary has no meaning with qk_norm: pooled queries are turned before a norm.")
+            check_rotary(rotary, record, self.options, self.modes, self.head_dim)
         for name, dim in (("kdim", kdim), ("vdim", vdim)):
             if dim is not None:
                 check(dim, name, "integer")
@@ -190,27 +181,65 @@ class TensorAttention(nn.Module):
                     raise OptionError(f"{name} must be at least 1, got {dim}.")
         embed_dim, num_heads = self.embed_dim, self.num_heads
         self.channels_first, self.dropout, self.mode_projections = channels_first, dropout, mode_projections
+        self.proj_drop = proj_drop
         self.kdim, self.vdim = (embed_dim if dim is None else int(dim) for dim in (kdim, vdim))
-        rows = embed_dim * (self.modes.order if mode_projections else 1)
+        maps = self.modes.order if mode_projections else 1
+        width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        of_qkv, of_output = (bias if given is None else given for given in (qkv_bias, out_bias))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, rows, bias, **factory)
-        self.k_proj = nn.Linear(self.kdim, rows, bias, **factory)
-        self.v_proj = nn.Linear(self.vdim, embed_dim, bias, **factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.q_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
-        self.k_norm = nn.LayerNorm(embed_dim // num_heads, **factory) if qk_norm else None
+        self.q_proj = nn.Linear(embed_dim, width * maps, of_qkv, **factory)
+        self.k_proj = nn.Linear(self.kdim, kv_width * maps, of_qkv, **factory)
+        self.v_proj = nn.Linear(self.vdim, kv_width, of_qkv, **factory)
+        self.out_proj = nn.Linear(width, embed_dim, of_output, **factory)
+        make_norm = nn.LayerNorm if qk_norm is True else qk_norm
+        self.q_norm = make_norm(self.head_dim, **factory) if make_norm else None
+        self.k_norm = make_norm(self.head_dim, **factory) if make_norm else None
         gain = torch.ones(num_heads, **factory) if self.options.get("interaction") else None
         self.interaction_gain = None if gain is None else nn.Parameter(gain)
         self.position_bias, self.rotary = position_bias, rotary
         self.project, self.checkpoint = project, checkpoint
+        self.register_load_state_dict_pre_hook(unpack)
         self._draw()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """All options of the operator."""
-        if "cell_centres" not in self._buffers:
-            return self._options
-        return {**self._options, "cells": Cells(self.get_buffer("cell_centres"), self.get_buffer("cell_metric"))}
+    @classmethod
+    @retells
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        modes: int | str | Sequence[str] | None = None,
+        operator: str = "additive",
+        **options: Any,
+    ) -> TensorAttention:
+        """Make a layer of an attention module of another library: a copy of its weights, with its settings.
+
+        With ``operator="flattened"`` the layer gives what the module gives for the positions one behind the other. What
+        it cannot keep (``add_bias_kv``, relative positions, gates, a causal order of positions) is refused by name.
+
+        Args:
+            module: A `torch.nn.MultiheadAttention`, or one like the ``Attention`` of timm or the ``SABlock`` of MONAI:
+                with ``num_heads``, linear maps ``qkv`` (or ``to_q``, ``to_k`` and ``to_v``, or ``q_proj``, ``k_proj``
+                and ``v_proj``) and ``proj`` or ``out_proj``.
+            modes: Modes of the grid.
+            operator: Name of the operator.
+            **options: Further arguments of the layer; they take the place of what the module says, as ``dropout=0.0``.
+
+        Raises:
+            OptionError: If it is no such module or has what the layer has not, or an option is refused.
+            ModesError: If modes are missing or named badly.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> host = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+            >>> layer = ta.TensorAttention.from_module(host, modes="h w", operator="flattened")
+            >>> x = torch.randn(2, 3, 5, 16)
+            >>> rows = x.flatten(1, 2)
+            >>> torch.allclose(layer(x).flatten(1, 2), host(rows, rows, rows)[0], atol=1e-6)
+            True
+        """
+        layer = cls(modes=modes, operator=operator, **{**settings_of(module), **options})
+        layer.load_state_dict({**layer.state_dict(), **module.state_dict()})
+        return layer.train(module.training)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, Xavier uniform, those of a position bias too; set biases to zero and gains to one."""
@@ -237,8 +266,9 @@ class TensorAttention(nn.Module):
         parts.extend(f"{name}={value!r}" for name, value in told.items())
         if self.channels_first:
             parts.append("channels_first=True")
-        if self.dropout:
-            parts.append(f"dropout={self.dropout}")
+        sizes = {"head_dim": self.embed_dim // self.num_heads, "num_kv_heads": self.num_heads, "scale": None}
+        usual = {**sizes, "dropout": 0, "proj_drop": 0}
+        parts += [f"{name}={value}" for name, common in usual.items() if (value := getattr(self, name)) != common]
         parts += [f"{name}={dim}" for name in ("kdim", "vdim") if (dim := getattr(self, name)) != self.embed_dim]
         if self.causal is not None:
             parts.append(f"causal={self.modes.names[self.causal]!r}")
@@ -257,12 +287,30 @@ class TensorAttention(nn.Module):
         mask: Mask = None,
         lengths: Lengths | Mapping[Any, Any] = None,
         skip: Tensor | None = None,
-    ) -> Tensor:
+        prefix: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend: from each position of the input to the input itself, or to a context.
 
         Without a context, weights, mask and lengths speak of the input: where a mask or lengths leave a position out,
         it may hold anything, and the output is zero before ``skip`` is added. With a context they speak of the context,
         and a sample without any position gives what the output map makes of zero: its bias.
+
+        Tokens of no place, such as class and register tokens, go beside the input as ``prefix``. They attend and are
+        attended to, and count once each where each position does; weights, masks, lengths, biases and turns speak of
+        the grid alone. What the operators make of them:
+
+        - ``flattened``: full attention over tokens and positions together. ``kao_kv``: they join its one softmax with
+          the logarithm of S/P, as its S averages stand for P positions.
+        - ``additive`` and ``truncated`` are joined with full attention to the tokens by their log-sum-exp, for
+          ``additive`` the sum of those of the modes less N − 1 times the logarithm of P, which is exact where keys are
+          additive; ``clustered`` likewise, whose log-sum-exp is an approximation as its output is. With
+          ``include_self`` tokens have no average of their own.
+        - Averages hide a part of the variance of the logits. Where it is large, log-sum-exps of averages are too small
+          by half of it, and tokens weigh more than they would in full attention: 2 to 3 times where 800 keys are noise
+          and logits have a standard deviation of 1.5. ``interaction="linear"`` adds what is missing.
+        - ``axial``, ``kao_qkv``, ``kronecker_product`` and ``kronecker_sum``, whose queries stand on the grid: the
+          tokens see themselves and all positions by full attention, for which all of these are projected; the grid
+          sees the grid, and not the tokens.
 
         Args:
             x: Input, channels last or first as the module was told.
@@ -278,9 +326,10 @@ class TensorAttention(nn.Module):
                 for all, or a mapping from modes as in ``{"t": torch.tensor([5, 7])}``.
             skip: A tensor of the shape of the input that is added to the output, as for a skip connection; ``x`` itself
                 or another one.
+            prefix: Tokens beside the input ``(B, R, C)``, in either layout.
 
         Returns:
-            The output, of the shape of the input.
+            The output, of the shape of the input; with ``prefix`` that of the tokens too, ``(B, R, C)``.
 
         Raises:
             ShapeError: If a tensor has the wrong number of dimensions or channels, or an empty mode, if ``skip`` has
@@ -302,17 +351,24 @@ class TensorAttention(nn.Module):
             >>> summary = layer.summarize(torch.randn(2, 3, 4, 4, 8), lengths=[3, 4, [2, 4]])
             >>> layer(image, summary).shape
             torch.Size([2, 5, 6, 8])
+            >>> y, class_token = layer(image, prefix=torch.randn(2, 1, 8))
+            >>> y.shape, class_token.shape
+            (torch.Size([2, 5, 6, 8]), torch.Size([2, 1, 8]))
         """
         weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
         last, present = channels_last(x, self.channels_first), weights_of_x.present
+        if prefix is not None:
+            check_prefix_meaning(context=context, causal=self.causal, mode_projections=self.mode_projections)
+            check_prefix(prefix, x, self.embed_dim)
         if skip is not None:
             check_same_shape("skip", skip, x.shape, x)
         if present is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
             last = without_absent(last, present)
-        y = self._attend(last, weights_of_x, summary).output
-        y = y if present is None else without_absent(y, present)
-        y = y if skip is None else y + channels_last(skip, self.channels_first)
-        return y.movedim(-1, 1) if self.channels_first else y
+        result, beside = self._attend(last, weights_of_x, summary, prefix)
+        y = self.finished(result.output, present, skip)
+        if beside is None:
+            return y
+        return y, F.dropout(beside, self.proj_drop, self.training) if self.proj_drop > 0 else beside
 
     @retells
     def summarize(
@@ -393,7 +449,7 @@ class TensorAttention(nn.Module):
         weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
         last, present = channels_last(x, self.channels_first), weights_of_x.present
         last = last if present is None else without_absent(last, present)
-        return self._attend(last, weights_of_x, summary, return_attention=True).attention
+        return self._attend(last, weights_of_x, summary, return_attention=True)[0].attention
 
     @retells
     def attention_map(
@@ -438,7 +494,7 @@ class TensorAttention(nn.Module):
         if record.spread is None:
             raise OptionError(f"operator {record.name!r} has no map.")
         last = last if present is None else without_absent(last, present)
-        attention = self._attend(last, weights_of_x, None, return_attention=True).attention
+        attention = self._attend(last, weights_of_x, None, return_attention=True)[0].attention
         first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
         base = base_of(weights_of_x, sizes, first)
         counts = base.weights
@@ -490,9 +546,9 @@ class TensorAttention(nn.Module):
         last, present = channels_last(x, self.channels_first), spoken.present
         last = last if present is None else without_absent(last, present)
         # Samples are one more mode, so that all have the same cells.
-        query, key = (self._heads(to(last), 1).movedim(1, 0) for to in (self.q_proj, self.k_proj))
-        if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
+        sources = self._projected(last)
+        query, key = sources.query(sources.tensors[0], 1), sources.key_and_value(*sources.tensors[1:], 1)[0]
+        query, key = self._by_group(query, 1).movedim(1, 0), key.movedim(1, 0)
         counts = spoken.over_grid()
         counts = None if counts is None else counts.expand(x.shape[0], *last.shape[1:-1])
         tokens = self.options["tokens"]
@@ -510,7 +566,7 @@ class TensorAttention(nn.Module):
         """
         if "cells" not in self._options:
             raise OptionError(f"operator {self.operator!r} takes no cells.")
-        shape, needed = tuple(cells.centres.shape), (self.num_heads, cells.tokens, self.embed_dim // self.num_heads)
+        shape, needed = tuple(cells.centres.shape), (self.num_kv_heads, cells.tokens, self.head_dim)
         if shape != needed:
             raise OptionError(f"cells have centres of shape {shape}, but the heads need {needed}.")
         self.register_buffer("cell_centres", cells.centres)
@@ -543,377 +599,3 @@ class TensorAttention(nn.Module):
         """Return what reads a context."""
         operator, dims = get_operator(self.operator), (self.kdim, self.vdim)
         return ContextReader(operator, self.options, self.causal, self.modes, dims, self.channels_first)
-
-    def _needs(self) -> Needs:
-        """What the operator needs to know of queries, keys and values."""
-        return get_operator(self.operator).needs(self.modes.order, **self.options)
-
-    def _settings(self, **further: Any) -> dict[str, Any]:
-        """What the operator is told at every call."""
-        gain = self.interaction_gain
-        return {
-            "scale": default_scale(self.embed_dim // self.num_heads),
-            "dropout_p": self.dropout if self.training else 0.0,
-            "return_lse": False,
-            "return_attention": False,
-            **self.options,
-            **({} if gain is None else {"gain": gain.to(accumulation_dtype(gain.dtype))}),
-            **further,
-        }
-
-    # ------------------------------------------------------------------------------------------- summarise, and attend
-
-    def _attend(
-        self, x: Tensor, weights: Weights, context: Summary | None, *, return_attention: bool = False
-    ) -> AttentionResult:
-        """Attend from an input with its channels last to itself, or to a context, and project back."""
-        record, needs, settings = (
-            get_operator(self.operator),
-            self._needs(),
-            self._settings(return_attention=return_attention),
-        )
-        if context is not None:
-            return self._from_summary(x, context, settings, of_x=False)
-        frames = self.causal if record.query == "positions" else None
-        if frames is None and self.causal is not None:
-            settings["causal"] = self.causal
-        projected = self.project == "positions" or (self.rotary is not None and not record.pools)
-        projected = projected or (record.condense is not None and frames is not None)
-        if self.position_bias is not None:
-            settings["bias"] = self._bias(self.position_bias, x, None if projected else frames)
-        if projected:
-            return self._again(self._from_projected)(x, weights, frames, settings)
-        if needs.queries is not None:
-            return self._again(self._from_averages)(x, weights, needs, settings)
-        if frames is None:
-            return self._from_summary(x, make_summary(x, x, needs, weights), settings)
-        summary, _ = causal_summary(x, x, needs, weights, frames)
-        return self._from_frames(x, self._project(summary, x.dtype), frames, settings)
-
-    def _from_summary(
-        self, x: Tensor, summary: Summary, settings: dict[str, Any], *, of_x: bool = True
-    ) -> AttentionResult:
-        """Attend from each position to a summary of the input, or of a context, which is projected."""
-        record = get_operator(self.operator)
-        if record.condense is None:
-            return self._from_positions(x, self._project(summary, x.dtype), settings)
-
-        def attend(x: Tensor) -> AttentionResult:
-            return self._from_positions(
-                x, self._condensed(x, self._project(summary, x.dtype), of_x), settings, again=False
-            )
-
-        return self._again(attend)(x)
-
-    def _condensed(self, x: Tensor, summary: Summary, of_x: bool) -> Any:
-        """Condense a projected summary by some queries of an input."""
-        shown = summary.count(tuple(range(summary.order))) if of_x else None
-        with torch.no_grad():
-            rows, seen = draw_queries(x.flatten(1, -2), None if shown is None else shown.squeeze(1).flatten(1))
-            query = self._heads(self.q_proj(rows), 1)
-        seen = None if seen is None else seen.unsqueeze(1)
-        return get_operator(self.operator).condense(query, summary, seen, **self.options)[0]  # type: ignore[misc]
-
-    def _from_positions(self, x: Tensor, summary: Any, settings: dict[str, Any], again: bool = True) -> AttentionResult:
-        """Attend from each position by itself: project it, attend, project back; some positions at a time.
-
-        Args:
-            x: Where the queries are made of, ``(*batch, *positions, C)``.
-            summary: Projected summary of the input or of a context, with heads as last batch dimension, or what it was
-                condensed to.
-            settings: What the operator is told.
-            again: Whether the backward pass may attend again, where that is wanted.
-        """
-        operator, batch = get_operator(self.operator), len(summary.batch) - 1
-        positions, owns = tuple(x.shape[batch:-1]), bool(self.options.get("include_self"))
-        whole = "bias" in settings or settings["return_attention"] or operator.query == "grid"
-        flat = x if whole else x.flatten(batch, -2)
-
-        def attend(chunk: Tensor) -> tuple[Tensor, ...]:
-            own = {"own": tuple([self._heads(to(chunk), batch) for to in (self.k_proj, self.v_proj)])} if owns else {}
-            result = operator.attend(self._heads(self.q_proj(chunk), batch), summary, **settings, **own)
-            return self.out_proj(self._joined(result.output, batch)), *(result.attention or ())
-
-        attend_again = self._again(attend) if again else attend
-        if whole:
-            output, *attention = attend_again(x)
-            return AttentionResult(output, None, tuple(attention) or None)
-        length, width = flat.shape[-2], math.prod(flat.shape[:batch]) * self.embed_dim
-        if attend_again is not attend:
-            parts = [attend_again(chunk)[0] for chunk in flat.split(max(1, CHUNK // width), -2)]
-            return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
-        held = [*self.parameters(), *_tensors_of(summary)]
-        output, *_ = in_chunks(lambda part: attend(flat[..., part, :]), length, 4 * width, flat, *held)
-        assert output is not None
-        return AttentionResult(output.unflatten(-2, positions))
-
-    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make the backward pass call a function again instead of keeping what is inside, where that is wanted."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return functools.partial(recompute, function, use_reentrant=False)
-        return function
-
-    def _from_frames(self, x: Tensor, summary: Summary, mode: int, settings: dict[str, Any]) -> AttentionResult:
-        """Attend from each frame to what it may know of those up to its own."""
-        result = self._from_positions(frames_first(x, mode, 1), summary, settings)
-        attention = result.attention and tuple([self._frames_in_place(part, mode) for part in result.attention])
-        return AttentionResult(frames_last(result.output, mode, 1), None, attention)
-
-    def _frames_in_place(self, tensor: Tensor, mode: int) -> Tensor:
-        """Bring ``(B, T, H, …, 1, …)`` to ``(B, H, …, T, …)``."""
-        return tensor.squeeze(3 + mode).movedim(1, 2 + mode)
-
-    def _from_averages(self, x: Tensor, weights: Weights, needs: Needs, settings: dict[str, Any]) -> AttentionResult:
-        """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
-        record, sizes, order = get_operator(self.operator), tuple(x.shape[1:-1]), self.modes.order
-        summary = make_summary(x, x, needs, weights).in_type(x.dtype)
-        queries = self._project_queries(_means_of(x, summary, needs.queries or (), weights))
-        summary = self._project(summary, x.dtype)
-        if self.q_norm is not None and self.k_norm is not None:
-            settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
-        if self.rotary is not None:
-            turned = [self._turned(means, self.rotary) for means in (queries, summary.key_means)]
-            queries, summary = turned[0], dataclasses.replace(summary, key_means=turned[1])
-        result = record.attend(queries, summary, **settings)
-        if isinstance(result.output, Tensor):
-            return result._replace(output=self.out_proj(self._joined(result.output, 1)))
-        parts = [self._joined(part, 1) for part in result.output]
-        rows = torch.cat([*parts, parts[0].new_zeros(x.shape[0], 1, self.embed_dim)], -2) if order > 1 else parts[0]
-        first, *others = self.out_proj(rows).split_with_sizes([*sizes, *[1] * (order > 1)], -2)
-        if order > 1:  # what the map makes of zero, its bias, counts once
-            *others, zero = others
-            first = torch.sub(first, zero, alpha=order - 1)
-        memory = None if is_recorded() else memory_order(x.stride())
-        spread = AttentionResult((first, *others))
-        return spread_parts(spread, (x.shape[0], *sizes), first.dtype, memory)._replace(attention=result.attention)
-
-    def _turned(self, means: Means, rotary: RotaryEmbedding) -> Means:
-        """Turn pooled queries or keys of each mode by their places."""
-        found = {kept: rotary.rotate_mode(means.get(kept), kept[0]) for kept in means.family}
-        return Means.of(means.sizes, found, 2)
-
-    def _from_projected(
-        self, x: Tensor, weights: Weights, frames: int | None, settings: dict[str, Any]
-    ) -> AttentionResult:
-        """Project all positions, and attend as the function of the operator does."""
-        record, needs = get_operator(self.operator), self._needs()
-        query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rotary is not None and not record.pools:
-            query, key = self.rotary(query), self.rotary(key)
-        weights, heads = weights.with_batch_dim(-1), 2
-        if self.options.get("include_self"):
-            settings["own"] = (key, value)
-        if record.condense is not None:
-            summary = make_summary(key, value, needs, weights)
-            result, _ = attend_condensed(record, query, summary, self.options, frames, settings)
-        elif frames is not None:
-            if "own" in settings:
-                settings["own"] = tuple([frames_first(part, frames, heads) for part in settings["own"]])
-            if "bias" in settings:
-                settings["bias"] = causal_bias(settings["bias"], frames)
-            if "gain" in settings:
-                settings["gain"] = settings["gain"].unsqueeze(-1)
-            summary, _ = causal_summary(key, value, needs, weights, frames)
-            result = record.attend(frames_first(query, frames, heads), summary, **settings)
-            attention = result.attention and tuple([frames_last(part, frames, heads) for part in result.attention])
-            result = AttentionResult(frames_last(result.output, frames, heads), None, attention)
-        else:
-            summary = make_summary(key, value, needs, weights)
-            queries: Any = query
-            if needs.queries is not None:
-                queries = _means_of(query, None, needs.queries, weights)
-            if self.q_norm is not None and self.k_norm is not None:
-                settings.update(query_norm=_in_type(self.q_norm), key_norm=_in_type(self.k_norm))
-            if self.rotary is not None and record.pools:
-                queries = self._turned(queries, self.rotary)
-                summary = dataclasses.replace(summary, key_means=self._turned(summary.key_means, self.rotary))
-            result = record.attend(queries, summary, **settings)
-            if not isinstance(result.output, Tensor):
-                result = spread_parts(result, query.shape[:-1], query.dtype, None)
-        return AttentionResult(self.out_proj(self._joined(result.output, 1)), None, result.attention)
-
-    def continued(
-        self, x: Tensor, weights: Weights, past: Past | None, *, window: int | None = None
-    ) -> tuple[Tensor, Past]:
-        """Attend from frames of the causal mode that follow others, unchecked: a step of `AttentionStream`.
-
-        Args:
-            x: The frames, channels last.
-            weights: Checked weights, a product over modes.
-            past: What is known of the frames before; None for none.
-            window: How many frames are seen, the own one included; None for all.
-
-        Returns:
-            The output, and what is known after these frames.
-        """
-        record, mode, needs = get_operator(self.operator), self.causal, self._needs()
-        assert mode is not None
-        if record.condense is not None:
-            query, key, value = (self._heads(linear(x), 1) for linear in (self.q_proj, self.k_proj, self.v_proj))
-            summary = make_summary(key, value, needs, weights.with_batch_dim(-1))
-            settings = self._settings()
-            result, then = attend_condensed(
-                record, query, summary, self.options, mode, settings, past=past, window=window
-            )
-            held = [None if k == mode or v is None else v.clone() for k, v in enumerate(weights.vectors)]
-            return self.out_proj(self._joined(result.output, 1)), dataclasses.replace(then(), mode_weights=tuple(held))
-        if record.query == "positions":
-            summary, after = causal_summary(x, x, needs, weights, mode, past=past, window=window)
-            return self._from_frames(x, self._project(summary, x.dtype), mode, self._settings()).output, after()
-        whole = 1 if window is not None else x.shape[1 + mode]  # with a window, each frame sees other frames
-        outputs = []
-        for start in range(0, x.shape[1 + mode], whole):
-            part = x.narrow(1 + mode, start, whole)
-            own = tuple(
-                [
-                    w.narrow(-1, start, whole) if k == mode and w is not None else w
-                    for k, w in enumerate(weights.vectors)
-                ]
-            )
-            seen, spoken, past = frames_beside(part, Weights(own), mode, past=past, window=window)
-            summary = self._project(make_summary(seen, seen, needs, spoken), x.dtype)
-            outputs.append(self._from_positions(part, summary, self._settings(causal=mode)).output)
-        assert past is not None
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), past
-
-    # --------------------------------------------------------------------------------------------------------- project
-
-    def _project(self, summary: Summary, dtype: torch.dtype) -> Summary:
-        """Call the projections with a summary of inputs; return that of keys and values, heads the last batch dim."""
-        summary = summary.in_type(dtype)
-        if self.mode_projections:
-            keys = self._project_modes(summary.key_means, self.k_proj)
-        else:
-            keys = summary.key_means.project(self.k_proj, self.num_heads)
-        values = summary.value_means.project(self.v_proj, self.num_heads)
-        found = dataclasses.replace(summary.with_heads(), key_means=keys, value_means=values)
-        if summary.covariance is None or summary.key_covariance is None:
-            return found
-        to_keys, to_values = (
-            self._linear_part(to, c, dtype) for to, c in ((self.k_proj, self.kdim), (self.v_proj, self.vdim))
-        )
-        moments = []
-        for moment, left in ((summary.covariance, to_values), (summary.key_covariance, to_keys)):
-            of_left = matmul(left.mT.to(moment.dtype), moment.unsqueeze(-3))
-            moments.append(matmul(of_left, to_keys.to(moment.dtype)))
-        return dataclasses.replace(found, covariance=moments[0], key_covariance=moments[1])
-
-    def _linear_part(self, linear: Callable[[Tensor], Tensor], channels: int, dtype: torch.dtype) -> Tensor:
-        """Return the matrix of each head of an affine map ``(H, C, D)`` by calling it: f(I) − f(0)."""
-        unit = torch.eye(channels + 1, channels, dtype=dtype, device=self._device())
-        mapped = linear(unit)
-        return (mapped[:-1] - mapped[-1:]).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-
-    def _device(self) -> torch.device | None:
-        """Return where the parameters are."""
-        parameter = parameter_of(self)
-        return None if parameter is None else parameter.device
-
-    def _project_queries(self, means: Means) -> Means:
-        """Call the projection of the queries with averages."""
-        if self.mode_projections:
-            return self._project_modes(means, self.q_proj)
-        return means.project(self.q_proj, self.num_heads)
-
-    def _project_modes(self, means: Means, linear: Callable[[Tensor], Tensor]) -> Means:
-        """Call a projection that has one map a mode, below each other, and take from it what is of the mode."""
-        mapped, width = means.project(linear, None), self.embed_dim
-        found = {kept: mapped.get(kept)[..., kept[0] * width : (kept[0] + 1) * width] for kept in means.family}
-        return Means.of(means.sizes, {kept: self._heads(part, 1) for kept, part in found.items()}, 2)
-
-    def _heads(self, tensor: Tensor, batch: int) -> Tensor:
-        """Split channels into heads, the last batch dimension: ``(*batch, *, C)`` to ``(*batch, H, *, D)``."""
-        return tensor.unflatten(-1, (self.num_heads, -1)).movedim(-2, batch)
-
-    def _joined(self, tensor: Tensor, batch: int) -> Tensor:
-        """Join heads into channels: ``(*batch, H, *, D)`` to ``(*batch, *, C)``."""
-        return tensor.movedim(batch, -2).flatten(-2)
-
-    def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None) -> Bias:
-        """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
-        dtype, sizes = accumulation_dtype(x.dtype), tuple(x.shape[1:-1])
-        found: list[Tensor | None] = []
-        for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
-            if part is not None:
-                if part.dim() != 3 or part.shape[0] not in (1, self.num_heads) or part.shape[1:] != (size, size):
-                    kind, needed = type(position_bias).__name__, f"{(self.num_heads, size, size)} or {(1, size, size)}"
-                    raise ShapeError(
-                        f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in {kind}, but needs "
-                        f"{needed}."
-                    )
-                part = part.to(dtype)
-                if frames is not None:
-                    part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)
-                part = part.unsqueeze(0)
-            found.append(part)
-        return tuple(found)
-
-
-def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ...]], weights: Weights) -> Means:
-    """Return the means of what queries are made of: those that a summary of it holds, and the tensor itself."""
-    batch, order = x.dim() - weights.order - 1, weights.order
-    small = tuple([kept for kept in family if len(kept) < order or order == 1])
-    if summary is not None and order > 1 and all([kept in summary.key_means.family for kept in small]):
-        blocks = [(small, summary.key_means.joined(small))]
-        if len(small) < len(family):
-            blocks.append(((tuple(range(order)),), x.flatten(batch, -2)))
-        return Means(tuple(x.shape[batch:-1]), tuple(blocks))
-    found = dict(zip(family, marginal_means(x, tuple(family), weights), strict=True))
-    return Means.of(x.shape[batch:-1], found, batch)
-
-
-def _tensors_of(summary: Any) -> list[Tensor]:
-    """List the tensors of a summary, or of what it was condensed to, that may be differentiated."""
-    if not isinstance(summary, Summary):
-        return summary.tensors
-    means = [rows for part in (summary.key_means, summary.value_means) for _, rows in part.blocks]
-    return [*means, *[moment for moment in (summary.covariance, summary.key_covariance) if moment is not None]]
-
-
-def _in_type(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """Call a norm with what it is given in the type of its parameters, and return the type that it was given."""
-
-    def normed(pooled: Tensor) -> Tensor:
-        parameter = parameter_of(norm)
-        return norm(pooled if parameter is None else pooled.to(parameter.dtype)).to(pooled.dtype)
-
-    return normed
-
-
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    """Check that heads divide the channels."""
-    for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-        check(count, name, "integer")
-    if embed_dim < 1 or num_heads < 1:
-        raise OptionError(f"embed_dim and num_heads must be at least 1, got {embed_dim} and {num_heads}.")
-    if embed_dim % num_heads:
-        raise OptionError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}.")
-
-
-def _check_position_bias(
-    position_bias: Any, record: Operator, options: Mapping[str, Any], modes: ModeSpec, num_heads: int
-) -> None:
-    """Check that a position bias fits the layer."""
-    lacking = record.lacking(options)
-    if "bias" in lacking:
-        raise OptionError(f"position_bias has no meaning for operator {record.name!r}: {lacking['bias']}.")
-    if not isinstance(position_bias, PositionBias):
-        raise OptionError(f"position_bias must be a PositionBias, got {type(position_bias).__name__}.")
-    if position_bias.modes.names != modes.names:
-        raise OptionError(f"position_bias has the modes {position_bias.modes}, but the layer has {modes}.")
-    heads = getattr(position_bias, "num_heads", num_heads)
-    if heads != num_heads:
-        raise OptionError(f"position_bias has {heads} heads, but the layer has {num_heads}.")
-
-
-def _check_rotary(rotary: Any, record: Operator, options: Mapping[str, Any], modes: ModeSpec, head_dim: int) -> None:
-    """Check that a rotary embedding fits the layer."""
-    if not isinstance(rotary, RotaryEmbedding):
-        raise OptionError(f"rotary must be a RotaryEmbedding, got {type(rotary).__name__}.")
-    if rotary.axes.modes.names != modes.names:
-        raise OptionError(f"rotary has the modes {rotary.axes.modes}, but the layer has {modes}.")
-    if rotary.head_dim != head_dim:
-        raise OptionError(
-            f"rotary has head_dim {rotary.head_dim}, but the heads of the layer have {head_dim} channels."
-        )
-    rotary.check_operator(record.name, **options)

@@ -16,6 +16,7 @@ from tensorattn.masks import read_weights
 from tensorattn.nn.attention import TensorAttention
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
+from tensorattn.nn.prefix import check_prefix
 
 __all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
 
@@ -235,17 +236,19 @@ class TensorTransformerBlock(nn.Module):
         parts += ["checkpoint=True"] * self.checkpoint + ["channels_first=True"] * self.channels_first
         return ", ".join(parts)
 
-    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+    def forward(self, x: Tensor, *, prefix: Tensor | None = None, **attention: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attend, then map each position.
 
         Args:
             x: Input, channels last or first as the module was told.
+            prefix: Class and register tokens beside the input ``(B, R, C)``, as `TensorAttention` takes them; norms,
+                skips and the map of each position are theirs too.
             **attention: What `TensorAttention` is told of the input, such as ``weights``, ``mask`` or ``lengths``; or
                 with a ``context``, of that.
 
         Returns:
-            The output, of the shape of the input. Where a mask or lengths leave a position of the input out, it is what
-            the block makes of zeros, whatever the input holds there.
+            The output, of the shape of the input; with ``prefix`` that of the tokens too. Where a mask or lengths leave
+            a position of the input out, it is what the block makes of zeros, whatever the input holds there.
 
         Raises:
             ShapeError: If the input has the wrong number of dimensions or channels, or an empty mode, or the mask or
@@ -256,20 +259,23 @@ class TensorTransformerBlock(nn.Module):
                 negative or longer than its mode.
             OptionError: If one of them has no meaning for the operator.
         """
-        last = self._checked(x, attention)
+        last = self._checked(x, prefix, attention)
         if self.checkpoint and torch.is_grad_enabled():
-            y = recompute(self._run, last, attention, use_reentrant=False)
+            y, *tokens = recompute(self._run, last, prefix, attention, use_reentrant=False)
         else:
-            y = self._run(last, attention)
-        return y.movedim(-1, 1) if self.channels_first else y
+            y, *tokens = self._run(last, prefix, attention)
+        y = y.movedim(-1, 1) if self.channels_first else y
+        return (y, tokens[0]) if tokens else y
 
     @retells
-    def _checked(self, x: Tensor, attention: Mapping[str, Any]) -> Tensor:
+    def _checked(self, x: Tensor, prefix: Tensor | None, attention: Mapping[str, Any]) -> Tensor:
         """Check the input, and return it with its channels last and zeros where positions are absent."""
         grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
         parameter = parameter_of(self)
         if parameter is not None:
             check_parameters(x, parameter)
+        if prefix is not None:
+            check_prefix(prefix, x, self.embed_dim)
         last = channels_last(x, self.channels_first)
         if attention.get("context") is not None:
             return last
@@ -277,11 +283,22 @@ class TensorTransformerBlock(nn.Module):
         present = read_weights(None, spoken["mask"], spoken["lengths"], grid, last, self.modes, of="x").present
         return last if present is None else torch.where(present.unsqueeze(-1), last, 0)
 
-    def _run(self, x: Tensor, attention: dict[str, Any]) -> Tensor:
-        """Add both branches, channels last."""
-        x = x + self._branch(self.attention(self.attention_norm(x), **attention), self.attention_scale)
-        return x + self._branch(self.mlp(self.mlp_norm(x)), self.mlp_scale)
+    def _run(self, x: Tensor, prefix: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Add both branches, channels last, to the input and to tokens beside it."""
+        if prefix is None:
+            parts: tuple[Tensor, ...] = (x,)
+            attended: tuple[Tensor, ...] = (self.attention(self.attention_norm(x), **attention),)
+        else:
+            parts = (x, prefix)
+            attended = tuple(self.attention(self.attention_norm(x), prefix=self.attention_norm(prefix), **attention))
+        parts = self._added(parts, attended, self.attention_scale)
+        return self._added(parts, [self.mlp(self.mlp_norm(part)) for part in parts], self.mlp_scale)
 
-    def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
-        """Scale and drop the output of a branch."""
-        return self.drop_path(y if scale is None else y * scale)
+    def _added(self, parts: Sequence[Tensor], branch: Sequence[Tensor], scale: Tensor | None) -> tuple[Tensor, ...]:
+        """Scale and drop the output of a branch, of a sample all or nothing, and add it."""
+        branch = [y if scale is None else y * scale for y in branch]
+        if len(branch) == 1:
+            return (parts[0] + self.drop_path(branch[0]),)
+        rows = self.drop_path(torch.cat([y.flatten(1, -2) for y in branch], 1))
+        dropped = rows.split_with_sizes([math.prod(y.shape[1:-1]) for y in branch], 1)
+        return tuple([x + y.reshape(x.shape) for x, y in zip(parts, dropped, strict=True)])

@@ -159,21 +159,20 @@ class AttentionStream:
         mask: Any = None,
         lengths: Lengths = None,
         skip: Tensor | None = None,
+        prefix: Any = None,
     ) -> tuple[Tensor, StreamState]:
         """Return the output and the state after these frames; the present one stays as it is."""
         layer, state = self.layer, self._state
-        spoken = self._checked(x, context=context, weights=weights, mask=mask, lengths=lengths, skip=skip)
+        refused = {"context": context, "mask": mask, "prefix": prefix}
+        spoken = self._checked(x, weights=weights, lengths=lengths, skip=skip, refused=refused)
         last, present = channels_last(x, layer.channels_first), spoken.present
         last = last if present is None else without_absent(last, present)
         y, past = layer.continued(last, spoken, None if state is None else state.past, window=self.window)
-        y = y if present is None else without_absent(y, present)
-        y = y if skip is None else y + channels_last(skip, layer.channels_first)
-        sizes = tuple(last.shape[1:-1])
-        return y.movedim(-1, 1) if layer.channels_first else y, StreamState(x.shape[0], sizes, x.dtype, past)
+        return layer.finished(y, present, skip), StreamState(x.shape[0], tuple(last.shape[1:-1]), x.dtype, past)
 
     @retells
     def _checked(
-        self, x: Tensor, *, context: Any, weights: Any, mask: Any, lengths: Any, skip: Tensor | None
+        self, x: Tensor, *, weights: Any, lengths: Any, skip: Tensor | None, refused: Mapping[str, Any]
     ) -> Weights:
         """Check the next frames, and return the weights of their positions.
 
@@ -186,7 +185,7 @@ class AttentionStream:
             check_parameters(x, parameter)
         if skip is not None:
             check_same_shape("skip", skip, x.shape, x)
-        for name, argument in (("context", context), ("mask", mask)):
+        for name, argument in refused.items():
             if argument is not None:
                 hint = "Give lengths, or one vector of weights a mode." if name == "mask" else ""
                 raise OptionError(f"{name} has no meaning in a stream.", hint=hint)
@@ -371,7 +370,7 @@ class AttentionStream:
             return frames_beside(x, plain, self._mode, past=None, window=self.window)[2]
         needs = record.needs(len(sizes), **self.layer.options)
         if record.condense is not None:
-            heads = x.unflatten(-1, (self.layer.num_heads, -1)).movedim(-2, 1)
+            heads = x.new_empty(batch, self.layer.num_kv_heads, *one, self.layer.head_dim)
             options = {n: v.to("meta") if isinstance(v, Cells) else v for n, v in self.layer.options.items()}
             how = {"causal": self._mode, "window": self.window, **options}
             _, after = record.condense(None, make_summary(heads, heads, needs, plain), **how)

@@ -330,7 +330,7 @@ def layer(
         Output ``(B, n_1, …, n_N, C)``, or ``(B, L, C)``.
 
     Raises:
-        ValueError: If the layer turns, projects or normalises pooled queries by mode.
+        ValueError: If the layer turns or projects pooled queries by mode, or has norms or fewer heads of keys.
     """
     of_keys, of_values = context if isinstance(context, tuple) else (context, context)
     of_keys, of_values = (x if source is None else source for source in (of_keys, of_values))
@@ -343,12 +343,15 @@ def layer(
     turned = module.rotary is not None and module.operator in POOLED
     if module.mode_projections or module.q_norm is not None or turned:
         raise ValueError("pooled queries with maps, norms or turns of their own are not defined here.")
+    if module.num_kv_heads != heads:
+        raise ValueError("heads of keys that serve several of queries are not defined here.")
     if module.rotary is not None:
         query, key = module.rotary(query), module.rotary(key)
     tables = None if module.position_bias is None else module.position_bias(x.shape[1:-1])
     outputs = []
     for head in range(heads):
-        options = {"causal": module.causal, **module.options, **told, **({} if cells is None else cells[head])}
+        options = {"causal": module.causal, "scale": module.scale, **module.options, **told}
+        options |= {} if cells is None else cells[head]
         if module.interaction_gain is not None:
             options["gain"] = module.interaction_gain[head]
         if tables is not None:

@@ -678,10 +678,23 @@ CONSTRUCTION = {
         "rotary has head_dim 8, but the heads of the layer have 24 channels.",
     ),
     "no turns": ({"operator": "axial", "rotary": 1}, "rotary must be a RotaryEmbedding, got int."),
-    "turns and a norm": (
-        {"operator": "kronecker_sum", "qk_norm": True, "rotary": ta.RotaryEmbedding(24, modes=3)},
-        "rotary has no meaning with qk_norm: pooled queries are turned before a norm.",
+    "a norm and covariances": (
+        {"interaction": "linear", "qk_norm": True},
+        "qk_norm has no meaning with interaction='linear': covariances of normed keys are not those of linear maps.",
     ),
+    "a norm and averages": (
+        {"operator": "clustered", "additive_control": True, "qk_norm": True},
+        "qk_norm has no meaning with additive_control=True: averages of normed keys are not those of linear maps.",
+    ),
+    "heads of keys": ({"num_kv_heads": 3}, "num_heads must be divisible by num_kv_heads, got 4 and 3."),
+    "no heads of keys": ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0."),
+    "no head size": ({"head_dim": 0}, "head_dim must be at least 1, got 0."),
+    "a head size of no integer": ({"head_dim": 8.0}, "head_dim must be an integer, got 8.0."),
+    "scale": ({"scale": "a"}, "scale must be a number or None, got 'a'."),
+    "no finite scale": ({"scale": float("inf")}, "scale must be finite, got inf."),
+    "dropout of the output": ({"proj_drop": -1}, "proj_drop must be between 0 and 1, got -1."),
+    "bias of queries": ({"qkv_bias": 1}, "qkv_bias must be True or False, got 1."),
+    "bias of the output": ({"out_bias": "no"}, "out_bias must be True or False, got 'no'."),
     "averaged turns": (
         {"rotary": ta.RotaryEmbedding(24, modes=3)},
         "rotary has no meaning for operator 'additive', which averages keys of different turns.\n"
@@ -707,10 +720,9 @@ def test_construction(case):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_settings_without_a_meaning_for_the_operator(name):
     lacks, build = OPERATORS[name].lacking(OPERATORS[name].options), {"modes": 3, "operator": name}
-    for setting in ("mode_projections", "qk_norm"):
-        if not OPERATORS[name].pools:
-            rule = f"{setting} has no meaning for operator {name!r}: it does not pool its queries."
-            refused(OptionError, f"TensorAttention: {rule}", ta.TensorAttention, 96, 4, **build, **{setting: True})
+    if not OPERATORS[name].pools:
+        rule = f"mode_projections has no meaning for operator {name!r}: it does not pool its queries."
+        refused(OptionError, f"TensorAttention: {rule}", ta.TensorAttention, 96, 4, **build, mode_projections=True)
     window = ta.AxisWindow(modes=3, window=1)
     for setting, reason, value in (("causal", "causal", 0), ("position_bias", "bias", window)):
         if reason in lacks:
