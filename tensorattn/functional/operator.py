@@ -143,6 +143,11 @@ class AttentionResult(NamedTuple):
     rho: Any = None
 
 
+def _nowhere(**options: Any) -> bool:
+    """Tell that it matters nowhere."""
+    return False
+
+
 @dataclass(frozen=True)
 class Operator:
     """Record of one operator.
@@ -159,8 +164,11 @@ class Operator:
         pools: Whether it pools queries and keys over positions before they meet, so that each mode can have linear
             maps of its own, and a norm.
         options: Names of its options with their defaults.
-        condense: From queries, the summary and the options to what is attended to in its place, and to what later
-            frames of a causal mode need to know; None if the summary itself is attended to.
+        condense: From queries ``(*batch, L, D)``, the summary, which queries take part ``(*batch, L)`` or None,
+            ``causal``, ``past`` and ``window`` where frames follow each other, and the options, to what is attended to
+            in place of the summary, and to what returns what later frames need to know (None without frames). The
+            former has ``batch``, ``sizes`` and ``tensors``, with frames as last batch dimension where a mode is causal.
+            None if the summary itself is attended to.
         spread: From the attention weights, the sizes of the modes, a query or None, the weights of the positions
             and the options to weights over the grid; None if they have no such form.
         lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
@@ -200,7 +208,7 @@ class Operator:
     condense: Callable[..., tuple[Any, Any]] | None = None
     spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
-    by_place: Callable[..., bool] = lambda **options: False
+    by_place: Callable[..., bool] = _nowhere
     joins: bool = False
 
     def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
@@ -388,7 +396,7 @@ def run(
         "return_lse": return_lse and order > 1,
     }
     for name, reason in operator.lacking(options).items():
-        if given[name]:
+        if given.get(name):
             raise OptionError(f"{name} has no meaning for this operator: {reason}.")
     own = bool(options.get("include_self"))
     if operator.query == "grid" and positions != grid.sizes:
