@@ -20,6 +20,7 @@ from tensorattn.diagnose import (
     marginal_mean_law,
 )
 from tensorattn.errors import (
+    AdapterError,
     DtypeError,
     ModesError,
     OptionError,
@@ -52,6 +53,14 @@ from tensorattn.functional import (
     summarize,
     truncated_attention,
 )
+from tensorattn.integrations import (
+    LayerReport,
+    ResidualAttention,
+    SwapReport,
+    restore_attention,
+    swap_attention,
+    swapped,
+)
 from tensorattn.models import TensorTransformer, TensorTransformerConfig
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import (
@@ -76,6 +85,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "OPERATORS",
+    "AdapterError",
     "AdditiveFraction",
     "AlibiBias",
     "AttentionResult",
@@ -89,6 +99,7 @@ __all__ = [
     "DtypeError",
     "ErrorEstimate",
     "GatedMLP",
+    "LayerReport",
     "LearnedPositions",
     "ModeSpec",
     "ModesError",
@@ -101,10 +112,12 @@ __all__ = [
     "Plan",
     "PositionBias",
     "RelativePositionBias",
+    "ResidualAttention",
     "RotaryEmbedding",
     "ShapeError",
     "SinCosPositions",
     "Summary",
+    "SwapReport",
     "TensorAttention",
     "TensorAttentionError",
     "TensorNormal",
@@ -142,6 +155,9 @@ __all__ = [
     "outer_sum",
     "plan",
     "register_operator",
+    "restore_attention",
     "summarize",
+    "swap_attention",
+    "swapped",
     "truncated_attention",
 ]
