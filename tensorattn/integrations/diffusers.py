@@ -11,7 +11,7 @@ from tensorattn.integrations.doors import Site, Way, above, attend, by_forward, 
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
 
-PACKAGE, TESTED = "diffusers", ((0, 42), (0, 42))
+PACKAGE, TESTED = "diffusers", ((0, 42, 1), (0, 42))
 KNOWN = "diffusers.models.attention_processor.Attention"
 PLAIN = tuple([f"diffusers.models.attention_processor.{name}" for name in ("AttnProcessor", "AttnProcessor2_0")])
 SPATIAL = tuple(  # which are called with ``(B, C, h, w)``

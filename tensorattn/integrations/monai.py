@@ -13,7 +13,7 @@ from tensorattn.nn.attention import TensorAttention
 
 __all__ = ["PACKAGE", "TESTED", "ResidualAttention", "sites"]
 
-PACKAGE, TESTED = "monai", ((1, 6), (1, 6))
+PACKAGE, TESTED = "monai", ((1, 6, 1), (1, 6))
 KNOWN = "monai.networks.blocks.selfattention.SABlock"
 EMBEDDING = "monai.networks.blocks.patchembedding.PatchEmbeddingBlock"
 SPATIAL = (  # which are called with ``(B, C, *sizes)``

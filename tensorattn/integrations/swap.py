@@ -162,7 +162,8 @@ def swap_attention(
             another operator, those given for the model do not hold.
         verify: Inputs of the model, a tuple or a dictionary. The model is called in evaluation mode without gradients.
             First every layer is proved: with ``flattened``, the adapter must give the output of the original up to
-            1e-4. Then the differences that the operator makes are measured.
+            1e-4. Then the differences that the operator makes are measured. That a grid is given in the order of its
+            tokens is not proved: full attention is the same for any.
         attention_dropout: Probability of dropping an attention weight in training, in place of that of the host. A
             host that drops some is refused for an operator that cannot, unless this is 0.0.
         **options: Options of the operator. With ``verify``, ``tokens="auto"`` has `choose_tokens` choose for each
@@ -188,7 +189,7 @@ def swap_attention(
     """
     if attention_dropout is not None:
         check(attention_dropout, "attention_dropout", "probability")
-    if verify is not None and not isinstance(verify, (tuple, dict)):
+    if verify is not None and not isinstance(verify, (tuple, Mapping)):
         raise OptionError(f"verify must be a tuple or a dictionary of inputs, got {type(verify).__name__}.")
     if any(door_of(module) is not None for module in model.modules()):
         raise AdapterError("the attention of the model is swapped already.", hint="Call restore_attention(model).")
@@ -204,6 +205,8 @@ def swap_attention(
             _attach(plans)
             if call is not None:
                 plans = _prove(plans, call, known, kept)
+                leave(model)
+                _attach(plans)  # without those that are kept
             for plan in plans:
                 plan.door.way.enter(plan.site.module, plan.door)
             if call is not None:
@@ -298,6 +301,8 @@ def _plan(
     sites, kept, plans = _sites(model), {}, []
     for package, site in sites:
         given = {} if layers is None else layers(site.name, site.module)
+        if given is not None and not isinstance(given, Mapping):
+            raise OptionError(f"layers must return None or a dictionary, got {given!r} for {site.name}.")
         if given is None:
             kept[site.name] = "layers leaves it out"
         elif site.kept:
@@ -333,10 +338,10 @@ def _told(site: Site) -> str:
 def _check_version(package: str, verified: bool) -> None:
     """Refuse a version of a host that was not tested, unless each layer is to be proved."""
     version = str(getattr(sys.modules[package], "__version__", ""))
-    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    numbers = tuple([int(number) for number in re.findall(r"\d+", version)[:3]])
     first, last = HOSTS[package].TESTED
-    if not first <= (*numbers, 0, 0)[:2] <= last and not verified:
-        tested = " to ".join(dict.fromkeys(".".join(map(str, each)) for each in (first, last)))
+    if not (first <= numbers and numbers[: len(last)] <= last) and not verified:
+        tested = f"{'.'.join(map(str, first))} to {'.'.join(map(str, last))}"
         raise AdapterError(
             f"{package} {version} is not a version that was tested: {tested}.", hint="Give verify= to prove each layer."
         )
@@ -368,6 +373,7 @@ def _decide(site: Site, given: Mapping[str, Any], dropout: float | None, verifie
             raise OptionError(f"{name} must be 'auto' or given in numbers, got {given[name]!r}.")
     if grid is None and not site.tells:
         raise AdapterError(f"{_told(site)} does not tell its grid.", hint="Give grid=, the sizes of the modes.")
+    check(prefix, "prefix", "integer", least=0)
     if grid is not None:
         grid = check_grid(grid, prefix)
         record.needs(len(grid), **record.with_defaults(options))
@@ -484,7 +490,6 @@ def _prove(
         if reading.lacking:
             most = max(reading.lacking.tried)
             kept[plan.site.name] = f"no number of tokens up to {most} has an error below {reading.lacking.wish:g}"
-            vars(plan.site.module).pop(DOOR)
             continue
         if plan.auto is not None:
             plan.door.options = {**plan.door.options, "tokens": reading.tokens}

@@ -13,7 +13,7 @@ from tensorattn.integrations.doors import Site, above, attend, by_forward, class
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
 
-PACKAGE, TESTED = "timm", ((1, 0), (1, 0))
+PACKAGE, TESTED = "timm", ((1, 0, 31), (1, 0))
 PLAIN = "timm.layers.attention.Attention"
 ROTARY = ("timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention")
 KEPT = {

@@ -16,7 +16,7 @@ from tensorattn.integrations.doors import Site, Way, attend, by_forward, door_of
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
 
-PACKAGE, TESTED = "transformers", ((5, 23), (5, 24))
+PACKAGE, TESTED = "transformers", ((5, 23, 0), (5, 24))
 NAME = "tensorattn"  # of the interface
 
 

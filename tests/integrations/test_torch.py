@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from contract import Case, every_check, made, outputs, swap
+from contract import Case, every_check, host, made, outputs, swap
 from torch import nn
 
 import tensorattn as ta
@@ -170,6 +170,10 @@ def test_refusals_of_models():
         ({"grid": "own"}, "grid must be 'auto' or given in numbers, got 'own'."),
         ({"grid": (2, 0)}, "every mode needs at least 1 index, but grid has size 0 for mode 1."),
         ({"prefix": -1}, "prefix must be at least 0, got -1."),
+        (
+            {"layers": lambda name, module: True},
+            "layers must return None or a dictionary, got True for layers.0.self_attn.",
+        ),
         ({"attention_dropout": 2}, "attention_dropout must be between 0 and 1, got 2."),
         ({"verify": torch.zeros(2, P, 16)}, "verify must be a tuple or a dictionary of inputs, got Tensor."),
         (
@@ -191,6 +195,19 @@ def test_layers_say_what_differs():
     assert found == [("clustered", {"tokens": 5}, GRID), ("kao_kv", {}, (4, 6))]
 
 
+def test_lora_may_be_there_before():
+    peft, case = host("peft"), CASES["encoder"]
+    config = peft.LoraConfig(r=2, target_modules=["self_attn"], init_lora_weights=False)
+    tuned = peft.get_peft_model(made(case), config).eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # it goes past LoRA
+    exact = outputs(tuned, case)
+    torch.backends.mha.set_fastpath_enabled(True)
+    report = swap(tuned, case, "flattened")
+    assert [layer.name for layer in report.layers] == [f"base_model.model.{name}.base_layer" for name in LAYERS]
+    torch.testing.assert_close(outputs(tuned, case), exact)
+    ta.restore_attention(tuned)
+
+
 def test_tokens_are_chosen_for_each_layer():
     case = CASES["encoder"]
     model, x = made(case), case.inputs()
@@ -199,6 +216,7 @@ def test_tokens_are_chosen_for_each_layer():
     ta.restore_attention(model)
     report = swap(model, case, verify=x, tokens="auto", error=1e-9, most=8)
     assert report.layers == () and report.difference == 0
+    assert not any("_tensorattn" in name for each in model.modules() for name in vars(each))
     assert dict(report.kept) == dict.fromkeys(LAYERS, "no number of tokens up to 8 has an error below 1e-09")
     assert str(report).startswith(
         "TransformerEncoder: 0 attention layers swapped\n  layers.0.self_attn is kept: no number"
@@ -241,7 +259,7 @@ def test_another_version_must_be_verified(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     refused(
         encoder(),
-        "torch 2.99.0 is not a version that was tested: 2.13.\n  Give verify= to prove each layer.",
+        "torch 2.99.0 is not a version that was tested: 2.13.0 to 2.13.\n  Give verify= to prove each layer.",
         "kao_kv",
         grid=GRID,
     )
