@@ -32,7 +32,7 @@ from tensorattn.integrations.doors import BESIDE, DOOR, Beside, Door, Site, door
 
 __all__ = ["LayerReport", "SwapReport", "restore_attention", "swap_attention", "swapped"]
 
-HOSTS = {each.PACKAGE: each for each in (own, timm, transformers, monai, diffusers)}
+HOSTS = {each.PACKAGE: each for each in (timm, transformers, monai, diffusers, own)}
 Layers = Callable[[str, nn.Module], Mapping[str, Any] | None]
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 TOLERANCE = 1e-4  # of the output of a layer through its adapter, relative to the largest entry of the original
@@ -142,8 +142,9 @@ def swap_attention(
     """Give the self-attention layers of a trained model an operator over the grid of their tokens, in place.
 
     Parameters and the keys of the state dict do not change, so checkpoints, optimizers, LoRA and averages of weights go
-    on. Known hosts are `torch.nn.MultiheadAttention`, the vision transformers of timm, VideoMAE, ViViT, TimeSformer
-    with joint attention, ViT and DINOv2 of transformers, the blocks of MONAI, and U-Nets and transformers of diffusers.
+    on. Known hosts are `torch.nn.MultiheadAttention`; the vision transformers of timm; of transformers VideoMAE, ViViT,
+    TimeSformer with joint attention, ViT, DeiT, DINOv2, DINOv3 and the vision models of CLIP and SigLIP; the blocks of
+    MONAI; the U-Nets, autoencoders and DiT of diffusers.
     What would be changed silently is refused by the name of its module, before anything is changed: masks of P×P,
     causal and window attention, relative positions, attention weights that are asked for, unknown attention, versions
     of a host that were not tested (but with ``verify``, which proves them). After any refusal the model is as it was.

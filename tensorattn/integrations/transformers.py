@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ __all__ = ["PACKAGE", "TESTED", "sites"]
 
 PACKAGE, TESTED = "transformers", ((5, 23, 0), (5, 24))
 NAME = "tensorattn"  # of the interface
+_MODELS = "transformers.modeling_utils"
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -36,26 +38,34 @@ def _vivit(config: Any) -> tuple[int, ...]:
     return config.num_frames // frames, *(s // p for s, p in zip(_pair(config.image_size), patch, strict=True))
 
 
+@dataclass(frozen=True)
 class _Layout:
     """How the tokens of a kind of model lie.
 
     Attributes:
+        prefix: Number of tokens before the grid, without registers.
         grid: From the configuration to the sizes of the modes.
-        prefix: From the configuration to the number of tokens before the grid.
+        rotary: Whether queries and keys are turned by their places.
     """
 
-    def __init__(self, grid: Callable[[Any], tuple[int, ...]], prefix: Callable[[Any], int]) -> None:
-        self.grid, self.prefix = grid, prefix
+    prefix: int
+    grid: Callable[[Any], tuple[int, ...]] = _image
+    rotary: bool = False
 
 
 LAYOUTS: Mapping[str, _Layout] = {
-    "vit": _Layout(_image, lambda config: 1),
-    "dinov2": _Layout(_image, lambda config: 1),
-    "dinov2_with_registers": _Layout(_image, lambda config: 1 + config.num_register_tokens),
-    "videomae": _Layout(lambda config: (config.num_frames // config.tubelet_size, *_image(config)), lambda config: 0),
-    "vivit": _Layout(_vivit, lambda config: 1),
-    "timesformer": _Layout(lambda config: (*_image(config), config.num_frames), lambda config: 1),  # time runs fastest
+    "vit": _Layout(1),
+    "deit": _Layout(2),
+    "clip_vision_model": _Layout(1),
+    "siglip_vision_model": _Layout(0),
+    "dinov2": _Layout(1),
+    "dinov2_with_registers": _Layout(1),
+    "dinov3_vit": _Layout(1, rotary=True),
+    "videomae": _Layout(0, lambda config: (config.num_frames // config.tubelet_size, *_image(config))),
+    "vivit": _Layout(1, _vivit),
+    "timesformer": _Layout(1, lambda config: (*_image(config), config.num_frames)),  # time runs fastest
 }
+POOLING = "SiglipMultiheadAttentionPoolingHead"
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -67,13 +77,16 @@ def sites(model: nn.Module) -> Iterator[Site]:
     Yields:
         One site for each.
     """
-    pretrained = sys.modules[PACKAGE].PreTrainedModel
-    owners = [each for each in model.modules() if isinstance(each, pretrained)]
+    if _MODELS not in sys.modules:  # there can be no model then
+        return
+    owners = [each for each in model.modules() if isinstance(each, sys.modules[_MODELS].PreTrainedModel)]
     for owner in owners:
         leaves, partial = _leaves(owner), type(owner).__name__ == "VideoMAEForPreTraining"
         for name, module in model.named_modules():
             if type(module) in leaves or (not leaves and type(module).__name__ == "TimesformerSelfAttention"):
-                yield _site(owner.config, name, module, partial)
+                yield _site(getattr(module, "config", owner.config), name, module, partial)
+            elif type(module).__name__ == POOLING:
+                yield Site(f"{name}.attention", module.attention, kept="it pools by queries that are learned")
             elif type(owner).__module__ == type(module).__module__ and _unknown(module, leaves):
                 yield Site(name, module, refused=f"belongs to {owner.config.model_type!r}, which no adapter knows")
 
@@ -105,9 +118,11 @@ def _site(config: Any, name: str, module: Any, partial: bool) -> Site:
     kind = getattr(config, "attention_type", "joint_space_time")
     if config.model_type == "timesformer" and kind != "joint_space_time":
         return Site(name, module, refused=f"does not attend over space and time together, but has {kind!r}")
-    way = _INTERFACE if hasattr(module, "scaling") else by_forward(_forward_joint)
-    dropout = float(config.attention_probs_dropout_prob)
-    return Site(name, module, way, layout.grid(config), layout.prefix(config), dropout)
+    way = by_forward(_forward_joint) if config.model_type == "timesformer" else _INTERFACE
+    names = ("attention_probs_dropout_prob", "attention_dropout")
+    dropout = next(float(getattr(config, name)) for name in names if hasattr(config, name))
+    prefix = layout.prefix + getattr(config, "num_register_tokens", 0)
+    return Site(name, module, way, layout.grid(config), prefix, dropout, layout.rotary)
 
 
 def attention_forward(
@@ -139,7 +154,7 @@ def attention_forward(
         AdapterError: If a mask differs from query to query, or something is asked for that has no meaning.
     """
     if door_of(module) is None:
-        plain = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS["sdpa"]
+        plain = sys.modules[_MODELS].ALL_ATTENTION_FUNCTIONS["sdpa"]
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **asked)
     names = ("is_causal", "output_attentions", "position_bias", "softcap", "sliding_window", "s_aux", "head_mask")
     refuse(module, **{name: asked.get(name) for name in names})
@@ -167,7 +182,7 @@ def _forward_joint(self: Any, hidden_states: Tensor, output_attentions: bool = F
 
 def _enter(module: Any, door: Any) -> None:
     """Have the configuration name the interface, whose name the attention of all layers is looked up by."""
-    sys.modules[PACKAGE].AttentionInterface.register(NAME, attention_forward)
+    sys.modules[_MODELS].AttentionInterface.register(NAME, attention_forward)
     masks = sys.modules["transformers.masking_utils"]
     masks.AttentionMaskInterface.register(NAME, masks.sdpa_mask)
     if module.config._attn_implementation != NAME:

@@ -190,7 +190,10 @@ def test_derivatives(operator):
     torch.autograd.gradcheck(lambda *each: attend(operator, *each, **options), (q, k, v), fast_mode=True)
 
 
-@pytest.mark.parametrize("operator", ["flattened", "kao_kv", "clustered", "axial"])
+@pytest.mark.parametrize(
+    "operator",
+    ["kao_kv", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("flattened", "clustered", "axial"))],
+)
 def test_it_compiles_without_a_break(operator):
     torch._dynamo.reset()
     q, k, v = tensors()

@@ -134,6 +134,13 @@ def test_masks_of_a_call_are_refused():
         model.blocks[0].attn(torch.randn(1, 5, 24))
 
 
+def test_the_report_tells_what_sees_the_prefix():
+    model = vit()()
+    for operator, seen in (("axial", "1 apart"), ("kao_kv", "1 seen"), ("flattened", "1 seen")):
+        with ta.swapped(model, operator) as report:
+            assert [seen in line for line in str(report).splitlines()[2:]] == [True, True]
+
+
 def test_late_layers_alone():
     model = vit(depth=3)()
     report = ta.swap_attention(model, tokens=8, layers=lambda name, _: {} if name > "blocks.1" else None)

@@ -141,7 +141,7 @@ def test_refusals_of_models():
     )
     refused(
         nn.Linear(3, 3),
-        "Linear has no attention layer that is known; hosts are: torch, timm, transformers, monai, diffusers.",
+        "Linear has no attention layer that is known; hosts are: timm, transformers, monai, diffusers, torch.",
     )
     refused(
         encoder(),

@@ -53,6 +53,9 @@ CASES = {
     ),
     "DINOv2, eager": Case(model("Dinov2", "eager"), image(), names("encoder.layer.{}.attention"), (4, 4), 1, ("q_proj", "v_proj")),
     "ViT": Case(model("ViT"), image(), names("layers.{}.attention"), (4, 4), 1, ("q_proj", "v_proj")),
+    "DeiT": Case(model("DeiT"), image(), names("layers.{}.attention"), (4, 4), 2, ("q_proj", "v_proj")),
+    "CLIP": Case(model("CLIPVision"), image(), names("encoder.layers.{}.self_attn"), (4, 4), 1, ("q_proj", "v_proj")),
+    "SigLIP": Case(model("SiglipVision"), image(), names("encoder.layers.{}.self_attn"), (4, 4), 0, ("q_proj", "v_proj")),
     "TimeSformer, joint": Case(
         model("Timesformer", "eager", num_frames=3, attention_type="joint_space_time"),
         video(3), names("encoder.layer.{}.attention.attention"), (4, 4, 3), 1, ("qkv",),
@@ -104,6 +107,43 @@ def test_layers_that_are_left_out_keep_full_attention():
         assert net.config._attn_implementation == "eager"
         torch.testing.assert_close(kept, net.encoder.layer[0].attention(x)[0])
         torch.testing.assert_close(outputs(net, case), exact)
+
+
+def test_rotary_embeddings_and_registers():
+    case = Case(model("DINOv3ViT", num_register_tokens=2), image(), (), (4, 4), 3, ())
+    net = made(case)
+    with torch.no_grad():
+        exact = outputs(net, case)
+        report = swap(net, case, verify=case.inputs())
+        assert [(layer.grid, layer.prefix, layer.parity < 1e-5) for layer in report.layers] == [((4, 4), 3, True)] * 2
+        ta.restore_attention(net)
+        swap(net, case, tokens=16)
+        torch.testing.assert_close(outputs(net, case), exact, rtol=1e-4, atol=1e-5)
+        ta.restore_attention(net)
+    with pytest.raises(
+        AdapterError, match=r"turns keys by their places \(rotary\), and operator 'additive' averages keys"
+    ):
+        swap(net, case, "additive")
+
+
+def test_of_two_towers_the_one_is_left_out():
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 9},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=4,
+    )
+    net = transformers.CLIPModel(config).eval()
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    with pytest.raises(AdapterError, match=r"text_model.*self_attn \(CLIPAttention\) belongs to 'clip_text_model'"):
+        ta.swap_attention(net)
+    with torch.no_grad():
+        exact = net(**inputs)
+        report = ta.swap_attention(
+            net, "flattened", layers=lambda name, _: {} if "vision" in name else None, verify=inputs
+        )
+        assert [layer.name for layer in report.layers] == ["vision_model.encoder.layers.0.self_attn"]
+        torch.testing.assert_close(net(**inputs).logits_per_image, exact.logits_per_image)
 
 
 def test_saving_a_swapped_model_saves_a_plain_one(tmp_path):
