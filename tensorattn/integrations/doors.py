@@ -85,7 +85,7 @@ class Door:
             query: Queries ``(B, H, L, D)``.
             key: Keys.
             value: Values.
-            dropout_p: Probability that the host would drop an attention weight with, now.
+            dropout_p: Probability of dropping an attention weight.
             **asked: Scale and mask of the keys.
 
         Raises:
@@ -93,8 +93,6 @@ class Door:
         """
         if self.grid is None:
             raise AdapterError(f"{self.name} does not know its grid: no module above it has been called.")
-        if self.dropout is not None and dropout_p > 0:
-            dropout_p = self.dropout
         attention = grid_attention if self.probe is None else self.probe
         asked.update(grid=self.grid, prefix=self.prefix, operator=self.operator, dropout_p=dropout_p)
         try:
@@ -172,6 +170,8 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **asked
     """
     door = door_of(module)
     assert door is not None
+    if door.dropout is not None:
+        asked["dropout_p"] = door.dropout if module.training else 0.0
     return door.attend(query, key, value, **asked)
 
 

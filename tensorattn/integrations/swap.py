@@ -29,6 +29,7 @@ from tensorattn.functional.operator import get_operator
 from tensorattn.integrations import diffusers, monai, timm, transformers
 from tensorattn.integrations import torch as own
 from tensorattn.integrations.doors import BESIDE, DOOR, Beside, Door, Site, door_of, leave
+from tensorattn.masks import counting_dtype
 
 __all__ = ["LayerReport", "SwapReport", "restore_attention", "swap_attention", "swapped"]
 
@@ -89,7 +90,7 @@ class SwapReport:
         kept: Layers of attention that were left as they are, each with the reason.
         difference: Norm of the change of the output of the model, relative to the norm of the output; None without
             ``verify``.
-        before: Time and peak memory of a call before the swap; likewise.
+        before: Time and peak memory of a call before the swap, on one thread of a CPU or on a GPU; likewise.
         after: The same after it.
 
     Examples:
@@ -378,18 +379,19 @@ def _decide(site: Site, given: Mapping[str, Any], dropout: float | None, verifie
     if grid is not None:
         grid = check_grid(grid, prefix)
         record.needs(len(grid), **record.with_defaults(options))
-        if site.rotary:
-            _check_rotary(site, operator, options, len(grid))
-    if site.dropout > 0 and dropout is None and "dropout_p" in record.lacking(record.with_defaults(options)):
+    if site.rotary:
+        _check_rotary(site, operator, options, 2 if grid is None else len(grid))
+    dropped = site.dropout if dropout is None else dropout
+    if dropped > 0 and "dropout_p" in record.lacking(record.with_defaults(options)):
+        whose = _told(site) if dropout is None else "attention_dropout"
         raise AdapterError(
-            f"{_told(site)} drops attention weights with probability {site.dropout:g} in training, which operator "
-            f"{operator!r} cannot.",
+            f"{whose} drops attention weights with probability {dropped:g} in training, which operator {operator!r} "
+            f"cannot.",
             hint="Say attention_dropout=0.0 to train without.",
         )
     assert site.way is not None
-    return _Plan(
-        site, Door(site.name, site.way, operator, options, grid, prefix, dropout, site.tells and grid is None), auto
-    )
+    told = site.tells and grid is None
+    return _Plan(site, Door(site.name, site.way, operator, options, grid, prefix, dropout, told), auto)
 
 
 def _check_rotary(site: Site, operator: str, options: Mapping[str, Any], order: int) -> None:
@@ -462,11 +464,15 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _difference(output: Any, original: Any) -> float:
     """Return the norm of a change relative to the norm of the original, over all tensors."""
-    pairs = list(zip(_tensors(output), _tensors(original), strict=True))
-    change, whole = (math.sqrt(sum(float(each.double().square().sum()) for each in some)) for some in (
-        [new.double() - old.double() for new, old in pairs], [old for _, old in pairs]
-    ))  # fmt: skip
+    pairs = [(_precise(new), _precise(old)) for new, old in zip(_tensors(output), _tensors(original), strict=True)]
+    change = math.hypot(*(float((new - old).norm()) for new, old in pairs))
+    whole = math.hypot(*(float(old.norm()) for _, old in pairs))
     return change / whole if whole else (0.0 if change == 0 else math.inf)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Return a tensor in the widest type of its device."""
+    return tensor.to(counting_dtype(tensor.device))
 
 
 def _prove(
@@ -546,14 +552,12 @@ class _Reading:
                 self.lacking, self.tokens = choice, 0
                 return exact
             self.tokens = options["tokens"] = max(self.tokens, choice.tokens)
-        if plan.site.rotary:
-            _check_rotary(plan.site, door.operator, options, len(shared["grid"]))
         found = attend_grid(query, key, value, operator=door.operator, return_rho=True, **shared, **options)
         mask = shared.get("key_mask")
         shown = torch.ones_like(value[..., :1]) if mask is None else _over_tokens(mask, value)
         mean = (value * shown).sum(-2, keepdim=True) / shown.sum(-2, keepdim=True).clamp_min(1)
         mean = mean.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        off, spread = (float(each.double().norm()) for each in (found.output - exact, exact - mean))
+        off, spread = (float(_precise(each).norm()) for each in (found.output - exact, exact - mean))
         self.errors.append(off / spread if spread else (0.0 if off == 0 else math.inf))
         if found.rho is not None:
             self.rhos.append(float(found.rho.amax()))

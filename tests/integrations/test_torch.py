@@ -169,6 +169,11 @@ def test_refusals_of_models():
         ({"tokens": "auto"}, "tokens='auto' needs verify=: inputs to choose them by."),
         ({"grid": "own"}, "grid must be 'auto' or given in numbers, got 'own'."),
         ({"grid": (2, 0)}, "every mode needs at least 1 index, but grid has size 0 for mode 1."),
+        (
+            {"attention_dropout": 0.5},
+            "attention_dropout drops attention weights with probability 0.5 in training, which operator 'clustered' "
+            "cannot.\n  Say attention_dropout=0.0 to train without.",
+        ),
         ({"prefix": -1}, "prefix must be at least 0, got -1."),
         (
             {"layers": lambda name, module: True},
@@ -236,7 +241,19 @@ def test_an_adapter_that_is_wrong_is_found(monkeypatch):
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
 
 
-def test_a_layer_that_is_not_called_or_bypassed_is_refused():
+def test_a_way_past_the_operator_is_found(monkeypatch):
+    monkeypatch.setattr("tensorattn.integrations.torch._BESIDE", ())
+    model = encoder().eval()
+    refused(
+        model,
+        "layers.0.self_attn (SwappedMultiheadAttention) is bypassed: the model computes its attention elsewhere.",
+        "kao_kv",
+        grid=GRID,
+        verify=(torch.randn(2, P, 16),),
+    )
+
+
+def test_a_layer_that_is_not_called_is_refused():
     class Lazy(nn.Module):
         def __init__(self):
             super().__init__()
@@ -275,15 +292,13 @@ def test_training_goes_on_in_the_mode_it_was_in():
     assert [each.training for each in model.modules()] == modes
 
 
-def test_dropout_of_the_host_is_that_of_the_operator():
-    case = CASES["encoder"]
-    model = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.5, batch_first=True)
-    ta.swap_attention(model, "kao_kv", grid=GRID)
-    x = torch.randn(2, P, 16)
-    assert not torch.equal(
-        model.self_attn(x, x, x, need_weights=False)[0], model.self_attn(x, x, x, need_weights=False)[0]
-    )
-    ta.restore_attention(model)
-    ta.swap_attention(model, "kao_kv", grid=GRID, attention_dropout=0.0)
-    assert torch.equal(model.self_attn(x, x, x, need_weights=False)[0], model.self_attn(x, x, x, need_weights=False)[0])
-    assert outputs(made(case), case)[0].shape == x.shape
+@pytest.mark.parametrize(
+    "host_drops, asked, drops", [(0.5, None, True), (0.5, 0.0, False), (0.0, 0.5, True), (0.0, None, False)]
+)
+def test_dropout_is_that_of_the_host_or_another(host_drops, asked, drops):
+    attn, x = nn.MultiheadAttention(16, 4, dropout=host_drops, batch_first=True), torch.randn(2, P, 16)
+    ta.swap_attention(attn, "kao_kv", grid=GRID, attention_dropout=asked)
+    for training in (True, False):
+        attn.train(training)
+        one, two = (attn(x, x, x, need_weights=False)[0] for _ in range(2))
+        assert torch.equal(one, two) is not (drops and training)
