@@ -20,6 +20,7 @@ from tensorattn.diagnose import (
     marginal_mean_law,
 )
 from tensorattn.errors import (
+    AdapterError,
     DtypeError,
     ModesError,
     OptionError,
@@ -42,6 +43,7 @@ from tensorattn.functional import (
     find_cells,
     flattened_attention,
     get_operator,
+    grid_attention,
     kao_kv,
     kao_qkv,
     kronecker_product_attention,
@@ -50,6 +52,14 @@ from tensorattn.functional import (
     register_operator,
     summarize,
     truncated_attention,
+)
+from tensorattn.integrations import (
+    LayerReport,
+    ResidualAttention,
+    SwapReport,
+    restore_attention,
+    swap_attention,
+    swapped,
 )
 from tensorattn.models import TensorTransformer, TensorTransformerConfig
 from tensorattn.modes import ModeSpec
@@ -75,6 +85,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "OPERATORS",
+    "AdapterError",
     "AdditiveFraction",
     "AlibiBias",
     "AttentionResult",
@@ -88,6 +99,7 @@ __all__ = [
     "DtypeError",
     "ErrorEstimate",
     "GatedMLP",
+    "LayerReport",
     "LearnedPositions",
     "ModeSpec",
     "ModesError",
@@ -100,10 +112,12 @@ __all__ = [
     "Plan",
     "PositionBias",
     "RelativePositionBias",
+    "ResidualAttention",
     "RotaryEmbedding",
     "ShapeError",
     "SinCosPositions",
     "Summary",
+    "SwapReport",
     "TensorAttention",
     "TensorAttentionError",
     "TensorNormal",
@@ -128,6 +142,7 @@ __all__ = [
     "flattened_attention",
     "get_operator",
     "gls_weights",
+    "grid_attention",
     "interaction_residual",
     "kao_kv",
     "kao_qkv",
@@ -140,6 +155,9 @@ __all__ = [
     "outer_sum",
     "plan",
     "register_operator",
+    "restore_attention",
     "summarize",
+    "swap_attention",
+    "swapped",
     "truncated_attention",
 ]

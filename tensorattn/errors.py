@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "AdapterError",
     "DtypeError",
     "ModesError",
     "OptionError",
@@ -91,6 +92,10 @@ class ModesError(TensorAttentionError):
 
 class OptionError(TensorAttentionError):
     """An option has a value outside its range, or has no meaning for this operator."""
+
+
+class AdapterError(TensorAttentionError):
+    """The attention of a model cannot be replaced without changing what nobody asked to change."""
 
 
 def describe(

@@ -100,7 +100,7 @@ def test_every_module_is_documented_and_exports_what_exists():
 
 
 def test_every_face_is_seen():
-    rooms = ["averages", "diagnose", "functional", "models", "nn", "testing"]
+    rooms = ["averages", "diagnose", "functional", "integrations", "models", "nn", "testing"]
     assert ["tensorattn", *(f"tensorattn.{room}" for room in rooms)] == FACES
     assert len(public_functions()) > 100
 

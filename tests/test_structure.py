@@ -23,10 +23,14 @@ PACKAGE = Path(tensorattn.__file__).parent
 PROJECT = PACKAGE.parent / "pyproject.toml"
 
 LIBRARY = ("errors", "modes", "masks", "averages", "functional", "nn", "models")  # each imports those before it
-TOOLS = ("diagnose", "testing", "cli", "__main__")
-ROOMS = (*LIBRARY, *TOOLS)
+DOORS = "integrations"  # a room of the library that measures what it does, so it lies behind diagnose
+TOOLS = ("testing", "cli", "__main__")
+ROOMS = (*LIBRARY, "diagnose", DOORS, *TOOLS)
 APART = "testing.reference"  # the oracle, which shares nothing with the rest
-OPTIONAL = ("matplotlib", "hypothesis", "nibabel", "pydicom", "PIL", "av", "tqdm", "scipy", "peft", "safetensors")
+OPTIONAL = (
+    "matplotlib", "hypothesis", "nibabel", "pydicom", "PIL", "av", "tqdm", "scipy", "peft", "safetensors", "timm",
+    "transformers", "monai", "diffusers",
+)  # fmt: skip
 LATE = ("cli.main", "cli.common")  # the commands, and packages that may not be installed, are imported when needed
 
 
@@ -103,7 +107,7 @@ def broken_imports(module: str, source: str, sources: dict[str, str]) -> Iterato
         elif module == APART:
             yield f"{module} stands apart, but imports {name}"
         elif not below:
-            if room in (*LIBRARY, "diagnose"):
+            if room in (*LIBRARY, "diagnose", DOORS):
                 yield f"{module} imports the package itself, which imports everything"
         elif below == "testing" and room not in ("testing", "cli"):
             yield f"{module or 'the package'} imports {name}, which only the command line may"
@@ -115,7 +119,7 @@ def broken_imports(module: str, source: str, sources: dict[str, str]) -> Iterato
 
 def broken_statements(module: str, source: str) -> Iterator[str]:
     """Every statement of a module that breaks a rule, in words."""
-    library = module.split(".")[0] in LIBRARY
+    library = module.split(".")[0] in (*LIBRARY, DOORS)
     for node in parsed(source):
         if isinstance(node, ast.Call):
             named = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -172,6 +176,14 @@ BROKEN = {
     "up under another name": (
         {"masks": "import tensorattn.nn.attention as attention", "nn.attention": ""},
         "masks imports tensorattn.nn.attention, which is above masks",
+    ),
+    "a host is imported": (
+        {"integrations.timm": "import timm"},
+        "integrations.timm imports timm, which is not required: go through cli.common.require",
+    ),
+    "a door under what it measures with": (
+        {"diagnose.error": "from tensorattn.integrations import swap_attention", "integrations": ""},
+        "diagnose.error imports tensorattn.integrations, which is above diagnose",
     ),
     "a tool under the library": (
         {"nn.attention": "from tensorattn.diagnose import cost", "diagnose": ""},

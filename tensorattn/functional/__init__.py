@@ -11,6 +11,7 @@ from tensorattn.functional.axial import AXIAL, axial_attention
 from tensorattn.functional.cells import Cells, find_cells
 from tensorattn.functional.clustered import CLUSTERED, clustered_attention
 from tensorattn.functional.flattened import FLATTENED, flattened_attention
+from tensorattn.functional.grid import grid_attention
 from tensorattn.functional.kao import KAO_KV, KAO_QKV, kao_kv, kao_qkv
 from tensorattn.functional.kronecker import (
     KRONECKER_PRODUCT,
@@ -45,6 +46,7 @@ __all__ = [
     "find_cells",
     "flattened_attention",
     "get_operator",
+    "grid_attention",
     "kao_kv",
     "kao_qkv",
     "kronecker_product_attention",
