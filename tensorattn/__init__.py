@@ -51,7 +51,7 @@ from tensorattn.functional import (
     summarize,
     truncated_attention,
 )
-from tensorattn.models import TensorTransformer, TensorTransformerConfig
+from tensorattn.models import KANet, TensorTransformer, TensorTransformerConfig, TensorUNet
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import (
     AlibiBias,
@@ -88,6 +88,7 @@ __all__ = [
     "DtypeError",
     "ErrorEstimate",
     "GatedMLP",
+    "KANet",
     "LearnedPositions",
     "ModeSpec",
     "ModesError",
@@ -110,6 +111,7 @@ __all__ = [
     "TensorTransformer",
     "TensorTransformerBlock",
     "TensorTransformerConfig",
+    "TensorUNet",
     "TokenChoice",
     "WeightsError",
     "additive_attention",
