@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tensorattn.modes import ModeSpec
 from tensorattn.nn.mixers import DepthwiseFilter
-from tensorattn.nn.parameters import draw_linear
+from tensorattn.nn.parameters import draw_linear, reset_parts
 
-__all__ = ["InvertedResidual", "WindowEmbedding"]
+__all__ = ["ChannelNorm", "InvertedResidual", "WindowEmbedding"]
 
 SIZE = 3  # of a window along each mode
 
@@ -77,11 +77,38 @@ class WindowEmbedding(nn.Module):
         return self.proj(windows.flatten(1 + self.order))
 
 
+class ChannelNorm(nn.BatchNorm1d):
+    r"""Standardise each channel over the batch and all positions: batch norm for every order, channels last.
+
+    Shape:
+        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+
+    Examples:
+        >>> import torch
+        >>> y = ChannelNorm(8)(3 + torch.randn(2, 3, 4, 5, 6, 8))
+        >>> bool(y.flatten(0, -2).mean(0).abs().max() < 1e-5)
+        True
+    """
+
+    __call__: Callable[..., Tensor]  # a module says Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Standardise.
+
+        Args:
+            input: Input, channels last.
+
+        Returns:
+            The output, of the shape of the input.
+        """
+        return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)
+
+
 class InvertedResidual(nn.Module):
     r"""Widen each position, filter every channel over its neighbours, and narrow it again, with a skip around.
 
-    Without stride, and with as many channels as before, the input is added. Norms are over channels, position by
-    position, so a batch of one is like any other.
+    Without stride, and with as many channels as before, the input is added. Each of the three maps is followed by a
+    batch norm, the first two by relu6.
 
     Args:
         in_channels: Channels of the input.
@@ -122,17 +149,17 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = max(1, math.floor(expansion * in_channels))
         self.skips = stride == 1 and in_channels == out_channels
-        self.norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
-        self.in_proj = nn.Linear(in_channels, hidden, device=device, dtype=dtype)
+        self.in_proj = nn.Linear(in_channels, hidden, bias=False, device=device, dtype=dtype)
         self.filter = DepthwiseFilter(hidden, modes=modes, stride=stride, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(hidden, out_channels, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(hidden, out_channels, bias=False, device=device, dtype=dtype)
+        self.norms = nn.ModuleList(ChannelNorm(c, device=device, dtype=dtype) for c in (hidden, hidden, out_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, linear maps Xavier uniform with biases of zero."""
+        """Draw all weights anew, linear maps Xavier uniform, and forget what the norms have seen."""
         for linear in (self.in_proj, self.out_proj):
             draw_linear(linear)
-        self.norm.reset_parameters()
+        reset_parts(self.norms)
         self.filter.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,5 +171,7 @@ class InvertedResidual(nn.Module):
         Returns:
             The output.
         """
-        y = self.out_proj(F.gelu(self.filter(F.gelu(self.in_proj(self.norm(x))))))
+        widened, filtered, narrowed = self.norms
+        y = F.relu6(filtered(self.filter(F.relu6(widened(self.in_proj(x))))))
+        y = narrowed(self.out_proj(y))
         return x + y if self.skips else y

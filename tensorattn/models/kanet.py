@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.errors import OptionError, check, retells
-from tensorattn.models.convolution import InvertedResidual, WindowEmbedding
+from tensorattn.models.convolution import ChannelNorm, InvertedResidual, WindowEmbedding
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import TensorTransformerBlock
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
@@ -23,8 +23,9 @@ class KANet(nn.Module):
     r"""Classify tensors of any order: a stem, stages of inverted residuals and mixers, a mean, a linear map.
 
     The stem looks at windows of :math:`3^N` positions with stride 2, and each stage after the first starts with
-    stride 2 too; sizes are halved upwards, so every size of at least one fits. A stage is inverted residuals, each
-    followed by a norm and a mixer with a skip around them.
+    stride 2 too; sizes are halved and rounded up, so every size of at least one fits. A stage is inverted residuals,
+    each followed by a norm and a mixer with a skip around them. Convolutions have batch norms, so train on more than
+    one sample.
 
     Args:
         in_channels: Channels of the input.
@@ -97,6 +98,7 @@ class KANet(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         first, last = self.widths[0], self.widths[-1]
         self.stem = WindowEmbedding(in_channels, first, modes=modes, stride=2, **factory)
+        self.stem_norm = ChannelNorm(first, **factory)
         stages: list[nn.Module] = []
         before = first
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
@@ -116,8 +118,8 @@ class KANet(nn.Module):
                 stages += [local, mixing]
                 before = width
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(last, **factory)
-        self.features = nn.Linear(last, 4 * last, **factory)
+        self.features = nn.Linear(last, 4 * last, bias=False, **factory)
+        self.features_norm = ChannelNorm(4 * last, **factory)
         self.head = nn.Linear(4 * last, num_classes, **factory)
         self._draw()
 
@@ -145,8 +147,8 @@ class KANet(nn.Module):
             DtypeError: If the input is not floating point, or not of the type of the parameters.
         """
         self._check(x)
-        y = self.stages(self.stem(channels_last(x, self.channels_first)))
-        y = F.gelu(self.features(self.norm(y)))
+        y = F.relu6(self.stem_norm(self.stem(channels_last(x, self.channels_first))))
+        y = F.relu6(self.features_norm(self.features(self.stages(y))))
         return self.head(y.flatten(1, -2).mean(1))
 
     @retells

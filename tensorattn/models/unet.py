@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.errors import check, retells
-from tensorattn.models.convolution import InvertedResidual, WindowEmbedding
+from tensorattn.models.convolution import ChannelNorm, InvertedResidual, WindowEmbedding
 from tensorattn.models.kanet import check_expansion, check_widths
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import PatchEmbedding, PatchUnembedding, TensorTransformerBlock
@@ -115,8 +115,8 @@ class TensorUNet(nn.Module):
         self.joins = nn.ModuleList(nn.Linear(2 * width, width, **factory) for width in finer[1:])
         self.decoders = nn.ModuleList(local(width) for width in self.widths[:-1])
         self.local = WindowEmbedding(in_channels, fine, modes=modes, **factory)
-        self.norm = nn.LayerNorm(2 * fine, **factory)
-        self.features = nn.Linear(2 * fine, 2 * fine, **factory)
+        self.features = nn.Linear(2 * fine, 2 * fine, bias=False, **factory)
+        self.norm = ChannelNorm(2 * fine, **factory)
         self.head = nn.Linear(2 * fine, out_channels, **factory)
         self._draw()
 
@@ -156,7 +156,7 @@ class TensorUNet(nn.Module):
         for held, up, join, decoder in reversed(steps):
             y = decoder(join(torch.cat([up(y, sizes=held.shape[1:-1]), held], -1)))
         y = torch.cat([self.up[0](y, sizes=last.shape[1:-1]), self.local(last)], -1)
-        y = self.head(F.gelu(self.features(self.norm(y))))
+        y = self.head(F.relu6(self.norm(self.features(y))))
         return y.movedim(-1, 1) if self.channels_first else y
 
     @retells

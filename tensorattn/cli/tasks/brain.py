@@ -20,7 +20,7 @@ from tensorattn.cli.tasks.task import TEST_SEED, Batch, Metric, Task, package_fi
 from tensorattn.errors import OptionError
 from tensorattn.models import TensorTransformer, TensorTransformerConfig
 
-__all__ = ["Drift", "Gps", "Template"]
+__all__ = ["Drift", "Gps", "OfTemplate", "Template", "check_sizes", "offsets", "rotations", "uniform"]
 
 BLOCK = 6  # voxels; test crops have their middles in every fourth of such blocks, training crops in the others
 TURN, ZOOM, GAIN, NOISE = 0.3, 0.15, 0.2, 0.04  # of crops: radians, shares, share, share of the brightest voxel
@@ -57,6 +57,10 @@ class Template:
     def millimetres(self, places: Tensor) -> Tensor:
         """Return where places given by indices are, in mm."""
         return places @ self.affine[:3, :3].mT + self.affine[:3, 3]
+
+    def indices(self, places: Tensor) -> Tensor:
+        """Return indices of places given in mm."""
+        return (places - self.affine[:3, 3]) @ torch.linalg.inv(self.affine[:3, :3]).mT
 
 
 @functools.cache
@@ -119,12 +123,12 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _OfTemplate(Task):
+class OfTemplate(Task):
     """What both tasks share: crops whose middles in training and in tests lie in different blocks of the brain."""
 
     def tests(self) -> Mapping[str, Sequence[Batch]]:
         """Draw crops of other places, and of another template where there is one."""
-        sources = {"unseen": packaged_template(), "other": other_template()}
+        sources = {"unseen": self.template(), "other": other_template()}
         found = {}
         for name, template in sources.items():
             if template is not None:
@@ -134,7 +138,11 @@ class _OfTemplate(Task):
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw crops to train on."""
-        return self.sample(packaged_template(), generator, False)
+        return self.sample(self.template(), generator, False)
+
+    def template(self) -> Template:
+        """Return the brain to train on."""
+        return packaged_template()
 
     def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
         """Draw crops.
@@ -160,7 +168,7 @@ class _OfTemplate(Task):
 
 
 @dataclass(frozen=True)
-class Gps(_OfTemplate):
+class Gps(OfTemplate):
     """Say of each patch of a crop where in the brain it is, in mm.
 
     Attributes:
@@ -178,10 +186,11 @@ class Gps(_OfTemplate):
     }
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("error, mm", lower=True, digits=2),)
     budgets: ClassVar[Mapping[str, int]] = {"short": 300, "long": 900}
+    rate: ClassVar[float] = 8e-3
 
     def __post_init__(self) -> None:
         """Refuse crops that patches do not divide."""
-        _check_sizes(self.size, self.patch)
+        check_sizes(self.size, self.patch)
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
@@ -220,7 +229,7 @@ class Gps(_OfTemplate):
 
 
 @dataclass(frozen=True)
-class Drift(_OfTemplate):
+class Drift(OfTemplate):
     """Say of each patch of a clip how fast the brain moves there, and where in the brain it is.
 
     Attributes:
@@ -243,8 +252,8 @@ class Drift(_OfTemplate):
 
     def __post_init__(self) -> None:
         """Refuse clips that patches do not divide."""
-        _check_sizes(self.size, self.patch)
-        _check_sizes(self.frames, self.patch, "frames")
+        check_sizes(self.size, self.patch)
+        check_sizes(self.frames, self.patch, "frames")
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
@@ -293,8 +302,17 @@ class Drift(_OfTemplate):
         return 1 - missed.item(), 50 * torch.linalg.vector_norm(says_place - place, dim=-1).mean().item()
 
 
-def _check_sizes(size: Any, patch: Any, called: str = "size") -> None:
-    """Refuse sizes that a patch does not divide."""
+def check_sizes(size: Any, patch: Any, called: str = "size") -> None:
+    """Refuse sizes that a patch does not divide.
+
+    Args:
+        size: Size of a crop along a mode.
+        patch: Size of a patch.
+        called: What the size is called.
+
+    Raises:
+        OptionError: If one is no positive whole number, or there are no whole patches, or too many.
+    """
     for name, number in ((called, size), ("patch", patch)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise OptionError(f"{name} must be a whole number of at least 1, got {number!r}.")
