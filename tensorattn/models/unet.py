@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.errors import check, retells
+from tensorattn.masks import is_recorded
 from tensorattn.models.convolution import ChannelNorm, InvertedResidual, WindowEmbedding
 from tensorattn.models.kanet import check_expansion, check_widths
 from tensorattn.modes import ModeSpec
@@ -154,8 +155,8 @@ class TensorUNet(nn.Module):
         y = self.bottom(y)
         steps = list(zip(kept, self.up[1:], self.joins, self.decoders, strict=True))
         for held, up, join, decoder in reversed(steps):
-            y = decoder(join(torch.cat([up(y, sizes=held.shape[1:-1]), held], -1)))
-        y = torch.cat([self.up[0](y, sizes=last.shape[1:-1]), self.local(last)], -1)
+            y = decoder(join(torch.cat([_cropped(up(y), held), held], -1)))
+        y = torch.cat([_cropped(self.up[0](y), last), self.local(last)], -1)
         y = self.head(F.relu6(self.norm(self.features(y))))
         return y.movedim(-1, 1) if self.channels_first else y
 
@@ -166,3 +167,13 @@ class TensorUNet(nn.Module):
         parameter = parameter_of(self)
         if parameter is not None:
             check_parameters(x, parameter)
+
+
+def _cropped(y: Tensor, like: Tensor) -> Tensor:
+    """Crop the modes of a tensor to the sizes of another, in a graph in one way for all sizes."""
+    for mode, size in enumerate(like.shape[1:-1], 1):
+        if is_recorded():
+            y = y.index_select(mode, torch.arange(size, device=y.device))
+        else:
+            y = y.narrow(mode, 0, size)
+    return y

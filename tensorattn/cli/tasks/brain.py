@@ -24,6 +24,7 @@ __all__ = ["Drift", "Gps", "OfTemplate", "Template", "check_sizes", "offsets", "
 
 BLOCK = 6  # voxels; test crops have their middles in every fourth of such blocks, training crops in the others
 TURN, ZOOM, GAIN, NOISE = 0.3, 0.15, 0.2, 0.04  # of crops: radians, shares, share, share of the brightest voxel
+MEAN, DEVIATION = 0.5, 0.3  # of the brightness of crops, about
 TEST_BATCHES = 16
 
 
@@ -53,6 +54,10 @@ class Template:
         volume = self.values.expand(len(places), 1, *self.values.shape)
         grid = scaled.flip(-1).reshape(len(places), -1, 1, 1, 3)
         return F.grid_sample(volume, grid, align_corners=True).reshape(places.shape[:-1])
+
+    def seen(self, places: Tensor, gain: Tensor, noise: Tensor) -> Tensor:
+        """Return what a noisy camera with a gain sees at places, standardised about, with one channel ``(B, *, 1)``."""
+        return ((gain * self.at(places) + noise - MEAN) / DEVIATION).unsqueeze(-1)
 
     def millimetres(self, places: Tensor) -> Tensor:
         """Return where places given by indices are, in mm."""
@@ -217,7 +222,7 @@ class Gps(OfTemplate):
         )
         gain = 1 + GAIN * uniform(generator, self.batch, 1, 1, 1)
         noise = NOISE * torch.randn(places.shape[:-1], generator=generator)
-        return Batch((gain * template.at(places) + noise).unsqueeze(-1), template.millimetres(patches) / 50)
+        return Batch(template.seen(places, gain, noise), template.millimetres(patches) / 50)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean distance, in 50 mm."""
@@ -249,6 +254,7 @@ class Drift(OfTemplate):
         Metric("error of place, mm", lower=True, digits=2),
     )
     budgets: ClassVar[Mapping[str, int]] = {"short": 400, "long": 1200}
+    rate: ClassVar[float] = 8e-3
 
     def __post_init__(self) -> None:
         """Refuse clips that patches do not divide."""
@@ -288,7 +294,7 @@ class Drift(OfTemplate):
         gain = gain * (1 + 0.03 * uniform(generator, self.batch, self.frames, 1, 1, 1))
         noise = 0.02 * torch.randn(places.shape[:-1], generator=generator)
         found = template.millimetres(seen(patches, self.patch)) / 50
-        return Batch((gain * template.at(places) + noise).unsqueeze(-1), torch.cat([velocity, found], -1))
+        return Batch(template.seen(places, gain, noise), torch.cat([velocity, found], -1))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean squared error of velocity and of place, both of variance one about."""

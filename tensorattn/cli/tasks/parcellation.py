@@ -149,7 +149,7 @@ class Parcellation(OfTemplate):
         inside = ((nearest >= 0) & (nearest < sizes)).all(-1)
         x, y, z = nearest.clamp(min=torch.zeros(3, dtype=torch.long), max=sizes - 1).unbind(-1)
         target = torch.where(inside, classes[x, y, z], 0)
-        return Batch((gain * template.at(places) + noise).unsqueeze(-1), target)
+        return Batch(template.seen(places, gain, noise), target)
 
     @functools.cached_property
     def shares(self) -> Tensor:
