@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -75,7 +74,8 @@ on where it was, and one with more mixers, seeds or budgets adds to the table.
 One recipe for all mixers: AdamW, weight decay 0.01, one cycle with 15 % of warm-up. For one seed all mixers see the
 same data, and what is not of the mixer starts from the same weights. Seconds are CPU seconds of training. FLOPs are
 those of the mixers of a network for one sample, forwards, linear maps left out: the core is what attends (products and
-softmaxes), the total also what is needed for it, as means and the search of cells.
+softmaxes), the total also what is needed for it, as means and the search of cells; both are told as shares of the total
+of flattened, too.
 """
 
 
@@ -344,10 +344,10 @@ def lines_of(records: Iterable[Mapping[str, Any]]) -> list[Line]:
     groups: dict[tuple[str, int, str], dict[int, Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["task"], record["steps"], record["mixer"]), {})[record["seed"]] = record
-    order = [*ALL, *DEFAULT_MIXERS]
-    place = {mixer: order.index(mixer) for mixer in order}
     found = [Line(*key, tuple(seeds.values())) for key, seeds in groups.items()]
-    return sorted(found, key=lambda line: (line.task, line.steps, place.get(line.mixer, len(order) - 3)))
+    places = {mixer: place for place, mixer in enumerate(("identity", *ALL[:-1]))}
+    places[ALL[-1]] = len(ALL) + 1  # full attention last, after what is of no list
+    return sorted(found, key=lambda line: (line.task, line.steps, places.get(line.mixer, len(ALL))))
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -374,12 +374,13 @@ def report(lines: Sequence[Line]) -> str:
         headings = [
             "mixer",
             *(f"{metric.name}, {split}" for split, _, metric in columns),
-            *("seeds", "CPU time", "core FLOPs", "total FLOPs", "parameters"),
+            *("seeds", "CPU time", "core FLOPs", "total FLOPs", "of flattened", "parameters"),
         ]
         cells: list[Sequence[str]] = [headings]
         constants = [rows[0].first("constant")[split][place] for split, place, _ in columns]
         shown = [f"{value:.{metric.digits}f}" for value, (_, _, metric) in zip(constants, columns, strict=True)]
-        cells.append(["a constant", *shown, "", "", "", "", ""])
+        cells.append(["a constant", *shown, "", "", "", "", "", ""])
+        whole = next((line.first("flops")[1] for line in rows if line.mixer == "flattened"), 0)
         for line in rows:
             spreads = [
                 _spread(values, metric.digits) if (values := line.values(split, place)) else "-"
@@ -387,7 +388,8 @@ def report(lines: Sequence[Line]) -> str:
             ]
             core, total = line.first("flops")
             counts = [str(len(line.records)), duration(line.seconds()), amount(core), amount(total)]
-            cells.append([line.mixer, *spreads, *counts, f"{line.first('parameters'):,}"])
+            share = f"{100 * core / whole:.1f} %, {100 * total / whole:.1f} %" if whole else "-"
+            cells.append([line.mixer, *spreads, *counts, share, f"{line.first('parameters'):,}"])
         better = "lower is better" if task.metrics[0].lower else "higher is better"
         told = [f"{label}, {steps} steps: {task.about}", f"{better}; mean ± standard deviation over seeds"]
         told += [f"{split}: {task.splits[split]}" for split in splits]
@@ -404,36 +406,33 @@ def _figures(lines: Sequence[Line]) -> dict[str, bytes]:
         rows, task = list(group), parse_task(label)
         metric, split = task.metrics[0], next(iter(task.splits))
         colours = [f"C{place % 10}" for place in range(len(rows))]
-        figure = module.Figure(figsize=(11, 4.8), layout="constrained", dpi=110)
+        figure = module.Figure(figsize=(13, 4.8), layout="constrained", dpi=110)
         left, right = figure.subplots(1, 2)
         constant = rows[0].first("constant")[split][0]
+        least = min([line.first("flops")[1] for line in rows if line.first("flops")[1] > 0], default=1)
         for place, (line, colour) in enumerate(zip(rows, colours, strict=True)):
             values = line.values(split, 0)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            flops = max(line.first("flops")[1], 1)
+            flops = max(line.first("flops")[1], least / 4)
             style = {"color": colour, "marker": MARKERS[place % len(MARKERS)]}
             left.errorbar([flops], [statistics.mean(values)], [spread], **style, linestyle="", label=line.mixer)
             curves = [record["curve"] for record in line.records]
             means = [statistics.mean(point) for point in zip(*([y for _, y in curve] for curve in curves), strict=True)]
             right.plot([x for x, _ in curves[0]], means, color=colour, label=line.mixer)
         left.axhline(constant, color="0.6", linestyle=":", label="a constant")
-        left.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(max(1, _least(rows)))))
-        left.set_xlabel("FLOPs of the mixers, one sample, without linear maps")
+        left.set_xscale("log")
+        left.set_xlim(least / 4, 4 * max(flops for _, flops in (line.first("flops") for line in rows)) + least)
+        left.set_xlabel("FLOPs of the mixers, one sample, without linear maps (none at the left end)")
         left.set_ylabel(f"{metric.name}, {split} ({'lower' if metric.lower else 'higher'} is better)")
         right.set_xlabel("steps")
         right.set_ylabel("training loss")
         right.set_yscale("log")
-        right.legend(frameon=False, fontsize=7)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
         for axes in (left, right):
             axes.grid(True, color="0.92")
         figure.suptitle(f"{label}, {steps} steps, {max(len(line.records) for line in rows)} seeds", fontsize=10)
         files[f"learn-{label.replace(':', '-').replace('=', '')}-{steps}.png"] = png_bytes(figure)
     return files
-
-
-def _least(rows: Sequence[Line]) -> int:
-    """Return the fewest FLOPs that are not none."""
-    return min([line.first("flops")[1] for line in rows if line.first("flops")[1] > 0], default=1)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------

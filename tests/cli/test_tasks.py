@@ -91,7 +91,8 @@ class TestBrain:
         speed = 40 * (gains[:, 3] - gains[:, 0]).mean((1, 2, 3, 4)) / 3
         velocity = batch.target[..., 0]
         assert velocity.std((1, 2, 3, 4)).max() < 1e-5 and velocity.abs().max() <= 1.5
-        assert torch.corrcoef(torch.stack([speed, velocity[:, 0, 0, 0, 0]]))[0, 1] > 0.9
+        slope = (speed * velocity[:, 0, 0, 0, 0]).sum() / velocity[:, 0, 0, 0, 0].square().sum()
+        assert 0.75 < slope < 1.25
 
     def test_crops_to_test_on_have_their_middles_elsewhere(self) -> None:
         known, tested = packaged_template().middles

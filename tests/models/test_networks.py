@@ -156,6 +156,19 @@ class TestBoth:
         refused(DtypeError, told + reading(2, 2, 5, 7, first=True), network, torch.empty(2, 2, 5, 7).double())
 
 
+def test_a_unet_is_its_parts():
+    network, x = make("TensorUNet", widths=(8, 16), channels_first=False), draw(2, 5, 7, 2)
+    fine = network.encoders[0](network.down[0](x))
+    assert fine.shape == (2, 3, 4, 8)
+    coarse = network.bottom(network.down[1](fine))
+    assert coarse.shape == (2, 2, 2, 16)
+    up = network.up[1](coarse)[:, :3, :4]
+    up = network.decoders[0](network.joins[0](torch.cat([up, fine], -1)))
+    both = torch.cat([network.up[0](up)[:, :5, :7], network.local(x)], -1)
+    y = network.head(F.relu6(network.norm(network.features(both))))
+    torch.testing.assert_close(network(x), y)
+
+
 def test_depths():
     network = ta.KANet(1, 3, modes=2, widths=(8, 16), depths=(2, 3))
     assert len(network.stages) == 2 * 5 and network.depths == (2, 3)
