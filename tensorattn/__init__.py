@@ -61,7 +61,7 @@ from tensorattn.integrations import (
     swap_attention,
     swapped,
 )
-from tensorattn.models import TensorTransformer, TensorTransformerConfig
+from tensorattn.models import KANet, TensorTransformer, TensorTransformerConfig, TensorUNet
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import (
     AlibiBias,
@@ -99,6 +99,7 @@ __all__ = [
     "DtypeError",
     "ErrorEstimate",
     "GatedMLP",
+    "KANet",
     "LayerReport",
     "LearnedPositions",
     "ModeSpec",
@@ -124,6 +125,7 @@ __all__ = [
     "TensorTransformer",
     "TensorTransformerBlock",
     "TensorTransformerConfig",
+    "TensorUNet",
     "TokenChoice",
     "WeightsError",
     "additive_attention",

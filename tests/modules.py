@@ -63,7 +63,7 @@ def by_way_of_meta(make, module, reset=True):
     assert all(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
     twin = twin.to_empty(device="cpu")
     for buffer in twin.buffers():
-        buffer.fill_(torch.nan)
+        buffer.fill_(torch.nan if buffer.is_floating_point() else 9)
     if reset and hasattr(twin, "reset_parameters"):
         twin.reset_parameters()
     twin.load_state_dict(copy.deepcopy(module.state_dict()), strict=True)

@@ -30,6 +30,7 @@ from tensorattn import __version__
 from tensorattn.cli.common import (
     Choice,
     MissingPackageError,
+    aligned,
     check_directory,
     duration,
     parse_choices,
@@ -660,27 +661,6 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "environment": " ".join(set_here) or "the default heap and threads",
     }
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay cells out in columns, the first to the left; a row of one cell stands by itself.
-
-    Args:
-        rows: Cells, the first row being headings.
-
-    Returns:
-        One line a row.
-
-    Examples:
-        >>> aligned([("", "time"), ("on a table",), ("sum", "3 ms")])
-        ['      time', 'on a table', 'sum   3 ms']
-    """
-    full = [row for row in rows if len(row) > 1]
-    widths = [max(len(row[column]) for row in full) for column in range(len(rows[0]))]
-    cells = (
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False))] for row in rows
-    )
-    return ["   ".join(line).rstrip() for line in cells]
 
 
 def _against_plain(rows: Sequence[Row]) -> list[str]:

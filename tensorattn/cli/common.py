@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from tensorattn.functional import OPERATORS, Operator
 __all__ = [
     "Choice",
     "MissingPackageError",
+    "aligned",
     "amount",
     "check_directory",
     "duration",
@@ -238,6 +239,27 @@ def duration(seconds: float) -> str:
         if seconds >= least:
             return amount(seconds / size, unit)
     return f"{seconds * 1000:.{1 if seconds >= 0.00995 else 2}f} ms"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay cells out in columns, the first to the left; a row of one cell stands by itself.
+
+    Args:
+        rows: Cells, the first row being headings.
+
+    Returns:
+        One line a row.
+
+    Examples:
+        >>> aligned([("", "time"), ("on a table",), ("sum", "3 ms")])
+        ['      time', 'on a table', 'sum   3 ms']
+    """
+    full = [row for row in rows if len(row) > 1]
+    widths = [max(len(row[column]) for row in full) for column in range(len(rows[0]))]
+    cells = (
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False))] for row in rows
+    )
+    return ["   ".join(line).rstrip() for line in cells]
 
 
 # ---- what is written -----------------------------------------------------------------------------------------

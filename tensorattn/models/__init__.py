@@ -1,5 +1,7 @@
-"""Models: transformers over tensors of any order."""
+"""Models: transformers, classifiers and U-Nets over tensors of any order."""
 
+from tensorattn.models.kanet import KANet
 from tensorattn.models.transformer import TensorTransformer, TensorTransformerConfig
+from tensorattn.models.unet import TensorUNet
 
-__all__ = ["TensorTransformer", "TensorTransformerConfig"]
+__all__ = ["KANet", "TensorTransformer", "TensorTransformerConfig", "TensorUNet"]

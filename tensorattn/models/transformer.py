@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorattn.averages.means import marginal_means
 from tensorattn.errors import OptionError, check, retells
 from tensorattn.masks import read_weights
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
 from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
 from tensorattn.nn.layout import channels_last, check_input
-from tensorattn.nn.parameters import parameter_of, reset_parts
+from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.patches import Patch, grid_of
 
 __all__ = ["TensorTransformer", "TensorTransformerConfig"]
@@ -30,6 +31,8 @@ class TensorTransformerConfig:
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         in_channels: Channels of the input.
         out_channels: Channels of an output on the grid of the input; None for one vector of ``embed_dim`` a patch.
+        num_classes: Numbers of an output for the whole input: a linear map of the mean over the patches that are
+            present, as often as weights say; None for one vector a patch.
         embed_dim: Channels of the blocks.
         depth: Number of blocks.
         num_heads: Number of heads; they divide ``embed_dim``.
@@ -40,8 +43,10 @@ class TensorTransformerConfig:
         periodic: Modes that are circles, or a mapping to their periods.
         spacing: Distance between patches, for ``"sincos"``.
         operator: Operator of the attention.
+        mixer: What mixes patches in place of attention: ``"mean"``, ``"local"``, ``"pointwise"`` or ``"identity"``; or
+            an operator of attention; None for ``operator``.
         options: Further options of `TensorAttention`, such as ``{"causal": "t", "dropout": 0.1}``.
-        mlp_ratio: Hidden channels of the gated MLP over ``embed_dim``.
+        mlp_ratio: Hidden channels of the gated MLP over ``embed_dim``; None for no MLP.
         drop_path: Probability of dropping a branch in the last block; it grows from 0 in the first.
         layer_scale: First value of the factors of the branches, or None for no factors.
         bias: Whether the linear maps and norms have a bias.
@@ -72,12 +77,14 @@ class TensorTransformerConfig:
     spacing: Spacing | None = field(default=None, hash=False)
     operator: str = "additive"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    mlp_ratio: float = 8 / 3
+    mlp_ratio: float | None = 8 / 3
     drop_path: float = 0.0
     layer_scale: float | None = None
     bias: bool = True
     checkpoint: bool = False
     channels_first: bool = False
+    num_classes: int | None = None
+    mixer: str | None = None
 
     @retells
     def __post_init__(self) -> None:
@@ -88,6 +95,8 @@ class TensorTransformerConfig:
         if self.modes is None:
             ModeSpec.parse(self.modes)  # which tells how modes look
         check(self.depth, "depth", "integer", least=1)
+        if self.num_classes is not None:
+            check(self.num_classes, "num_classes", "integer", least=1)
         rule, told = "", {"device", "dtype", *vars(self)} & set(self.options)
         if self.positions not in ("sincos", "learned", None):
             rule = f"positions must be 'sincos', 'learned' or None, got {self.positions!r}."
@@ -97,6 +106,13 @@ class TensorTransformerConfig:
             rule = f"spacing belongs to positions='sincos', but positions is {self.positions!r}."
         elif self.periodic != () and self.positions is None:
             rule = "periodic has no meaning without positions."
+        elif self.num_classes is not None and self.out_channels is not None:
+            rule = (
+                f"num_classes is for the whole input and out_channels for each position, so one of them must be None, "
+                f"got {self.num_classes} and {self.out_channels}."
+            )
+        elif self.mixer is not None and self.operator != "additive":
+            rule = f"operator has no meaning with mixer, got {self.operator!r} and {self.mixer!r}."
         elif told:
             rule = f"options holds {min(told)!r}, which the model is told beside them."
         if rule:
@@ -107,7 +123,8 @@ class TensorTransformer(nn.Module):
     r"""Encode a tensor of any order: patches, positions, blocks of attention and gated MLP, a last norm.
 
     With ``out_channels`` each vector is mapped back to its patch, so the output is on the grid of the input: a
-    segmentation, a forecast. Sizes may differ from call to call; only learned positions have sizes, and are stretched.
+    segmentation, a forecast. With ``num_classes`` the vectors are averaged and mapped, which knows weights, masks and
+    lengths. Sizes may differ from call to call; only learned positions have sizes, and are stretched.
 
     Args:
         config: What it is made of.
@@ -121,7 +138,7 @@ class TensorTransformer(nn.Module):
     Shape:
         - input: :math:`(B, n_1, \dots, n_N, C)`, or :math:`(B, C, n_1, \dots, n_N)` with ``channels_first``
         - output: :math:`(B, g_1, \dots, g_N, E)` with :math:`g_m = \lceil n_m / p_m \rceil`, or with E first; with
-          ``out_channels`` that of the input, with other channels
+          ``out_channels`` that of the input, with other channels; with ``num_classes`` :math:`(B, K)`
 
     Examples:
         >>> import torch, tensorattn as ta
@@ -155,6 +172,7 @@ class TensorTransformer(nn.Module):
         )
         self.modes = self.embedding.modes
         self.positions = _make_positions(c, device, dtype)
+        mixing: dict[str, Any] = {"operator": c.operator} if c.mixer is None else {"mixer": c.mixer}
         self.blocks = nn.ModuleList(
             TensorTransformerBlock(
                 dim,
@@ -163,7 +181,7 @@ class TensorTransformer(nn.Module):
                 drop_path=c.drop_path * place / max(1, c.depth - 1),
                 layer_scale=c.layer_scale,
                 checkpoint=c.checkpoint,
-                operator=c.operator,
+                **mixing,
                 **common,
                 **c.options,
             )
@@ -171,6 +189,10 @@ class TensorTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, bias=c.bias, device=device, dtype=dtype)
         self.unembedding = None if c.out_channels is None else PatchUnembedding(dim, c.out_channels, c.patch, **common)
+        self.head = None
+        if c.num_classes is not None:
+            self.head = nn.Linear(dim, c.num_classes, c.bias, device=device, dtype=dtype)
+            draw_linear(self.head)
 
     @classmethod
     def from_config(
@@ -208,6 +230,8 @@ class TensorTransformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
         reset_parts(self)
+        if self.head is not None:
+            draw_linear(self.head)
 
     def __repr__(self) -> str:
         shown = [
@@ -228,7 +252,8 @@ class TensorTransformer(nn.Module):
                 ``lengths``.
 
         Returns:
-            One vector a patch, or with ``out_channels`` a tensor on the grid of the input. Where a mask or lengths
+            One vector a patch, or with ``out_channels`` a tensor on the grid of the input, or with ``num_classes`` one
+            vector a sample, ``(B, num_classes)``. Where a mask or lengths
             leave a patch out, it is what the model makes of zeros, whatever the input holds there.
 
         Raises:
@@ -249,9 +274,19 @@ class TensorTransformer(nn.Module):
         for block in self.blocks:
             y = block(y, **attention)
         y = self.norm(y)
+        if self.head is not None:
+            return self.head(self._pooled(y, attention))
         if self.unembedding is not None:
             y = self.unembedding(y, sizes=x.shape[2:] if first else x.shape[1:-1])
         return y.movedim(-1, 1) if first else y
+
+    def _pooled(self, y: Tensor, attention: Mapping[str, Any]) -> Tensor:
+        """Average the patches, each as often as it counts."""
+        weights, mask, lengths = (attention.get(name) for name in ("weights", "mask", "lengths"))
+        grid = GridShape(tuple(y.shape[:1]), tuple(y.shape[1:-1]), y.shape[-1])
+        read = read_weights(weights, mask, lengths, grid, y, self.modes, of="the grid of patches")
+        (mean,) = marginal_means(y, ((),), read)
+        return mean.reshape(y.shape[0], y.shape[-1]).to(y.dtype)
 
     @retells
     def _without_absent_patches(self, x: Tensor, attention: Mapping[str, Any]) -> Tensor:

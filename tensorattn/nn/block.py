@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from tensorattn.errors import OptionError, check, retells
 from tensorattn.masks import read_weights
+from tensorattn.modes import ModeSpec
 from tensorattn.nn.attention import TensorAttention
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
+from tensorattn.nn.mixers import make_mixer
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.prefix import check_prefix
 
@@ -148,8 +151,11 @@ class TensorTransformerBlock(nn.Module):
         embed_dim: Channels C of input and output.
         num_heads: Number of heads; they divide the channels.
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        mixer: What mixes positions: an operator of attention, ``"mean"`` of all positions, ``"local"`` filters,
+            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none; `TensorAttention` with its
+            own default if None.
         mlp_ratio: Hidden channels of the gated MLP over ``embed_dim``, rounded. 8/3 has as many weights as an ordinary
-            MLP with 4.
+            MLP with 4. None for a block without MLP.
         drop_path: Probability of dropping each of the two branches of a sample in training.
         layer_scale: First value of the factors :math:`\gamma` of the branches, one a channel; None for no factors.
         checkpoint: Whether the backward pass computes the block again instead of keeping what is inside.
@@ -183,7 +189,8 @@ class TensorTransformerBlock(nn.Module):
         num_heads: int,
         *,
         modes: int | str | Sequence[str] | None = None,
-        mlp_ratio: float = 8 / 3,
+        mixer: str | None = None,
+        mlp_ratio: float | None = 8 / 3,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         checkpoint: bool = False,
@@ -195,28 +202,33 @@ class TensorTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        check(mlp_ratio, "mlp_ratio", "number", rule="a number")
-        if not math.isfinite(mlp_ratio):
-            raise OptionError(f"mlp_ratio must be finite, got {mlp_ratio}.")
+        if mlp_ratio is not None:
+            check(mlp_ratio, "mlp_ratio", "number", rule="a number or None")
+            if not math.isfinite(mlp_ratio):
+                raise OptionError(f"mlp_ratio must be finite, got {mlp_ratio}.")
         if layer_scale is not None:
             check(layer_scale, "layer_scale", "number", rule="a number or None")
         check(drop_path, "drop_path", "probability")
         check(checkpoint, "checkpoint", "switch")
         check(channels_first, "channels_first", "switch")
+        if mixer is not None and "operator" in attention:
+            raise OptionError("operator has no meaning with mixer, which names it.")
+        make = TensorAttention if mixer is None else functools.partial(make_mixer, mixer)
         # What is inside is computed again by the block as a whole, so the layer does not do it by itself once more.
-        self.attention = TensorAttention(embed_dim, num_heads, modes=modes, bias=bias, **factory, **attention)
-        hidden_dim = round(mlp_ratio * embed_dim)
-        if hidden_dim < 1:
+        self.attention = make(embed_dim, num_heads, modes=modes, bias=bias, **factory, **attention)
+        hidden_dim = None if mlp_ratio is None else round(mlp_ratio * embed_dim)
+        if hidden_dim is not None and hidden_dim < 1:
             raise OptionError(f"mlp_ratio leaves no hidden channels, got {mlp_ratio} with embed_dim {embed_dim}.")
-        self.modes, self.embed_dim, self.mlp_ratio = self.attention.modes, embed_dim, mlp_ratio
+        self.modes, self.embed_dim, self.mlp_ratio = ModeSpec.parse(modes), embed_dim, mlp_ratio
         self.layer_scale, self.checkpoint, self.channels_first = layer_scale, checkpoint, channels_first
         self.attention_norm = nn.LayerNorm(embed_dim, bias=bias, **factory)
-        self.mlp_norm = nn.LayerNorm(embed_dim, bias=bias, **factory)
-        self.mlp = GatedMLP(embed_dim, hidden_dim, bias=bias, **factory)
+        has_mlp = hidden_dim is not None
+        self.mlp_norm = nn.LayerNorm(embed_dim, bias=bias, **factory) if has_mlp else None
+        self.mlp = None if hidden_dim is None else GatedMLP(embed_dim, hidden_dim, bias=bias, **factory)
         self.drop_path = DropPath(drop_path)
         scaled = layer_scale is not None
         self.attention_scale = nn.Parameter(torch.empty(embed_dim, **factory)) if scaled else None
-        self.mlp_scale = nn.Parameter(torch.empty(embed_dim, **factory)) if scaled else None
+        self.mlp_scale = nn.Parameter(torch.empty(embed_dim, **factory)) if scaled and has_mlp else None
         self._reset_scales()
 
     def reset_parameters(self) -> None:
@@ -292,6 +304,8 @@ class TensorTransformerBlock(nn.Module):
             parts = (x, prefix)
             attended = tuple(self.attention(self.attention_norm(x), prefix=self.attention_norm(prefix), **attention))
         parts = self._added(parts, attended, self.attention_scale)
+        if self.mlp is None or self.mlp_norm is None:
+            return parts
         return self._added(parts, [self.mlp(self.mlp_norm(part)) for part in parts], self.mlp_scale)
 
     def _added(self, parts: Sequence[Tensor], branch: Sequence[Tensor], scale: Tensor | None) -> tuple[Tensor, ...]:

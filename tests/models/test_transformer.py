@@ -138,6 +138,41 @@ class TestValues:
         assert torch.equal(model.eval()(x), model(x))
 
 
+class TestPooling:
+    def test_is_a_map_of_the_mean(self):
+        model, x = make(patch=(1, 2), num_classes=5), draw(2, 3, 8, 3)
+        seen = []
+        model.norm.register_forward_hook(lambda *parts: seen.append(parts[2]))
+        y = model(x)
+        torch.testing.assert_close(y, model.head(seen[0].mean((1, 2))), **CLOSE)
+        assert y.shape == (2, 5)
+        first = make(patch=(1, 2), num_classes=5, channels_first=True)
+        torch.testing.assert_close(first(x.movedim(-1, 1)), y, **CLOSE)
+
+    @pytest.mark.parametrize("mixer", [None, "mean", "local", "pointwise", "identity", "flattened"])
+    @pytest.mark.parametrize("poison", [100.0, float("nan")])
+    def test_what_is_absent_is_as_if_cropped(self, mixer, poison):
+        model, x = make(num_classes=5, mixer=mixer, patch=(1, 2)), draw(2, 5, 8, 3)
+        x[0, 3:], x[1, :, 4:] = poison, poison
+        y = model(x, lengths=torch.tensor([[3, 4], [5, 2]]))
+        torch.testing.assert_close(y, torch.cat([model(x[:1, :3]), model(x[1:, :, :4])]), **CLOSE)
+        mask = torch.ones(2, 5, 4, dtype=torch.bool)
+        mask[0, 3:], mask[1, :, 2:] = False, False
+        torch.testing.assert_close(model(x, mask=mask), y, **CLOSE)
+
+    def test_weights_count_in_the_mean(self):
+        model, x = make(num_classes=5, positions=None), draw(1, 3, 2, 3)
+        twice = torch.cat([x, x[:, 2:]], 1)
+        torch.testing.assert_close(model(x, weights=[[1.0, 1.0, 2.0], None]), model(twice), **CLOSE)
+
+    @pytest.mark.parametrize("mixer", ["mean", "local", "pointwise", "identity", "axial"])
+    def test_mixers_reach_the_blocks(self, mixer):
+        model = make(mixer=mixer, out_channels=2, mlp_ratio=None)
+        assert model(draw(2, 3, 4, 3)).shape == (2, 3, 4, 2)
+        assert {getattr(block.attention, "operator", mixer) for block in model.blocks} == {mixer}
+        assert {block.mlp for block in model.blocks} == {None}
+
+
 class TestState:
     @pytest.mark.parametrize("settings", [{}, LEARNED], ids=["sincos", "learned"])
     def test_any_size_after_any_other(self, settings):
@@ -293,6 +328,7 @@ def test_maps_are_called():
 def test_all_parameters_are_drawn_anew(bias):
     bias = {"position_bias": ta.RelativePositionBias(2, modes="t h", max_distance=3)} if bias else {}
     all_drawn_anew(ta.TensorTransformer(config(**LEARNED, layer_scale=0.1, out_channels=2, patch=2, options=bias)))
+    all_drawn_anew(ta.TensorTransformer(config(num_classes=3, options=bias)))
 
 
 def test_the_way_from_the_meta_device():
@@ -306,6 +342,15 @@ def test_the_way_from_the_meta_device():
 
 
 CONFIGS = {
+    "two heads": (
+        {"num_classes": 3, "out_channels": 2},
+        "num_classes is for the whole input and out_channels for each position, so one of them must be None, got 3 and 2.",
+    ),
+    "no classes": ({"num_classes": 0}, "num_classes must be at least 1, got 0."),
+    "two mixers": (
+        {"mixer": "mean", "operator": "axial"},
+        "operator has no meaning with mixer, got 'axial' and 'mean'.",
+    ),
     "depth": ({"depth": 0}, "depth must be at least 1, got 0."),
     "positions": ({"positions": "rope"}, "positions must be 'sincos', 'learned' or None, got 'rope'."),
     "no sizes": (

