@@ -334,7 +334,8 @@ def _sites(model: nn.Module) -> list[tuple[str, Site]]:
 
 
 def _told(site: Site) -> str:
-    return f"{site.name or 'the model'} ({type(site.module).__name__})"
+    kind = getattr(type(site.module), "swapped_from", type(site.module))
+    return f"{site.name or 'the model'} ({kind.__name__})"
 
 
 def _check_version(package: str, verified: bool) -> None:

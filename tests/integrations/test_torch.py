@@ -246,7 +246,7 @@ def test_a_way_past_the_operator_is_found(monkeypatch):
     model = encoder().eval()
     refused(
         model,
-        "layers.0.self_attn (SwappedMultiheadAttention) is bypassed: the model computes its attention elsewhere.",
+        "layers.0.self_attn (MultiheadAttention) is bypassed: the model computes its attention elsewhere.",
         "kao_kv",
         grid=GRID,
         verify=(torch.randn(2, P, 16),),
