@@ -40,11 +40,12 @@ from tensorattn.cli.common import (
     require,
     write_files,
 )
+from tensorattn.cli.gain import GRIDS, cells_found, measure_grid, table
+from tensorattn.cli.gain import OPERATORS as GAINING
 from tensorattn.cli.plain import PLAIN, PlainLayer, PooledLayer
 from tensorattn.diagnose.cost import DTYPES, LAYOUTS, cost, count
 from tensorattn.errors import OptionError
 from tensorattn.functional import OPERATORS
-from tensorattn.functional.cells import draw_queries, metric_of, search
 from tensorattn.nn import TensorAttention
 from tensorattn.testing import reference
 
@@ -101,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="time each operator compiled by torch.compile too")
     add("--repeats", type=positive, default=5, help="samples of each time (default 5)")
     add("--cubes", default=CUBES, metavar="SIZES", help=f"cubes of the scaling plot, or none (default {CUBES})")
+    add("--gain", action="store_true", help="what full attention takes longer than operators, on grids of known models")
     add("--out", type=Path, default=Path("bench-out"), help="directory of the files (bench-out)")
 
 
@@ -215,17 +217,10 @@ def _defined(layer: TensorAttention, x: Tensor, places: Tensor) -> Tensor:
     """The definition of a layer, for the cells that it finds among keys in single precision, if it searches for any."""
     cells = None
     if layer.options.get("cells") == "keys":
-        with torch.no_grad():
-            pair = [_heads(to(x), layer.num_heads).float().flatten(2, -2) for to in (layer.q_proj, layer.k_proj)]
-            found, spread = search(pair[1], None, metric_of(*draw_queries(pair[0], None)), layer.options["tokens"])
-            labels = found.label(pair[1])
-            count = torch.nn.functional.one_hot(labels, spread.shape[-1]).double().mean(-2)
-            typical = (count * spread).sum(-1, keepdim=True)
-            spread = torch.where(typical > 0, spread / typical, 1.0)
-        cells = [
-            {"labels": labels[:, head].unflatten(-1, x.shape[1:-1]), "spread": spread[:, head]}
-            for head in range(layer.num_heads)
-        ]
+        query, key = (_heads(to(x).detach(), layer.num_heads).float() for to in (layer.q_proj, layer.k_proj))
+        labels, spread = cells_found(query.flatten(2, -2), key.flatten(2, -2), layer.options["tokens"])
+        labels = labels.unflatten(-1, x.shape[1:-1])
+        cells = [{"labels": labels[:, head], "spread": spread[:, head]} for head in range(layer.num_heads)]
     return reference.layer(layer, x, at=places, cells=cells)
 
 
@@ -663,6 +658,20 @@ def machine() -> dict[str, str]:
     }
 
 
+def _gain(arguments: argparse.Namespace) -> int:
+    """Print how many times as long full attention takes on the grids of known models."""
+    choices = parse_choices(arguments.operator or GAINING)
+    scratch = torch.zeros(1 << 20)
+    timed = functools.partial(interleaved, repeats=arguments.repeats, before=lambda: scratch.add_(1))
+    with progress(2 * len(GRIDS), unit="step") as started:
+        measured = [measure_grid(grid, choices, timed, started) for grid in GRIDS]
+    for name, words in {"command": "python -m tensorattn bench --gain", **machine()}.items():
+        print(f"{name}: {words}")
+    print("\nTime of full attention (forwards; forwards and backwards), and how many times the operators are faster.\n")
+    print(*table(measured), sep="\n")
+    return 0 if all(gain for each in measured for gain in each.gains.values()) else 1
+
+
 def _against_plain(rows: Sequence[Row]) -> list[str]:
     """The main table: each operator against its plain form."""
     headings = (
@@ -814,6 +823,8 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
+    if arguments.gain:
+        return _gain(arguments)
     check_directory(arguments.out)
     works, cubes = _works(arguments), _parse_cubes(arguments.cubes)
     choices = parse_choices(arguments.operator or OPERATORS)

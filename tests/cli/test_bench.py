@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tensorattn.cli import bench as module
+from tensorattn.cli import gain
 from tensorattn.cli.bench import PEERS, Contender, Curve, Work, contenders, examine, interleaved
 from tensorattn.cli.common import parse_choices
 from tensorattn.cli.main import main
@@ -282,3 +285,19 @@ def test_the_directory_is_checked_before_any_work(capsys: Any, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     assert bench("--out", tmp_path / "file") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_gains_are_told_for_grids_of_known_models(capsys, monkeypatch):
+    """After parity: an operator that is wrong gets no time."""
+    monkeypatch.setattr(module, "GRIDS", gain.GRIDS[2:3])
+    assert main(["bench", "--gain", "--repeats", "1", "--operator", "kao_kv", "--operator", "clustered:tokens=16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split() == ["grid", "P", "full", "attention", "kao_kv", "clustered:tokens=16"]
+    assert re.fullmatch(r"ViT-S, 14×14 +196 +[\d.]+ ms; [\d.]+ ms( +[\d.]+; [\d.]+){2}", lines[-1])
+
+
+def test_what_fails_parity_is_not_timed(capsys, monkeypatch):
+    monkeypatch.setattr(module, "GRIDS", gain.GRIDS[2:3])
+    monkeypatch.setattr(gain, "TOLERANCE", 0.0)
+    assert main(["bench", "--gain", "--repeats", "1", "--operator", "kao_kv"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("parity fails")
