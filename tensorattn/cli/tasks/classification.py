@@ -148,7 +148,10 @@ def load_vowels() -> tuple[Labelled, Labelled]:
 class Vowels(_Classification):
     """Say which of nine speakers says a vowel; series have lengths of 7 to 29."""
 
-    about: ClassVar[str] = "spoken vowels, order 2: which of 9 speakers? Series of 7 to 29 times 12 numbers (aeon)"
+    about: ClassVar[str] = (
+        "spoken vowels, order 2: which of 9 speakers? Series of 7 to 29 times 12 numbers (aeon); "
+        "a test of ragged batches, for which mixing is hardly needed"
+    )
     splits: ClassVar[Mapping[str, str]] = {"unseen": "370 other utterances of the same nine speakers; training has 270"}
     budgets: ClassVar[Mapping[str, int]] = {"short": 300, "long": 900}
     batch: ClassVar[int] = 32
