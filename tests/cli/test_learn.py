@@ -225,6 +225,14 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
             ["gps:size=400"],
         ),
         ("task 'digits:net=cnn': net must be transformer or kanet, got 'cnn'.", ["digits:net=cnn"]),
+        (
+            "task 'parcellation:patch=2': patch has no meaning for net=unet, got 2.",
+            ["parcellation:patch=2"],
+        ),
+        (
+            "task 'digits:net=kanet:patch=7': patch has no meaning for net=kanet, got 7.",
+            ["digits:net=kanet:patch=7"],
+        ),
         ("task 'parcellation:size=16': size must be at least 32, got 16.", ["parcellation:size=16"]),
         (f"--mixers 'conv' is not one of: {mixers}.", ["gps", "--mixers", "conv"]),
         ("--mixers 'mean:tokens=2': mixer 'mean' has no options.", ["gps", "--mixers", "mean:tokens=2"]),
