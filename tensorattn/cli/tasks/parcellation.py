@@ -27,7 +27,7 @@ from tensorattn.cli.tasks.brain import (
     uniform,
 )
 from tensorattn.cli.tasks.task import Batch, Metric, package_file
-from tensorattn.errors import OptionError
+from tensorattn.errors import OptionError, check
 from tensorattn.models import TensorTransformer, TensorTransformerConfig, TensorUNet
 
 __all__ = ["Parcellation"]
@@ -89,12 +89,12 @@ class Parcellation(OfTemplate):
     Attributes:
         size: Size of a crop along each mode, in voxels of 4 mm.
         net: ``"unet"``, or ``"transformer"``, where patches meet in the mixer only.
-        patch: Size of a patch of the transformer.
+        patch: Size of a patch of the transformer; None for 4.
     """
 
     size: int = SMALLEST
     net: str = "unet"
-    patch: int = 4
+    patch: int | None = None
 
     about: ClassVar[str] = "brain parcellation, order 3: which of 19 parts is each voxel of a turned, noisy crop?"
     splits: ClassVar[Mapping[str, str]] = {
@@ -110,9 +110,11 @@ class Parcellation(OfTemplate):
         """Refuse crops that are too small, or that patches do not divide."""
         if self.net not in ("unet", "transformer"):
             raise OptionError(f"net must be unet or transformer, got {self.net!r}.")
-        check_sizes(self.size, self.patch)
-        if self.size < SMALLEST:
-            raise OptionError(f"size must be at least {SMALLEST}, got {self.size}.")
+        if self.patch is not None and self.net != "transformer":
+            raise OptionError(f"patch has no meaning for net={self.net}, got {self.patch!r}.")
+        check(self.size, "size", "integer", least=SMALLEST)
+        if self.net == "transformer":
+            check_sizes(self.size, self.patch or 4)
 
     def template(self) -> Template:
         """Return the brain to train on."""
@@ -129,7 +131,7 @@ class Parcellation(OfTemplate):
             embed_dim=32,
             depth=2,
             num_heads=4,
-            patch=self.patch,
+            patch=self.patch or 4,
             mixer=mixer,
             options=dict(options),
         )
