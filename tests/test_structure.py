@@ -26,7 +26,10 @@ LIBRARY = ("errors", "modes", "masks", "averages", "functional", "nn", "models")
 TOOLS = ("diagnose", "testing", "cli", "__main__")
 ROOMS = (*LIBRARY, *TOOLS)
 APART = "testing.reference"  # the oracle, which shares nothing with the rest
-OPTIONAL = ("matplotlib", "hypothesis", "nibabel", "pydicom", "PIL", "av", "tqdm", "scipy", "peft", "safetensors")
+OPTIONAL = (
+    *("matplotlib", "hypothesis", "nibabel", "pydicom", "PIL", "av", "tqdm", "scipy", "peft", "safetensors"),
+    *("tifffile", "imagecodecs", "h5py", "zarr"),
+)
 LATE = ("cli.main", "cli.common")  # the commands, and packages that may not be installed, are imported when needed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from tensorattn.cli.common import (
 )
 from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
 from tensorattn.cli.figures import Place, input_figure, maps_figure, weights_figure
+from tensorattn.cli.readers.contents import MAX_BYTES
 from tensorattn.cli.recordings import Recording, load, parse_modes, sample_video, sample_volume
 from tensorattn.diagnose import ErrorEstimate, centred_error, sample_positions, takes_any_positions
 from tensorattn.diagnose.cost import cost, measure
@@ -67,7 +69,9 @@ DESCRIPTION = """\
 Show what attention operators do on a recording: a table of cost and error, and figures.
 
 Without FILE, two packaged recordings are taken: a video (an echocardiogram) and a volume (a brain).
-Otherwise FILE is read: .nii, .nii.gz, .npy, .npz, .tif, .dcm; .mp4 and .avi where PyAV is installed.
+Otherwise FILE is read, by the package that its kind needs: volumes (NIfTI, MGH, Analyze), DICOM files and folders of a
+series, TIFF of any type with the axes of ImageJ and OME, pictures and folders of frames, films, .npy and .npz, HDF5,
+zarr. A file without a suffix is told by its first bytes.
 """
 
 EPILOG = """\
@@ -103,7 +107,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", nargs="?", type=Path, metavar="FILE", help="a recording; without it, packaged ones")
     add("--modes", help="names of the modes, 't h w', or their number; one more axis is channels")
-    add("--key", help="which array of an .npz archive to take")
+    add(
+        "--key", help="which to take where there are several: an array of .npz, HDF5 or zarr, a series of DICOM or TIFF"
+    )
+    add(
+        "--max-bytes",
+        type=_bytes,
+        default=MAX_BYTES,
+        metavar="SIZE",
+        help=f"refuse what takes more memory once unpacked, '2G' (default {amount(MAX_BYTES, 'B')})",
+    )
     add(
         "--operator",
         action="append",
@@ -117,6 +130,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--query", help="element whose attention is drawn, '15,120,160' (default: the middle)")
     add("--out", type=Path, default=Path("attend-out"), help="directory of figures (attend-out)")
     add("--seed", type=seed, default=0, help="seed of the random maps and queries (default 0)")
+
+
+def _bytes(text: str) -> int:
+    """Read a number of bytes with a prefix of ten: ``2G``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
+    if found is None or not (count := int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, as in 2G or 500M, got {text}")
+    return count
 
 
 def default_choices() -> tuple[Choice, ...]:
@@ -197,7 +218,13 @@ def _recordings(arguments: argparse.Namespace) -> list[tuple[Recording, str | No
     """Load what was asked for, each with its patch and query."""
     if arguments.file is not None:
         modes = None if arguments.modes is None else parse_modes(arguments.modes)
-        return [(load(arguments.file, modes=modes, key=arguments.key), arguments.patch, arguments.query)]
+        return [
+            (
+                load(arguments.file, modes=modes, key=arguments.key, max_bytes=arguments.max_bytes),
+                arguments.patch,
+                arguments.query,
+            )
+        ]
     for option in ("modes", "key", "query"):
         if getattr(arguments, option) is not None:
             raise OptionError(f"--{option} needs a FILE: the packaged recordings have their own.")

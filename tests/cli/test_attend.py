@@ -338,7 +338,11 @@ def grid(tmp_path: Path) -> Path:
         (("--query", "1,2,x"), "--query must be 3 whole numbers, one index a mode, got '1,2,x'."),
         (("--query", "1,2,-3"), "--query must be 3 whole numbers, one index a mode, got '1,2,-3'."),
         (("--query", "1,2,9"), "--query has index 9 in mode 2, but its size is 4."),
-        (("--key", "x"), "{path}: --key chooses an array of an .npz archive, but this is .npy"),
+        (
+            ("--max-bytes", "0.1k"),
+            "{path}: unpacked it takes 168 B (6×7×4 of uint8), but --max-bytes allows 100 B",
+        ),
+        (("--key", "x"), "{path}: --key chooses one of several arrays or series, but a NumPy array holds one"),
     ],
 )
 def test_bad_choices_are_told_in_one_line(
@@ -358,6 +362,8 @@ def test_bad_choices_are_told_in_one_line(
         (("--heads", "0"), "argument --heads: must be a whole number of at least 1, got 0"),
         (("--logit-std", "nan"), "argument --logit-std: must be positive and at most 1,000,000, got nan"),
         (("--logit-std", "1e300"), "argument --logit-std: must be positive and at most 1,000,000, got 1e300"),
+        (("--max-bytes", "2 pages"), "argument --max-bytes: must be a number of bytes, as in 2G or 500M, got 2 pages"),
+        (("--max-bytes", "0"), "argument --max-bytes: must be a number of bytes, as in 2G or 500M, got 0"),
         (("--seed", "-1"), "argument --seed: must be a whole number of at least 0 and below 2**63, got -1"),
     ],
 )
@@ -418,6 +424,16 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(
     assert capsys.readouterr().err == f"{PROGRAM}: --out {taken}: {taken} is not a directory\n"
     assert attend(grid, "--out", taken / "deeper") == 2
     assert taken.read_text() == "mine"
+
+
+def test_files_are_written_together_or_not_at_all(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "report.txt").mkdir(parents=True)
+    assert attend(grid, *SMALL, "--operator", "additive", "--out", out) == 2
+    assert capsys.readouterr().err == f"{PROGRAM}: --out {out}: {out / 'report.txt'} is a directory\n"
+    assert [path.name for path in out.iterdir()] == ["report.txt"]
 
 
 def test_a_missing_package_is_told_in_one_line(
