@@ -2,6 +2,7 @@
 
 from tensorattn.averages import Plan, additive_part, interaction_residual, mode_averages, outer_sum, plan
 from tensorattn.cli.figures import draw_attention_maps
+from tensorattn.cli.view import show
 from tensorattn.diagnose import (
     AdditiveFraction,
     Cost,
@@ -140,6 +141,7 @@ __all__ = [
     "outer_sum",
     "plan",
     "register_operator",
+    "show",
     "summarize",
     "truncated_attention",
 ]
