@@ -31,7 +31,8 @@ th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 14rem; max-width: 22rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; }
+figure { margin: 0; max-width: 22rem; }
 .slice { position: relative; }
 .slice img { width: 100%; image-rendering: pixelated; display: block; }
 .cross { position: absolute; width: 0; height: 0; }
@@ -155,7 +156,7 @@ def _stepped(view: View, cuts: Slices) -> str:
     }
     return (
         f"<h3>What one position attends to</h3>\n{slider}"
-        f'<div class="row">{shown}</div>\n{_scale(cuts)}'
+        f'<div class="panels">{shown}</div>\n{_scale(cuts)}'
         f'<script type="application/json" class="slices">{_json(data)}</script>\n'
     )
 

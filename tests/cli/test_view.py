@@ -86,11 +86,11 @@ def test_a_layer_is_drawn_as_it_is(operator: str, channels_first: bool) -> None:
 def test_a_layer_with_more_in_its_logits_is_drawn_alone() -> None:
     for settings in (
         {"causal": 0},
-        {"operator": "kao_qkv", "qk_norm": True},
-        {"rotary": ta.RotaryEmbedding(4, modes="h w")},
+        {"operator": "kronecker_sum", "qk_norm": True},
+        {"operator": "flattened", "rotary": ta.RotaryEmbedding(4, modes="h w")},
     ):
         layer = ta.TensorAttention(8, 2, modes="h w", **settings)
-        assert rows(ta.show(layer, noise(6, 7, 8))) == ["input", layer.operator]
+        assert rows(ta.show(layer, noise(6, 7, 8))) == ["input", layer.operator.replace("flattened", "full attention")]
 
 
 def test_files_and_types(tmp_path: Path) -> None:
