@@ -121,14 +121,16 @@ def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, m
         RecordingError: If the file is missing or cannot be read, is too large, or holds no real numbers.
         MissingPackageError: If the package that reads such files is not installed.
     """
-    if not path.exists():
-        raise RecordingError(f"{path}: there is no such file")
     try:
+        if not path.exists():
+            raise RecordingError("there is no such file")
         suffix, kind = _kind_of(path)
         if key is not None and not kind.several:
             raise RecordingError(f"--key chooses one of several arrays or series, but {kind.name} holds one")
     except RecordingError as cause:
         raise RecordingError(f"{path}: {cause.rule}") from None
+    except OSError as cause:
+        raise RecordingError(f"{path}: cannot be read ({one_line(cause)})") from cause
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:

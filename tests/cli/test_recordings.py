@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
+from tensorattn.cli.common import MissingPackageError
 from tensorattn.cli.recordings import (
     READERS,
     FileArray,
@@ -318,6 +320,32 @@ def test_a_file_without_a_suffix_is_told_by_its_first_bytes(tmp_path: Path, suff
     bare = load(path.rename(tmp_path / "bare"))
     np.testing.assert_array_equal(bare.array, whole.array)
     assert bare.name == "bare"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "extra"),
+    [
+        (".nii", "nibabel", "examples"),
+        (".dcm", "pydicom", "examples"),
+        (".png", "PIL.Image", "examples"),
+        (".tif", "tifffile", "files"),
+        (".h5", "h5py", "files"),
+        (".zarr", "zarr", "files"),
+        (".mov", "av", "video"),
+    ],
+)
+def test_a_missing_package_is_told_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str, extra: str
+) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(b"something")
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(MissingPackageError, match=rf"pip install 'tensorattn\[{extra}\]'$"):
+        load(tmp_path / f"a{suffix}")
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"there is no such file|cannot be read"):
+        load(tmp_path / ("a" * 5000))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
