@@ -280,7 +280,7 @@ def input_figure(recording: Recording, place: Place) -> Any:
     panel = _panel_height(columns * width, 0.8)
     figure = _new_figure(
         columns * panel * width + 0.8,
-        rows * (panel + 0.5) + 0.6,
+        rows * (panel + 0.5) + 1.1 + 0.4 * (len(steps) < rows * columns),
         f"{recording.name}: {shown or 'the whole image'}{f', at {fixed}' if fixed else ''}",
         f"cross: {place.words()}",
         words,

@@ -240,6 +240,17 @@ def test_modes_without_a_unit_in_common_are_stretched() -> None:
     assert figure.axes[0].get_ylabel() == "h"
 
 
+@pytest.mark.parametrize("sizes", [(5, 16, 16), (2, 6, 6), (4, 16, 40)])
+def test_nothing_is_cut_off(sizes: tuple[int, ...]) -> None:
+    of = recording(*sizes, modes="z h w")
+    where = Place(of.modes, sizes, (1, 1, 1), tuple(size // 2 for size in sizes), (Step(1.0, "mm"),) * 3)
+    maps = {"full attention": uniform(*sizes), "clustered:cells=blocks": uniform(*sizes)}
+    for figure in (input_figure(of, where), maps_figure(of, where, "head 1", maps)):
+        png_bytes(figure)
+        drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert 0 <= drawn.x0 and 0 <= drawn.y0 and drawn.x1 <= width and drawn.y1 <= height
+
+
 def test_what_is_meant_to_be_inverted_is_drawn_so() -> None:
     ramp = np.linspace(0, 1, 400).reshape(20, 20, 1)
     shown, words = _display_values(ramp, inverted=True)
