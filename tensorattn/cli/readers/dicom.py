@@ -74,7 +74,7 @@ def read_series(files: Sequence[Path], request: Request) -> FileArray:
     contents = _read_frames(list(unique.values()), request, pydicom.dcmread)
     notes = [f"series {words[next(name for name in found if found[name] is members)]}"] if len(found) > 1 else []
     if len(unique) < len(members):
-        notes.append(f"{len(members) - len(unique)} files that are there twice were read once")
+        notes.append(f"copies of files left out: {len(members) - len(unique)}")
     return contents._replace(notes=(*notes, *contents.notes))
 
 

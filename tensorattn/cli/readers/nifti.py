@@ -47,7 +47,7 @@ def _axes(nibabel: Any, image: Any, order: int) -> tuple[tuple[str, ...], tuple[
         notes.append("the unit of its voxels is not stated, mm is assumed")
     fourth, unit = FOURTH.get(time, ("t", ""))
     if order > 3 and time not in FOURTH:
-        notes.append("what its fourth axis is is not stated, time t is assumed")
+        notes.append("its fourth axis is not named, time t is assumed")
     units = (*(SPACE.get(space, "mm"),) * 3, unit)
     zooms = [*map(float, header.get_zooms()), *(0.0,) * order][:order]
     steps = tuple(

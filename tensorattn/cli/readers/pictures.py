@@ -55,7 +55,7 @@ def _named_axes(array: Array, axes: str, steps: dict[str, Step], inverted: bool,
     for n in reversed(rest):  # unknown pages are slices first
         names.insert(0, free.pop(0) if axes[n] in UNKNOWN and free else NAMES.get(axes[n], axes[n].lower()))
         if axes[n] in UNKNOWN:
-            notes.append(f"what its {array.shape[n]} pages are is not stated, {names[0]} is assumed")
+            notes.append(f"its {array.shape[n]} pages are not named, {names[0]} is assumed")
     array = array.transpose(*rest, *own).reshape(*(array.shape[n] for n in rest), *([-1] if own else []))
     if len(set(names)) < len(names):
         names = []

@@ -123,7 +123,7 @@ def test_a_missing_slice_a_copy_and_no_positions_are_told(tmp_path: Path) -> Non
     write_series(tmp_path / "gap", [0, 1, 2, 4])
     assert load(tmp_path / "gap").notes == ("its slices lie 1 to 2 mm apart: one may be missing",)
     (tmp_path / "gap" / "copy").write_bytes((tmp_path / "gap" / "IM0").read_bytes())
-    assert load(tmp_path / "gap").notes[0] == "1 files that are there twice were read once"
+    assert load(tmp_path / "gap").notes[0] == "copies of files left out: 1"
     (tmp_path / "bare").mkdir()
     for number in (2, 1, 3):
         write(tmp_path / "bare" / f"f{5 - number}", image(number), InstanceNumber=number)

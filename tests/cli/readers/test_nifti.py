@@ -30,7 +30,7 @@ def test_units_that_are_not_stated_are_told(tmp_path: Path) -> None:
     recording = load(tmp_path / "a.nii")
     assert recording.notes[:2] == (
         "the unit of its voxels is not stated, mm is assumed",
-        "what its fourth axis is is not stated, time t is assumed",
+        "its fourth axis is not named, time t is assumed",
     )
 
 

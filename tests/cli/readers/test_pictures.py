@@ -41,7 +41,7 @@ def test_every_type_of_number(tmp_path: Path, dtype: str) -> None:
     recording = load(write(tmp_path / "a.tif", array, photometric="minisblack"))
     np.testing.assert_array_equal(recording.array[..., 0], array)
     assert recording.array.dtype.itemsize == array.dtype.itemsize and recording.array.dtype.kind == array.dtype.kind
-    assert recording.notes == ("what its 3 pages are is not stated, z is assumed",)
+    assert recording.notes == ("its 3 pages are not named, z is assumed",)
 
 
 @pytest.mark.parametrize("planes", ["contig", "separate"])
