@@ -2,6 +2,7 @@
 
 from tensorattn.averages import Plan, additive_part, interaction_residual, mode_averages, outer_sum, plan
 from tensorattn.cli.figures import draw_attention_maps
+from tensorattn.cli.view import show
 from tensorattn.diagnose import (
     AdditiveFraction,
     Cost,
@@ -158,6 +159,7 @@ __all__ = [
     "plan",
     "register_operator",
     "restore_attention",
+    "show",
     "summarize",
     "swap_attention",
     "swapped",

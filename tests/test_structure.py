@@ -28,9 +28,9 @@ TOOLS = ("testing", "cli", "__main__")
 ROOMS = (*LIBRARY, "diagnose", DOORS, *TOOLS)
 APART = "testing.reference"  # the oracle, which shares nothing with the rest
 OPTIONAL = (
-    "matplotlib", "hypothesis", "nibabel", "pydicom", "PIL", "av", "tqdm", "scipy", "peft", "safetensors", "timm",
-    "transformers", "monai", "diffusers",
-)  # fmt: skip
+    *("matplotlib", "hypothesis", "nibabel", "pydicom", "PIL", "av", "tqdm", "scipy", "peft", "safetensors"),
+    *("tifffile", "imagecodecs", "h5py", "zarr", "timm", "transformers", "monai", "diffusers"),
+)
 LATE = ("cli.main", "cli.common")  # the commands, and packages that may not be installed, are imported when needed
 
 

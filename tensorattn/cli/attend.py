@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,17 +31,19 @@ from tensorattn.cli.common import (
     write_files,
 )
 from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
-from tensorattn.cli.figures import Place, input_figure, maps_figure, weights_figure
+from tensorattn.cli.figures import Place
+from tensorattn.cli.page import page
+from tensorattn.cli.readers.contents import MAX_BYTES
 from tensorattn.cli.recordings import Recording, load, parse_modes, sample_video, sample_volume
+from tensorattn.cli.view import LARGEST_DEVIATION, MAX_POSITIONS, View, draw, look
 from tensorattn.diagnose import ErrorEstimate, centred_error, sample_positions, takes_any_positions
 from tensorattn.diagnose.cost import cost, measure
 from tensorattn.errors import OptionError, TensorAttentionError
 from tensorattn.functional import OPERATORS, Cells, find_cells
 from tensorattn.functional.cells import block_counts, block_labels
 from tensorattn.functional.flattened import flattened_attention
-from tensorattn.functional.maps import attention_map
 
-__all__ = ["Job", "add_arguments", "default_choices", "examine", "prepare", "run"]
+__all__ = ["Job", "Report", "add_arguments", "default_choices", "examine", "prepare", "run"]
 
 PACKAGED = (  # the packaged recordings: where they come from, patch, and the query to draw
     (sample_video, "2,2,2", "15,110,153"),  # on the wall between the chambers of the heart
@@ -50,24 +54,25 @@ VARIANTS = (  # run by default beside every operator; S is the number of mode av
     "kao_qkv:centered=True",
     "clustered:tokens=16",
     "clustered:tokens=S",
-    "clustered:cells=blocks:tokens=16",
     "clustered:cells=blocks",
+    "clustered:cells=blocks:tokens=16",
     "clustered:cells=blocks:tokens=S",
 )
+FIRST = "clustered"  # in the table and in figures
 CELLS = 64  # of the baselines without second moments
 LLOYD_STEPS = 4  # of k-means, over all keys
 QUERIES = 64  # sampled queries on which full attention is computed
-MAX_POSITIONS = 100_000  # patches are chosen so that a recording has at most so many
 BUDGET_SECONDS = 12.0  # an operator that would take more CPU time than this is not run over the whole grid
 TRIAL = (2048, 32_768)  # queries and keys of the piece of full attention that tells the speed of the machine
-LARGEST_DEVIATION = 1e6  # of logits: beyond it float32 rounds them by more than a tenth
 STEPS = 4  # pieces of work beside the operators: embedding, sampled queries, baselines, figures
 
 DESCRIPTION = """\
 Show what attention operators do on a recording: a table of cost and error, and figures.
 
 Without FILE, two packaged recordings are taken: a video (an echocardiogram) and a volume (a brain).
-Otherwise FILE is read: .nii, .nii.gz, .npy, .npz, .tif, .dcm; .mp4 and .avi where PyAV is installed.
+Otherwise FILE is read, by the package that its kind needs: volumes (NIfTI, MGH, Analyze), DICOM files and folders of a
+series, TIFF of any type with the axes of ImageJ and OME, pictures and folders of frames, films, .npy and .npz, HDF5,
+zarr. A file without a suffix is told by its first bytes.
 """
 
 EPILOG = """\
@@ -103,7 +108,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", nargs="?", type=Path, metavar="FILE", help="a recording; without it, packaged ones")
     add("--modes", help="names of the modes, 't h w', or their number; one more axis is channels")
-    add("--key", help="which array of an .npz archive to take")
+    add(
+        "--key", help="which to take where there are several: an array of .npz, HDF5 or zarr, a series of DICOM or TIFF"
+    )
+    add(
+        "--max-bytes",
+        type=_bytes,
+        default=MAX_BYTES,
+        metavar="SIZE",
+        help=f"refuse what takes more memory once unpacked, '2G' (default {amount(MAX_BYTES, 'B')})",
+    )
     add(
         "--operator",
         action="append",
@@ -116,13 +130,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--logit-std", type=deviation, default=1.0, help="standard deviation of the logits (default 1.0)")
     add("--query", help="element whose attention is drawn, '15,120,160' (default: the middle)")
     add("--out", type=Path, default=Path("attend-out"), help="directory of figures (attend-out)")
+    add("--html", action="store_true", help="write report.html, too: one page with the table, figures and a slider")
+    add("--json", action="store_true", help="print the report as one JSON object, and nothing else")
     add("--seed", type=seed, default=0, help="seed of the random maps and queries (default 0)")
 
 
+def _bytes(text: str) -> int:
+    """Read a number of bytes with a prefix of ten: ``2G``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
+    if found is None or not (count := int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, as in 2G or 500M, got {text}")
+    return count
+
+
 def default_choices() -> tuple[Choice, ...]:
-    """Return every registered operator, each followed by its variants."""
+    """Return every registered operator, the closest to full attention first, each followed by its variants."""
     return parse_choices(
-        text for name in OPERATORS for text in (name, *(each for each in VARIANTS if each.split(":")[0] == name))
+        text
+        for name in sorted(OPERATORS, key=lambda name: name != FIRST)
+        for text in (name, *(each for each in VARIANTS if each.split(":")[0] == name))
     )
 
 
@@ -179,17 +205,23 @@ def run(arguments: argparse.Namespace) -> int:
     check_directory(arguments.out)
     require("matplotlib.figure", extra="examples", purpose="drawing figures")
     jobs = [settle(recording, patch=patch, query=query) for recording, patch, query in _recordings(arguments)]
-    reports, files = [], {}
+    files: dict[str, bytes] = {}
     with progress(sum(STEPS + len(job.flops) for job in jobs), unit="step") as step:
-        for job in jobs:
-            text, figures = examine(job, step)
-            reports.append(text)
-            files.update({name: png_bytes(figure) for name, figure in figures.items()})
-    report = "\n\n".join(reports) + "\n"
-    files["report.txt"] = report.encode()
+        reports = [examine(job, step) for job in jobs]
+    for report in reports:
+        files.update({name: png_bytes(figure) for name, figure in draw(report.view).items()})
+    text = "\n\n".join(map(Report.text, reports)) + "\n"
+    if arguments.html:
+        files["report.html"] = page(
+            [(report.view, report.heading, report.cells, report.footnotes) for report in reports], files
+        ).encode()
+    files["report.txt"] = text.encode()
     written = write_files(arguments.out, files)
-    print(report)
-    print("written:", *(f"  {path}" for path in written), sep="\n")
+    if arguments.json:
+        print(json.dumps({"recordings": [report.record() for report in reports], "files": [*map(str, written)]}))
+    else:
+        print(text)
+        print("written:", *(f"  {path}" for path in written), sep="\n")
     return 0
 
 
@@ -197,7 +229,13 @@ def _recordings(arguments: argparse.Namespace) -> list[tuple[Recording, str | No
     """Load what was asked for, each with its patch and query."""
     if arguments.file is not None:
         modes = None if arguments.modes is None else parse_modes(arguments.modes)
-        return [(load(arguments.file, modes=modes, key=arguments.key), arguments.patch, arguments.query)]
+        return [
+            (
+                load(arguments.file, modes=modes, key=arguments.key, max_bytes=arguments.max_bytes),
+                arguments.patch,
+                arguments.query,
+            )
+        ]
     for option in ("modes", "key", "query"):
         if getattr(arguments, option) is not None:
             raise OptionError(f"--{option} needs a FILE: the packaged recordings have their own.")
@@ -282,7 +320,7 @@ def prepare(
     if math.prod(grid) == 1:
         told = "the recording" if patch is None else f"--patch {patch!r}"
         raise OptionError(f"{told} leaves a single patch, there is nothing to attend to: {recording.describe()}.")
-    place = Place(recording.modes, sizes, parts, _query(query, sizes, parts))
+    place = Place(recording.modes, sizes, parts, _query(query, sizes, parts), recording.steps)
     flops, notes = {}, []
     for choice in (choice.settled(sum(grid)) for choice in choices):
         try:
@@ -319,10 +357,8 @@ class _Sample(NamedTuple):
         return estimate if rho is None else replace(estimate, rho=float(rho.amax()))
 
 
-def examine(
-    job: Job, step: Callable[[str], object], *, budget: float = BUDGET_SECONDS
-) -> tuple[str, Mapping[str, Any]]:
-    """Run every operator on a recording, and draw what one of its queries attends to.
+def examine(job: Job, step: Callable[[str], object], *, budget: float = BUDGET_SECONDS) -> Report:
+    """Run every operator on a recording, and find what one of its queries attends to.
 
     Args:
         job: The recording and what was settled.
@@ -330,7 +366,7 @@ def examine(
         budget: CPU time in seconds; an operator that would take more is run on the sampled queries alone.
 
     Returns:
-        The text to print, and figures by file name.
+        What was found.
     """
 
     def start(work: str) -> None:
@@ -349,9 +385,9 @@ def examine(
     start("baselines")
     rows.extend(_baselines(tokens, sample, job.seed))
     start("figures")
-    figures = _draw(job.recording, job.place, tokens, tuple(job.flops))
-    lines = (*_heading(job, tokens), "", _table(rows), *_footnotes(rows, tokens, sample, budget), *job.notes)
-    return "\n".join(lines), figures
+    view = look(job.recording, job.place, tokens, tuple(job.flops))
+    notes = (*_footnotes(rows, tokens, sample, budget), *job.notes)
+    return Report(job, tokens.scale, tuple(rows), tuple(_heading(job, tokens)), notes, view)
 
 
 def _sample(tokens: Tokens, seed: int) -> _Sample:
@@ -465,80 +501,10 @@ def _cell_means(label: Tensor, rows: Tensor, tokens: int) -> tuple[Tensor, Tenso
     return (total / count.clamp(min=1).unsqueeze(-1)).to(rows.dtype), count
 
 
-# ---- the figures ---------------------------------------------------------------------------------------------
-
-
-def _draw(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Draw the figures of one recording: operators with one vector of weights a mode, and one of each kind of cells."""
-    token = int(np.ravel_multi_index(place.query, tokens.query.shape[1:-1]))
-    query = tokens.query.flatten(1, -2)[:, token : token + 1]
-    (exact,) = _attention(flattened_attention, query, tokens)
-    weights = _mode_weights(choices, query, tokens)
-    head = int(torch.special.entr(exact.flatten(1)).sum(dim=1).argmin())  # the sharpest: the one of least entropy
-    drawn: list[tuple[list[str], Tensor]] = [(["exact attention"], exact[head])]
-    for choice, vectors in weights.items():
-        of_head = [vector[head] for vector in vectors]
-        spread = attention_map(of_head, exact.shape[1:], operator=choice.record.name, **choice.options)
-        alike = (names for names, other in drawn[1:] if torch.allclose(spread, other, rtol=1e-3, atol=0))
-        names = next(alike, None)
-        if names is None:
-            drawn.append(([choice.label], spread))
-        else:
-            names.append(choice.label)
-    drawn.extend(([choice.label], spread[head]) for choice, spread in _cell_maps(choices, query, tokens).items())
-    maps = {", ".join(names): spread.numpy() for names, spread in drawn}
-    along = {choice.label: [vector.numpy() for vector in vectors] for choice, vectors in weights.items()}
-    which = f"head {head + 1}" + (f", the sharpest of {len(exact)}" if len(exact) > 1 else "")
-    return {
-        f"{recording.name}-input.png": input_figure(recording, place),
-        f"{recording.name}-weights.png": weights_figure(recording, place, exact.numpy(), along),
-        f"{recording.name}-maps.png": maps_figure(recording, place, which, maps),
-    }
-
-
-def _attention(function: Callable[..., Any], query: Tensor, tokens: Tokens, **options: Any) -> list[Tensor]:
-    """Return the attention of one query, without the dimension that counts queries."""
-    settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True, **options}
-    return [weights.squeeze(1) for weights in function(query, tokens.key, tokens.value, **settings).attention]
-
-
-def _mode_weights(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> dict[Choice, list[Tensor]]:
-    """Return the weights ``(H, n_m)`` along each mode, of every operator that gives one vector a mode."""
-    wanted = [(tokens.key.shape[0], size) for size in tokens.key.shape[1:-1]]
-    plain = [choice.record for choice in choices if not choice.options]
-    found = {}
-    for choice in choices:
-        repeated = choice.options and choice.record in plain  # options change the output around the same weights
-        alone = takes_any_positions(choice.record, choice.options)
-        if repeated or not alone or choice.record.name == "flattened":
-            continue
-        try:
-            attention = _attention(choice.record.function, query, tokens, **choice.options)
-        except OptionError:  # its attention is no set of weights
-            continue
-        if [tuple(weights.shape) for weights in attention] == wanted:
-            found[choice] = attention
-    return found
-
-
-def _cell_maps(choices: Sequence[Choice], query: Tensor, tokens: Tokens) -> dict[Choice, Tensor]:
-    """Return the maps ``(H, g_1, …, g_N)`` of the first choice of each kind of cells, made for all queries."""
-    settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True}
-    kinds: dict[str, Choice] = {}
-    for choice in choices:
-        if choice.record.condense is not None:
-            kinds.setdefault(choice.record.with_defaults(choice.options)["cells"], choice)
-    found = {}
-    for kind, choice in kinds.items():
-        options = choice.record.with_defaults(choice.options)
-        if kind == "keys":
-            options["cells"] = find_cells(tokens.query, tokens.key, order=tokens.key.ndim - 2, tokens=options["tokens"])
-        attention = choice.record.function(query, tokens.key, tokens.value, **settings, **options).attention
-        found[choice] = attention_map(attention, tokens.key.shape[1:-1], operator=choice.record.name, at=[0])
-    return found
-
-
 # ---- the report ----------------------------------------------------------------------------------------------
+
+
+HEADINGS = ("operator", "FLOPs", "CPU time", "peak extra memory", "rho", "centred error")
 
 
 class _Row(NamedTuple):
@@ -563,6 +529,75 @@ class _Row(NamedTuple):
             "-" if self.error is None else _error_in_words(self.error),
         )
 
+    def record(self) -> dict[str, Any]:
+        """Return the row in numbers; None stands for what is not known."""
+        error = self.error
+        return {
+            "name": self.name,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "ran": self.ran,
+            "peak_bytes": self.peak_bytes,
+            "rho": _finite(error.rho) if error else None,
+            "centred_error": _finite(error.error) if error else None,
+            "standard_error": _finite(error.standard_error) if error else None,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found on one recording.
+
+    Attributes:
+        job: The recording and what was settled.
+        scale: The scale of the logits.
+        rows: The lines of the table.
+        heading: What was read and what it was turned into, in lines.
+        footnotes: How errors were estimated, and what was left out.
+        view: What one query attends to.
+    """
+
+    job: Job
+    scale: float
+    rows: tuple[_Row, ...]
+    heading: tuple[str, ...]
+    footnotes: tuple[str, ...]
+    view: View
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table in words, its headings first."""
+        return [HEADINGS, *(row.cells() for row in self.rows)]
+
+    def text(self) -> str:
+        """Return the report as it is printed."""
+        return "\n".join((*self.heading, "", _table(self.rows), *map(_wrapped, self.footnotes)))
+
+    def record(self) -> dict[str, Any]:
+        """Return the report in numbers, of the types that JSON has."""
+        job, recording, place = self.job, self.job.recording, self.job.place
+        steps = recording.steps or (None,) * len(place.sizes)
+        return {
+            "name": recording.name,
+            "source": recording.source,
+            "modes": [
+                {"name": name, "size": size, "patch": part, "step": step and step.size, "unit": step and step.unit}
+                for name, size, part, step in zip(place.names, place.sizes, place.patch, steps, strict=True)
+            ],
+            "channels": recording.channels,
+            "dtype": str(recording.array.dtype),
+            "notes": [*recording.notes, *job.notes],
+            "positions": math.prod(job.grid),
+            "averages": sum(job.grid),
+            "query": list(place.element),
+            "heads": job.heads,
+            "dim": job.dim,
+            "seed": job.seed,
+            "logit_std": job.logit_std,
+            "scale": self.scale,
+            "operators": [row.record() for row in self.rows],
+        }
+
 
 def _error_in_words(estimate: ErrorEstimate) -> str:
     """Return an error and its standard error, or the error alone where it is exact to rounding."""
@@ -574,15 +609,24 @@ def _error_in_words(estimate: ErrorEstimate) -> str:
     return f"{estimate.error:.3f}{spread}"
 
 
+def _wrapped(line: str) -> str:
+    """Break a long line."""
+    return textwrap.fill(line, 110, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def _table(rows: Iterable[_Row]) -> str:
     """Lay rows out as an aligned table."""
-    headings = ("operator", "FLOPs", "CPU time", "peak extra memory", "rho", "centred error")
     cells = [row.cells() for row in rows]
-    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    lines = ["   ".join(map(str.ljust, headings, widths)).rstrip()]
+    widths = [max(map(len, column)) for column in zip(HEADINGS, *cells, strict=True)]
+    lines = ["   ".join(map(str.ljust, HEADINGS, widths)).rstrip()]
     for name, *others in cells:
         lines.append("   ".join((name.ljust(widths[0]), *map(str.rjust, others, widths[1:]))))
     return "\n".join((lines[0], "-" * max(map(len, lines)), *lines[1:]))
+
+
+def _finite(number: float | None) -> float | None:
+    """Return a number that JSON has."""
+    return None if number is None or not math.isfinite(number) else float(number)
 
 
 def _heading(job: Job, tokens: Tokens) -> list[str]:
@@ -597,11 +641,19 @@ def _heading(job: Job, tokens: Tokens) -> list[str]:
         f"{job.recording.source}: {job.recording.describe()}",
         f"  patches {'×'.join(map(str, place.patch))}: {'×'.join(map(str, grid))} = {math.prod(grid):,} positions, "
         f"{sum(grid):,} mode averages",
+        *([f"  {spacing}"] if (spacing := _spacing(job)) else []),
         *([f"  padded with its last entries: {', '.join(padded)}"] if padded else []),
         *(f"  {note}" for note in job.recording.notes),
         f"  {job.heads} heads of {job.dim // job.heads} channels, random maps of seed {job.seed}, "
         f"logit standard deviation {job.logit_std:g} (scale {tokens.scale:.3g})",
     ]
+
+
+def _spacing(job: Job) -> str:
+    """Say how far apart elements lie, where the file says so."""
+    named = zip(job.place.names, job.recording.steps, strict=False)
+    known = [f"{name} {step.size:.4g} {step.unit}" for name, step in named if step and step.unit]
+    return f"steps, as the file says: {', '.join(known)}" if known else ""
 
 
 def _footnotes(rows: Sequence[_Row], tokens: Tokens, sample: _Sample, budget: float) -> list[str]:
@@ -627,4 +679,4 @@ def _footnotes(rows: Sequence[_Row], tokens: Tokens, sample: _Sample, budget: fl
             f"* Not run over the whole grid, it would take more than {budget:.0f} s: {', '.join(skipped)}; "
             "the error is of the sampled queries alone."
         )
-    return [textwrap.fill(line, 110, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+    return lines

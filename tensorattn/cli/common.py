@@ -302,6 +302,8 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, .
         with tempfile.TemporaryDirectory(prefix=".", dir=directory) as aside:
             for name, data in contents.items():
                 Path(aside, name).write_bytes(data)
+            for taken in filter(Path.is_dir, (directory / name for name in contents)):
+                raise OptionError(f"--out {directory}: {taken} is a directory")
             return tuple(Path(aside, name).replace(directory / name) for name in contents)
     except OSError as cause:
         if new:

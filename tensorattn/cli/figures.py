@@ -1,11 +1,13 @@
 """Figures of a recording and of what one of its queries attends to. Every function returns one matplotlib figure.
 
-Weights are drawn relative to uniform attention: 1 is what every position would get if all got the same. Figures are
-made without pyplot, so no state outlives them.
+Weights are drawn relative to uniform attention: 1 is what every position would get if all got the same. Slices are as
+wide and high as the steps of their modes say. Figures are made without pyplot, so no state outlives them; a notebook
+shows them by themselves.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import textwrap
@@ -16,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tensorattn.cli.common import require
+from tensorattn.cli.common import png_bytes, require
+from tensorattn.cli.readers.contents import Step
 from tensorattn.cli.recordings import MAX_ORDER, Recording
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec, is_integer
 
-__all__ = ["Place", "draw_attention_maps", "input_figure", "maps_figure", "weights_figure"]
+__all__ = ["Place", "Slices", "draw_attention_maps", "input_figure", "maps_figure", "slices", "weights_figure"]
 
 FRAMES = 6  # frames of a long mode that are drawn
 HEADS = 4  # heads whose weights are drawn
@@ -30,7 +33,8 @@ NARROWEST, WIDEST = 6.5, 20.0  # inches: room for a title, and what a page can h
 LETTERS = 12  # letters of a title to an inch
 CARTESIAN = ("x", "y", "z")  # drawn as in a graph: the first to the right, the second upwards
 DARK = 0.6  # colours whose 99.5th percentile is below this share of white are brightened
-LARGEST_STRETCH = 2.0  # a panel is at most this much longer than wide, or wider than long
+LARGEST_STRETCH = 2.0  # a panel is at most this much longer than wide, or wider than long, where steps are unknown
+LARGEST_ASPECT = 6.0  # and where they are known
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind
 MARK = {"marker": "+", "markersize": 11, "markeredgewidth": 1.6, "linestyle": "none"}
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
@@ -47,17 +51,39 @@ class Place:
         sizes: Sizes of the modes, in elements of the recording.
         patch: Sizes of a patch.
         query: Patch of the query, one index a mode.
+        steps: How far apart elements lie, one a mode, None where it is not known; empty where nothing is.
     """
 
     modes: ModeSpec
     sizes: tuple[int, ...]
     patch: tuple[int, ...]
     query: tuple[int, ...]
+    steps: tuple[Step | None, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the modes are called on an axis."""
         return self.modes.names if self.modes.named else tuple(f"mode {name}" for name in self.modes.names)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What is written at an axis: its name, and how far apart its elements lie, as in ``z (× 2.2 mm)``."""
+        steps = self.steps or (None,) * len(self.sizes)
+        return tuple(
+            f"{name} (× {step.size:.3g} {step.unit})" if step and step.unit else name
+            for name, step in zip(self.names, steps, strict=True)
+        )
+
+    def lengths(self, *modes: int) -> tuple[float, ...] | None:
+        """Return how long modes are in a unit that they share, or None where there is none.
+
+        Args:
+            *modes: Their indices.
+        """
+        found = [self.steps[mode] if self.steps else None for mode in modes]
+        if len({step.unit if step else None for step in found}) > 1 or None in found:
+            return None
+        return tuple(self.sizes[mode] * step.size for mode, step in zip(modes, found, strict=True) if step)
 
     @property
     def element(self) -> tuple[int, ...]:
@@ -75,13 +101,13 @@ class Place:
         return np.arange(count) * self.patch[mode] + (self.patch[mode] - 1) / 2
 
     def words(self) -> str:
-        """Return the query in words: ``the query, the 1×8 patch that contains t=14 h=121``."""
+        """Return the query in words: ``the query t=14 h=121 (a patch of 1×8)``."""
         element = f"({', '.join(map(str, self.element))})"
         if self.modes.named:
             element = " ".join(f"{name}={index}" for name, index in zip(self.names, self.element, strict=True))
         if math.prod(self.patch) == 1:
             return f"the query {element}"
-        return f"the query, the {'×'.join(map(str, self.patch))} patch that contains {element}"
+        return f"the query {element} (a patch of {'×'.join(map(str, self.patch))})"
 
 
 # ---- what is drawn of a grid -----------------------------------------------------------------------------------
@@ -101,13 +127,27 @@ class _Plane(NamedTuple):
         plane = array[tuple(index)]
         return plane if self.along < self.across else plane.swapaxes(0, 1)
 
-    def width(self, sizes: Sequence[int]) -> float:
-        """Return the width of the panel, for a height of one; long and narrow slices are stretched."""
-        return min(LARGEST_STRETCH, max(1 / LARGEST_STRETCH, sizes[self.across] / sizes[self.along]))
+    def shape(self, place: Place) -> tuple[float, bool]:
+        """Return the width of the panel for a height of one, and whether it is true: long slices are stretched."""
+        lengths = place.lengths(self.across, self.along)
+        across, along = lengths or (place.sizes[self.across], place.sizes[self.along])
+        most = LARGEST_ASPECT if lengths else LARGEST_STRETCH
+        width = min(most, max(1 / most, across / along))
+        return width, math.isclose(width, across / along)
 
     def others(self, order: int) -> list[int]:
         """Return the modes that are held."""
         return [mode for mode in range(order) if mode not in (self.across, self.along)]
+
+
+def _extents(planes: Sequence[_Plane], place: Place) -> list[tuple[float, float]]:
+    """Return widths and heights of panels in a row: on one scale where they share a unit, else each of height one."""
+    modes = sorted({mode for plane in planes for mode in (plane.across, plane.along)})
+    lengths = dict(zip(modes, place.lengths(*modes) or (), strict=False))
+    if not lengths or not all(plane.shape(place)[1] for plane in planes):
+        return [(plane.shape(place)[0], 1.0) for plane in planes]
+    highest = max(lengths[plane.along] for plane in planes)
+    return [(lengths[plane.across] / highest, lengths[plane.along] / highest) for plane in planes]
 
 
 def _planes_through(sizes: Sequence[int], names: Sequence[str]) -> list[_Plane]:
@@ -132,20 +172,22 @@ def _frames(size: int, shown: int, include: int) -> tuple[int, ...]:
     return tuple(every[first : first + count])
 
 
-def _display_values(array: Array) -> tuple[Array, str]:
+def _display_values(array: Array, inverted: bool = False) -> tuple[Array, str]:
     """Turn values ``(n_1, …, n_N, C)`` into grey or colours between 0 and 1, and say in words what they show."""
     channels = array.shape[-1]
-    if channels in (3, 4) and array.dtype == np.uint8:
-        colours = array[..., :3]
+    if channels in (3, 4) and array.dtype in (np.uint8, np.uint16):
+        colours, most = array[..., :3], np.iinfo(array.dtype).max
         (white,) = _percentiles(colours, 99.5)
-        if not 0 < white < DARK * 255:
-            return colours, "colours as stored"
+        if not 0 < white < DARK * most:
+            return colours if most == 255 else (colours >> 8).astype(np.uint8), "colours as stored"
         brightened = np.minimum(colours.astype(np.float32) / white, 1)
-        return brightened, f"colours {255 / white:.1f} times as bright, the 99.5th percentile is white"
+        return brightened, f"colours {most / white:.1f} times as bright, the 99.5th percentile is white"
     grey = array[..., 0] if channels == 1 else array.mean(axis=-1, dtype=np.float64)
     low, high = _percentiles(grey, 0.5, 99.5)
     shown = np.clip((grey.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
     words = "grey from the 0.5th to the 99.5th percentile"
+    if inverted:
+        shown, words = 1 - shown, f"{words}, small numbers bright"
     return shown, words if channels == 1 else f"mean of {channels} channels, {words}"
 
 
@@ -164,6 +206,7 @@ def _new_figure(width: float, height: float, *title: str) -> Any:
     width, height = min(WIDEST, max(NARROWEST, width)), min(WIDEST, height)
     figure = figure_module.Figure(figsize=(width, height), layout="constrained", dpi=120)
     figure.suptitle("\n".join(textwrap.fill(line, int(width * LETTERS)) for line in title), fontsize=11)
+    figure._repr_png_ = functools.partial(png_bytes, figure)  # what a notebook asks for
     return figure
 
 
@@ -175,12 +218,14 @@ def _panel_height(widths: float, margin: float) -> float:
 def _draw_plane(axes: Any, image: Array, plane: _Plane, place: Place, patch: Sequence[int], **options: Any) -> Any:
     """Draw one slice in the coordinates of the recording."""
     extent = (-0.5, image.shape[1] * patch[plane.across] - 0.5, -0.5, image.shape[0] * patch[plane.along] - 0.5)
-    drawn = axes.imshow(image, origin="lower", extent=extent, aspect="auto", interpolation="nearest", **options)
+    width, true = plane.shape(place)
+    aspect = place.sizes[plane.across] / place.sizes[plane.along] / width if true else "auto"
+    drawn = axes.imshow(image, origin="lower", extent=extent, aspect=aspect, interpolation="nearest", **options)
     axes.set_xlim(-0.5, place.sizes[plane.across] - 0.5)
     limits = (-0.5, place.sizes[plane.along] - 0.5)
     axes.set_ylim(limits if plane.upwards else limits[::-1])
-    axes.set_xlabel(place.names[plane.across])
-    axes.set_ylabel(place.names[plane.along])
+    axes.set_xlabel(place.labels[plane.across])
+    axes.set_ylabel(place.labels[plane.along])
     axes.locator_params(nbins=5, integer=True, min_n_ticks=1)
     return drawn
 
@@ -198,7 +243,7 @@ def _draw_series(axes: Any, recording: Recording, place: Place) -> None:
     for channel in range(channels):
         axes.plot(recording.array[:, channel].astype(np.float64), color=COLOURS[channel], linewidth=1)
     axes.axvline(place.element[0], color="black", linewidth=1, linestyle=":")
-    axes.set_xlabel(place.names[0])
+    axes.set_xlabel(place.labels[0])
     axes.set_ylabel("value" if recording.channels == 1 else f"channels 1 to {channels} of {recording.channels}")
     axes.margins(x=0.01)
 
@@ -222,7 +267,7 @@ def input_figure(recording: Recording, place: Place) -> Any:
         figure = _new_figure(9.0, PANEL + 0.8, title)
         _draw_series(figure.add_subplot(), recording, place)
         return figure
-    values, words = _display_values(recording.array)
+    values, words = _display_values(recording.array, recording.inverted)
     plane = _planes_through(place.sizes, names)[0]
     rest = plane.others(order)
     stepped = max(rest, key=lambda mode: place.sizes[mode], default=None)
@@ -231,12 +276,13 @@ def input_figure(recording: Recording, place: Place) -> Any:
     columns = math.ceil(len(steps) / rows)
     fixed = ", ".join(f"{names[mode]} = {place.element[mode]}" for mode in rest if mode != stepped)
     shown = "" if stepped is None else f"{len(steps)} of {place.sizes[stepped]} slices along {names[stepped]}"
-    panel = _panel_height(columns * plane.width(place.sizes), 0.8)
+    width, _ = plane.shape(place)
+    panel = _panel_height(columns * width, 0.8)
     figure = _new_figure(
-        columns * panel * plane.width(place.sizes) + 0.8,
-        rows * (panel + 0.5) + 0.6,
+        columns * panel * width + 0.8,
+        rows * (panel + 0.5) + 1.1 + 0.4 * (len(steps) < rows * columns),
         f"{recording.name}: {shown or 'the whole image'}{f', at {fixed}' if fixed else ''}",
-        f"the cross marks {place.words()}",
+        f"cross: {place.words()}",
         words,
     )
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -251,7 +297,7 @@ def input_figure(recording: Recording, place: Place) -> Any:
         axes.label_outer()
         if index + columns >= len(steps):  # nothing below it, not even where the last row is not full
             axes.tick_params(labelbottom=True)
-            axes.set_xlabel(names[plane.across])
+            axes.set_xlabel(place.labels[plane.across])
         if tuple(position) == place.element:
             _mark_query(axes, plane, place)
     return figure
@@ -274,9 +320,10 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
     figure = _new_figure(
         3.3 * order + 0.6,
         1.75 * heads + 1.3,
-        f"{recording.name}: attention of {place.words()}",
-        f"along each mode, {which}; 1 = uniform attention; dotted: the query",
+        f"{recording.name}: attention along each mode, {which}",
+        f"1 = what every position would get if all got the same; dotted: {place.words()}",
     )
+    figure.supylabel("times uniform attention", fontsize=10)
     grid = figure.subplots(heads, order, squeeze=False, sharex="col", sharey="row")
     for head, mode in itertools.product(range(heads), range(order)):
         axes, centres = grid[head, mode], place.centres(mode)
@@ -290,11 +337,11 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
         axes.set_xlim(-0.5, place.sizes[mode] - 0.5)
         axes.locator_params(axis="x", nbins=6, integer=True, min_n_ticks=1)
         if head == heads - 1:
-            axes.set_xlabel(place.names[mode])
+            axes.set_xlabel(place.labels[mode])
     for head in range(heads):  # once the rows are drawn, whose panels share a scale
         grid[head, 0].set_ylabel(f"head {head + 1}")
         grid[head, 0].set_ylim(bottom=0)
-    labels = ["exact attention, summed over the other modes", *(_weights_label(*each) for each in weights.items())]
+    labels = ["full attention, summed over the other modes", *(_weights_label(*each) for each in weights.items())]
     columns = _legend_columns([len(label) for label in labels], int(figure.get_figwidth() * LETTERS))
     figure.legend(grid[-1, -1].lines[2:], labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -330,23 +377,24 @@ def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str
         The figure.
     """
     order = len(place.sizes)
-    title = f"{recording.name}: attention of {place.words()}{head and '; '}{head}"
+    title = f"{recording.name}: what {place.words()} attends to"
     if order == 1:
-        return _series_maps(recording, place, maps, title)
+        return _series_maps(recording, place, maps, f"{title}{head and ', '}{head}")
     planes = _planes_through(place.sizes, place.names)
-    values, words = _display_values(recording.array)
-    widths = [plane.width(place.sizes) for plane in planes]
-    panel = _panel_height(sum(widths), 2.0)
+    values, words = _display_values(recording.array, recording.inverted)
+    widths = [width for width, _ in _extents(planes, place)]
+    margin = 1.2 + 0.9 * len(planes)
+    panel = _panel_height(sum(widths), margin)
     figure = _new_figure(
-        panel * sum(widths) + 2.0,
+        panel * sum(widths) + margin,
         (len(maps) + 1) * (panel + 0.35) + 0.7,
-        f"{title}{'; slices through the query' if order > 2 else ''}",
-        f"each weight relative to uniform attention, one colour scale; input: {words}",
+        title,
+        "; ".join(filter(None, (head, "slices through the query" * (order > 2), "one colour scale for all"))),
+        f"input: {words}",
     )
     grid = figure.subplots(len(maps) + 1, len(planes), squeeze=False, width_ratios=widths)
-    ratios = [np.log2(np.maximum(each * each.size, 1e-30)) for each in maps.values()]
-    exact = np.concatenate([plane.cut(ratios[0], place.query).ravel() for plane in planes])
-    limit = max(0.5, float(np.percentile(np.abs(exact), 99.5)))
+    ratios = list(_ratios(maps).values())
+    limit = _limit(np.concatenate([plane.cut(ratios[0], place.query).ravel() for plane in planes]))
     for (row, column), axes in np.ndenumerate(grid):
         plane = planes[column]
         if row == 0:
@@ -358,18 +406,107 @@ def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str
             image = plane.cut(ratios[row - 1], place.query)
             drawn = _draw_plane(axes, image, plane, place, place.patch, cmap="RdBu_r", vmin=-limit, vmax=limit)
         _mark_query(axes, plane, place)
+        axes.set_anchor("NW")
         if row < len(maps):
             axes.set_xlabel("")
             axes.tick_params(labelbottom=False)
-    beside = {"xycoords": "axes fraction", "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "center"}
     for axes, label in zip(grid[:, 0], ["input", *maps], strict=True):
-        axes.annotate(label, (0, 0.5), xytext=(-52, 0), **beside, fontsize=10, fontweight="bold")
-    bar = figure.colorbar(drawn, ax=list(grid[1:].flat), extend="both", shrink=0.8, aspect=30)
+        axes.set_title(label, loc="left", fontsize=10, fontweight="bold")
+    bar = figure.colorbar(drawn, ax=list(grid.flat), extend="both", shrink=0.8, aspect=30)
     ticks = _ratio_ticks(limit)
-    labels = [f"{ratio:.3g}" if ratio >= 1 else f"1/{1 / ratio:.3g}" for ratio in ticks]
+    labels = [f"{ratio:.3g}×" if ratio >= 1 else f"1/{1 / ratio:.3g}" for ratio in ticks]
     bar.set_ticks([math.log2(ratio) for ratio in ticks], labels=labels)
-    bar.set_label("weight / uniform weight")
+    bar.set_label("less attention than the average  ←  →  more")
     return figure
+
+
+def _ratios(maps: Mapping[str, Array]) -> dict[str, Array]:
+    """Return weights relative to uniform attention, in powers of two."""
+    return {name: np.log2(np.maximum(each * each.size, 1e-30)) for name, each in maps.items()}
+
+
+class Slices(NamedTuple):
+    """Slices of a recording and of maps, for a page that steps through them. All have the pixels of the recording.
+
+    Attributes:
+        mode: The mode that is stepped along, or None where there is one slice.
+        elements: Index of each slice along it.
+        chosen: Which slice holds the query.
+        images: Grey or colours ``(h, w)`` or ``(h, w, 3)``, between 0 and 1 or bytes.
+        maps: Weights relative to uniform attention, in powers of two, by map.
+        limit: Where the scale of colours ends.
+        width: Width of a slice for a height of one.
+        cross: Where the query is, shares of width and height from the upper left.
+    """
+
+    mode: int | None
+    elements: tuple[int, ...]
+    chosen: int
+    images: list[Array]
+    maps: dict[str, list[Array]]
+    limit: float
+    width: float
+    cross: tuple[float, float]
+
+
+def slices(recording: Recording, place: Place, maps: Mapping[str, Array], *, most: int, pixels: int) -> Slices:
+    """Cut a recording of two or more modes, and maps over it, into slices along its longest remaining mode.
+
+    Args:
+        recording: What was read.
+        place: Where the query is.
+        maps: Weights over the grid, by map; the first sets the scale of colours.
+        most: Largest number of slices.
+        pixels: Larger slices are thinned to about so many pixels a side.
+
+    Returns:
+        The slices.
+    """
+    plane = _planes_through(place.sizes, place.names)[0]
+    stepped = max(plane.others(len(place.sizes)), key=lambda mode: place.sizes[mode], default=None)
+    patches = (
+        (0,)
+        if stepped is None
+        else _frames(-(-place.sizes[stepped] // place.patch[stepped]), most, place.query[stepped])
+    )
+    across, along = plane.across, plane.along
+    thin = [np.arange(0, place.sizes[mode], -(-place.sizes[mode] // pixels)) for mode in (along, across)]
+    values, _ = _display_values(recording.array, recording.inverted)
+    ratios = _ratios(maps)
+
+    def shown(array: Array, position: Sequence[int], patch: tuple[int, int]) -> Array:
+        """Cut one slice, and thin it."""
+        image = plane.cut(array, position)[np.ix_(*(each // part for each, part in zip(thin, patch, strict=True)))]
+        return image[::-1] if plane.upwards else image
+
+    elements, images = [], []
+    cuts: dict[str, list[Array]] = {name: [] for name in maps}
+    for patch in patches:
+        query, element = list(place.query), list(place.element)
+        if stepped is not None:
+            query[stepped] = patch
+            middle = patch * place.patch[stepped] + (place.patch[stepped] - 1) // 2
+            element[stepped] = min(middle, place.sizes[stepped] - 1)
+        elements.append(0 if stepped is None else element[stepped])
+        images.append(shown(values, element, (1, 1)))
+        for name, each in ratios.items():
+            cuts[name].append(shown(each, query, (place.patch[along], place.patch[across])))
+    down = (place.element[along] + 0.5) / place.sizes[along]
+    return Slices(
+        stepped,
+        tuple(elements),
+        0 if stepped is None else patches.index(place.query[stepped]),
+        images,
+        cuts,
+        _limit(next(iter(ratios.values()))),
+        plane.shape(place)[0],
+        ((place.element[across] + 0.5) / place.sizes[across], 1 - down if plane.upwards else down),
+    )
+
+
+def _limit(ratios: Array) -> float:
+    """Return where a scale of colours ends, in powers of two."""
+    return max(0.5, float(np.percentile(np.abs(ratios), 99.5)))
 
 
 def _ratio_ticks(limit: float) -> list[float]:
@@ -383,7 +520,7 @@ def _ratio_ticks(limit: float) -> list[float]:
 
 def _series_maps(recording: Recording, place: Place, maps: Mapping[str, Array], title: str) -> Any:
     """Draw the attention of a query over a series, under the series."""
-    figure = _new_figure(9.0, 2 * PANEL + 1.2, title, "each weight relative to uniform attention")
+    figure = _new_figure(9.0, 2 * PANEL + 1.2, title)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _draw_series(upper, recording, place)
     upper.set_xlabel("")
@@ -393,8 +530,8 @@ def _series_maps(recording: Recording, place: Place, maps: Mapping[str, Array], 
         lower.plot(place.centres(0), each * each.size, label=label, **style)
     lower.axvline(place.element[0], color="black", linewidth=1, linestyle=":")
     lower.axhline(1, color="0.75", linewidth=0.8)
-    lower.set_xlabel(place.names[0])
-    lower.set_ylabel("weight / uniform")
+    lower.set_xlabel(place.labels[0])
+    lower.set_ylabel("times uniform attention")
     lower.set_xlim(-0.5, place.sizes[0] - 0.5)
     lower.legend(frameon=False)
     return figure

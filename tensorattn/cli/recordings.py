@@ -8,12 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tensorattn.cli.common import MissingPackageError, require
-from tensorattn.errors import ModesError, TensorAttentionError
+from tensorattn.cli.readers.arrays import read_hdf5, read_npy, read_npz, read_zarr
+from tensorattn.cli.readers.contents import MAX_BYTES, Array, FileArray, RecordingError, Request, Step, one_line
+from tensorattn.cli.readers.dicom import is_dicom, read_dicom, read_series
+from tensorattn.cli.readers.nifti import read_nifti
+from tensorattn.cli.readers.pictures import read_frames, read_picture, read_tiff
+from tensorattn.cli.readers.video import read_video
+from tensorattn.errors import ModesError
 from tensorattn.modes import ModeSpec
 
 __all__ = [
@@ -29,25 +35,7 @@ __all__ = [
 ]
 
 LARGEST = 1e100  # squares of larger numbers may overflow
-MAX_DECODED_BYTES = 4 * 10**9  # a clip is decoded whole into memory
 MAX_ORDER = 6  # figures and patches are made for one to six modes
-
-Array = np.ndarray[Any, Any]
-
-
-class RecordingError(TensorAttentionError):
-    """A recording is missing, cannot be read, or does not hold numbers over a grid."""
-
-
-class FileArray(NamedTuple):
-    """What a file holds: the array, the names of its modes, and whether its last axis holds channels.
-
-    Names are empty where the format does not say what the axes are.
-    """
-
-    array: Array
-    modes: tuple[str, ...] = ()
-    channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,9 @@ class Recording:
         source: Where it comes from, in words.
         array: Values ``(n_1, …, n_N, C)``, real, of the type they were stored in.
         modes: Names of the modes.
-        notes: What was done to the array on the way, one sentence each.
+        notes: What was done or assumed on the way, one sentence each.
+        steps: How far apart neighbours lie, one a mode, None where it is not known; empty where nothing is.
+        inverted: Whether the smallest number is meant to be white.
     """
 
     name: str
@@ -67,6 +57,8 @@ class Recording:
     array: Array
     modes: ModeSpec
     notes: tuple[str, ...] = ()
+    steps: tuple[Step | None, ...] = ()
+    inverted: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -112,48 +104,47 @@ def parse_modes(text: str) -> ModeSpec:
     return spec
 
 
-def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None) -> Recording:
-    """Read a recording from a file.
+def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, max_bytes: int = MAX_BYTES) -> Recording:
+    """Read a recording from a file, or from a folder that holds a DICOM series, pictures or a zarr store.
 
     Args:
-        path: A file of one of the kinds in ``READERS``.
+        path: A file of one of the kinds in ``READERS``, told by its suffix or else by its first bytes; or a folder.
         modes: Names of the modes. Without them, what the format says its axes are; where it does not say
             (``.npy``, ``.npz``), every axis is a mode.
-        key: Name of the array in an ``.npz`` archive.
+        key: Name of the array, or of the series, where there are several.
+        max_bytes: How much memory the array may take; what a header promises is checked before it is unpacked.
 
     Returns:
         The recording.
 
     Raises:
-        RecordingError: If the file is missing or cannot be read, or holds no real numbers.
+        RecordingError: If the file is missing or cannot be read, is too large, or holds no real numbers.
         MissingPackageError: If the package that reads such files is not installed.
     """
-    suffix = next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)
-    if suffix is None:
-        raise RecordingError(f"{path}: no reader for this kind of file; these are read: {', '.join(READERS)}")
-    if key is not None and suffix != ".npz":
-        raise RecordingError(f"{path}: --key chooses an array of an .npz archive, but this is {suffix}")
-    if not path.is_file():
-        raise RecordingError(f"{path}: {'this is not a file' if path.exists() else 'there is no such file'}")
-    kind, reader = READERS[suffix]
+    try:
+        if not path.exists():
+            raise RecordingError("there is no such file")
+        suffix, kind = _kind_of(path)
+        if key is not None and not kind.several:
+            raise RecordingError(f"--key chooses one of several arrays or series, but {kind.name} holds one")
+    except RecordingError as cause:
+        raise RecordingError(f"{path}: {cause.rule}") from None
+    except OSError as cause:
+        raise RecordingError(f"{path}: cannot be read ({one_line(cause)})") from cause
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
-            contents = reader(path, key)
+            contents = kind.read(path, Request(key, max_bytes))
         except RecordingError as cause:
             raise RecordingError(f"{path}: {cause.rule}") from None
         except MissingPackageError:
             raise
-        except Exception as cause:  # six packages read files here, and each has its own errors for bad bytes
-            raise RecordingError(f"{path}: cannot be read as {kind} ({_first_line(cause)})") from cause
-    notes = tuple(dict.fromkeys(f"while reading: {_first_line(warning.message)}" for warning in heard))
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name[: -len(suffix)]).strip("-.") or "recording"
+        except Exception as cause:  # many packages read files here, and each has its own errors for bad bytes
+            raise RecordingError(f"{path}: cannot be read as {kind.name} ({one_line(cause)})") from cause
+    notes = tuple(dict.fromkeys(f"while reading: {one_line(warning.message)}" for warning in heard))
+    stem = path.resolve().name
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem[: len(stem) - len(suffix)]).strip("-.") or "recording"
     return make_recording(contents, name=name, source=str(path), modes=modes, notes=notes)
-
-
-def _first_line(cause: Any) -> str:
-    """Return the first line of an error or a warning, or its type where it says nothing."""
-    return next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
 
 
 def make_recording(
@@ -185,7 +176,7 @@ def make_recording(
         >>> made.modes.order, made.array.shape
         (2, (2, 3, 1))
     """
-    array, said, channels = contents
+    array, said, channels, steps, inverted, told = contents
     if array.dtype.kind not in "biuf":
         raise RecordingError(f"{source}: its numbers must be real, but its type is {array.dtype}")
     if array.ndim == 0 or array.size == 0:
@@ -198,17 +189,20 @@ def make_recording(
                 "say which are modes with --modes"
             )
         modes = ModeSpec.parse(said or order)
+        steps = steps if len(steps) == order else ()
     elif array.ndim not in (modes.order, modes.order + 1):
         raise ModesError(
             f"{source}: --modes gives {modes.order} modes ({modes}), but the array {array.shape} has {array.ndim} "
             f"dimensions; they must be {modes.order}, or {modes.order + 1} with channels last"
         )
+    else:  # an axis keeps its step, whatever it is called
+        steps = (*steps, *(None,) * array.ndim)[: modes.order] if steps else ()
     if array.ndim == modes.order:
         array = array[..., None]
     array, filled = _fill_gaps(array, source)
     if bool(np.all(array == array[(0,) * (array.ndim - 1)])):
         raise RecordingError(f"{source}: the recording is constant, there is nothing to attend to")
-    return Recording(name, source, array, modes, notes + filled)
+    return Recording(name, source, array, modes, notes + told + filled, steps, inverted)
 
 
 def _fill_gaps(array: Array, source: str) -> tuple[Array, tuple[str, ...]]:
@@ -260,6 +254,7 @@ def sample_volume() -> Recording:
         source="magnetic resonance image of a brain (nibabel, example4d, first volume)",
         array=np.ascontiguousarray(series.array[..., 0, :]),
         modes=ModeSpec.parse(series.modes.names[:3]),
+        steps=series.steps[:3],
     )
 
 
@@ -270,98 +265,92 @@ def _load_packaged(what: str, package: str, path: Path) -> Recording:
     return load(path)
 
 
-# ---- readers: one function a format, from a path to an array and what its axes are ----------------------------
+# ---- kinds of files ------------------------------------------------------------------------------------------
 
 
-def _read_npy(path: Path, key: str | None) -> FileArray:
-    """Read a NumPy array. Object arrays are refused: no pickle is ever opened."""
-    with path.open("rb") as file:
-        return FileArray(np.lib.format.read_array(file, allow_pickle=False))
+class Kind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        name: What it is called.
+        read: Its reader.
+        several: Whether it may hold several arrays or series, of which ``--key`` chooses one.
+    """
+
+    name: str
+    read: Callable[[Path, Request], FileArray]
+    several: bool = False
 
 
-def _read_npz(path: Path, key: str | None) -> FileArray:
-    """Read one array of a NumPy archive: the one called ``key``, or the only one."""
-    archive = np.load(path, allow_pickle=False)
-    if isinstance(archive, np.ndarray):
-        raise RecordingError("it is a single array, not an archive; call it .npy")
-    with archive:
-        names = list(archive.files)
-        held = f"it holds {len(names)} array{'' if len(names) == 1 else 's'}: {', '.join(names) or 'none'}"
-        if key is None and len(names) != 1:
-            raise RecordingError(f"{held}; choose one with --key")
-        if key is not None and key not in names:
-            raise RecordingError(f"there is no array {key!r} in it; {held}")
-        return FileArray(archive[names[0] if key is None else key])
+NIFTI, TIFF, DICOM = Kind("NIfTI", read_nifti), Kind("TIFF", read_tiff, True), Kind("DICOM", read_dicom)
+PICTURE, VIDEO = Kind("a picture", read_picture), Kind("video", read_video)
+NPY, NPZ = Kind("a NumPy array", read_npy), Kind("a NumPy archive", read_npz, True)
+HDF5, ZARR = Kind("HDF5", read_hdf5, True), Kind("zarr", read_zarr, True)
 
-
-def _read_nifti(path: Path, key: str | None) -> FileArray:
-    """Read a NIfTI volume, or a series of volumes. Time and channel axes of size 1 are left out."""
-    nibabel = require("nibabel", extra="examples", purpose="reading NIfTI")
-    array = np.asarray(nibabel.load(path).dataobj)
-    if array.dtype.names is not None:  # the RGB types of NIfTI
-        array = np.stack([array[name] for name in array.dtype.names], axis=-1)
-        return FileArray(array, ("x", "y", "z", "t")[: array.ndim - 1], channels=True)
-    channels = array.ndim == 5 and array.shape[4] > 1
-    array = array.squeeze(tuple(axis for axis in range(3, array.ndim) if array.shape[axis] == 1))
-    return FileArray(array, ("x", "y", "z", "t")[: array.ndim - channels], channels)
-
-
-def _read_tiff(path: Path, key: str | None) -> FileArray:
-    """Read the pages of a TIFF file: a stack ``z h w``, or ``h w`` where there is one page."""
-    pillow = require("PIL.Image", extra="examples", purpose="reading TIFF")
-    pages: list[Array] = []
-    with pillow.open(path) as image:
-        for page in range(image.n_frames):
-            image.seek(page)
-            plain = image if image.mode not in ("P", "PA", "YCbCr", "LAB", "HSV") else image.convert("RGB")
-            pages.append(np.asarray(plain))
-            if pages[-1].shape != pages[0].shape:
-                raise RecordingError(
-                    f"its pages differ: page 0 is {pages[0].shape} and page {page} is {pages[-1].shape}"
-                )
-    channels = pages[0].ndim == 3
-    if len(pages) == 1:
-        return FileArray(pages[0], ("h", "w"), channels)
-    return FileArray(np.stack(pages), ("z", "h", "w"), channels)
-
-
-def _read_dicom(path: Path, key: str | None) -> FileArray:
-    """Read the pixels of a DICOM file: a cine loop ``t h w``, a stack ``z h w`` or an image ``h w``."""
-    pydicom = require("pydicom", extra="examples", purpose="reading DICOM")
-    dataset = pydicom.dcmread(path)
-    if not any(tag in dataset for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise RecordingError("it holds no pixels")
-    array = dataset.pixel_array
-    channels = int(dataset.SamplesPerPixel) > 1
-    cine = any(tag in dataset for tag in ("FrameTime", "FrameTimeVector", "CineRate"))
-    frames = ("t" if cine else "z",) if array.ndim - channels == 3 else ()
-    return FileArray(array, (*frames, "h", "w"), channels)
-
-
-def _read_video(path: Path, key: str | None, *, limit: int = MAX_DECODED_BYTES) -> FileArray:
-    """Decode the first video stream of a film: ``t h w`` and three channels."""
-    av = require("av", extra="video", purpose="reading video")
-    frames: list[Array] = []
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise RecordingError("it holds no video stream")
-        for frame in container.decode(video=0):
-            frames.append(frame.to_ndarray(format="rgb24"))
-            if len(frames) * frames[0].nbytes > limit:
-                raise RecordingError(f"decoded it takes more than {limit / 1e9:.0f} GB; give a shorter or smaller clip")
-    if not frames:
-        raise RecordingError("it holds no video frames")
-    return FileArray(np.stack(frames), ("t", "h", "w"), channels=True)
-
-
-READERS: dict[str, tuple[str, Callable[[Path, str | None], FileArray]]] = {
-    ".nii": ("NIfTI", _read_nifti),
-    ".nii.gz": ("NIfTI", _read_nifti),
-    ".npy": ("a NumPy array", _read_npy),
-    ".npz": ("a NumPy archive", _read_npz),
-    ".tif": ("TIFF", _read_tiff),
-    ".tiff": ("TIFF", _read_tiff),
-    ".dcm": ("DICOM", _read_dicom),
-    ".mp4": ("video", _read_video),
-    ".avi": ("video", _read_video),
+READERS: dict[str, Kind] = {
+    **dict.fromkeys((".nii", ".nii.gz", ".mgz", ".mgh", ".hdr", ".img"), NIFTI),
+    **dict.fromkeys((".dcm", ".dicom", ".ima"), DICOM),
+    **dict.fromkeys((".tif", ".tiff"), TIFF),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"), PICTURE),
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg"), VIDEO),
+    **{".npy": NPY, ".npz": NPZ, ".zarr": ZARR, ".zarr.zip": ZARR},
+    **dict.fromkeys((".h5", ".hdf5"), HDF5),
 }
+
+BEGINNINGS = (  # first bytes of files without a suffix
+    (b"\x89PNG", PICTURE),
+    (b"\xff\xd8\xff", PICTURE),
+    (b"GIF8", PICTURE),
+    (b"II*\0", TIFF),
+    (b"MM\0*", TIFF),
+    (b"\x93NUMPY", NPY),
+    (b"\x89HDF", HDF5),
+)
+
+
+def _kind_of(path: Path) -> tuple[str, Kind]:
+    """Return the suffix of a file and its kind."""
+    suffix = max((each for each in READERS if path.name.lower().endswith(each)), key=len, default="")
+    if path.is_dir():
+        return (suffix if READERS.get(suffix) is ZARR else ""), _kind_of_folder(path)
+    if not path.is_file():
+        raise RecordingError("this is neither a file nor a folder")
+    if suffix:
+        return suffix, READERS[suffix]
+    if is_dicom(path):
+        return suffix, DICOM
+    with path.open("rb") as file:
+        first = file.read(8)
+    kind = next((kind for beginning, kind in BEGINNINGS if first.startswith(beginning)), None)
+    if kind is None:
+        raise RecordingError(f"no reader for this kind of file; these are read: {', '.join(READERS)}")
+    return suffix, kind
+
+
+def _kind_of_folder(path: Path) -> Kind:
+    """Return the kind of a folder: a zarr store, else DICOM files at any depth, else pictures."""
+    if any((path / name).exists() for name in (".zarray", ".zgroup", "zarr.json")):
+        return ZARR
+    held = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith(".")]
+    dicom = [each for each in held if is_dicom(each)]
+    if dicom:
+        return Kind(
+            "a folder of DICOM files", lambda _, request: _without(len(held), dicom, read_series(dicom, request)), True
+        )
+    pictures = [each for each in held if each.parent == path and READERS.get(each.suffix.lower()) in (PICTURE, TIFF)]
+    if not pictures:
+        raise RecordingError("this folder holds no DICOM file, no picture and no zarr store")
+
+    def read(_: Path, request: Request) -> FileArray:
+        """Read the pictures."""
+        frames = read_frames(pictures, request, lambda each, one: READERS[each.suffix.lower()].read(each, one))
+        return _without(len(held), pictures, frames)
+
+    return Kind("a folder of pictures", read)
+
+
+def _without(count: int, taken: list[Path], contents: FileArray) -> FileArray:
+    """Tell how many files of a folder were left out."""
+    left = count - len(taken)
+    told = (f"{left} other file{'' if left == 1 else 's'} of the folder left out",) if left else ()
+    return contents._replace(notes=contents.notes + told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,9 @@ import tensorattn as ta
 from tensorattn.cli.attend import _Row, _table, default_choices, examine, means_of_cells, prepare
 from tensorattn.cli.common import parse_choices
 from tensorattn.cli.main import main
+from tensorattn.cli.readers.contents import Step
 from tensorattn.cli.recordings import FileArray, make_recording
+from tensorattn.cli.view import draw
 from tensorattn.diagnose import ErrorEstimate
 
 FIGURES = ("input", "weights", "maps")
@@ -50,9 +53,9 @@ def report_of(array: np.ndarray, operators: list[str], *, budget: float = 60.0, 
     """The report on an array with channels last, without drawing its figures."""
     recording = make_recording(FileArray(array, channels=True), name="a", source="a.npy")
     job = prepare(recording, parse_choices(operators), lenient=False, dim=8, heads=2, **settings)
-    report, figures = examine(job, lambda work: None, budget=budget)
-    assert list(figures) == [f"a-{figure}.png" for figure in FIGURES]
-    return report
+    report = examine(job, lambda work: None, budget=budget)
+    assert list(draw(report.view)) == [f"a-{figure}.png" for figure in FIGURES]
+    return report.text()
 
 
 def check_written(directory: Path, name: str, printed: str) -> None:
@@ -262,6 +265,43 @@ def test_the_words_of_a_row() -> None:
     assert [line.split("   ")[-1].strip() for line in _table(rows).splitlines()[2:]] == ["0", "0.250", "not a number"]
 
 
+def test_json_is_the_report_in_numbers_and_html_is_written_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "a.nii", tmp_path / "out"
+    write_nifti(path)
+    words = ("--patch", "2", *SMALL, "--operator", "clustered:tokens=S", "--operator", "axial", "--json", "--html")
+    assert attend(path, *words, "--out", out) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(found["files"]) == sorted(str(each) for each in out.iterdir())
+    assert {Path(each).name for each in found["files"]} >= {"report.html", "report.txt"}
+    (recording,) = found["recordings"]
+    assert recording["modes"][0] == {"name": "x", "size": 6, "patch": 2, "step": 1.0, "unit": "mm"}
+    counts = [recording[name] for name in ("positions", "averages", "heads", "dim", "seed", "channels")]
+    assert counts == [3 * 4 * 3, 3 + 4 + 3, 2, 8, 0, 1] and recording["dtype"] == "int16"
+    assert recording["query"] == [2, 4, 2] and "mm is assumed" in recording["notes"][0]
+    rows = {row["name"]: row for row in recording["operators"]}
+    printed = table_of((out / "report.txt").read_text())
+    assert list(rows) == list(printed)
+    for name, row in rows.items():
+        assert row["flops"] > 0 and row["seconds"] > 0 and row["ran"] is True
+        assert row["centred_error"] < 5e-4 or f"{row['centred_error']:.3f}" in printed[name][-1]
+    assert rows["clustered:tokens=S"]["rho"] > 0 and rows["axial"]["rho"] is None
+
+
+def test_clustered_stands_in_front() -> None:
+    labels = [choice.label for choice in default_choices()]
+    assert labels[0] == "clustered" and set(ta.OPERATORS) <= set(labels)
+    assert next(iter(table_of(report_of(numbers(6, 7, 2), labels[:3])))) == "clustered"
+
+
+def test_steps_of_the_file_are_told() -> None:
+    contents = FileArray(numbers(5, 6, 7), ("t", "h", "w"), steps=(Step(0.04, "s"), Step(1.0), None))
+    recording = make_recording(contents, name="a", source="a.mp4")
+    report = examine(prepare(recording, parse_choices(["additive"]), dim=8, heads=2), lambda work: None).text()
+    assert "\n  steps, as the file says: t 0.04 s\n" in report
+
+
 # ---- what cannot be done -------------------------------------------------------------------------------------
 
 
@@ -338,7 +378,11 @@ def grid(tmp_path: Path) -> Path:
         (("--query", "1,2,x"), "--query must be 3 whole numbers, one index a mode, got '1,2,x'."),
         (("--query", "1,2,-3"), "--query must be 3 whole numbers, one index a mode, got '1,2,-3'."),
         (("--query", "1,2,9"), "--query has index 9 in mode 2, but its size is 4."),
-        (("--key", "x"), "{path}: --key chooses an array of an .npz archive, but this is .npy"),
+        (
+            ("--max-bytes", "0.1k"),
+            "{path}: unpacked it takes 168 B (6×7×4 of uint8), but --max-bytes allows 100 B",
+        ),
+        (("--key", "x"), "{path}: --key chooses one of several arrays or series, but a NumPy array holds one"),
     ],
 )
 def test_bad_choices_are_told_in_one_line(
@@ -358,6 +402,8 @@ def test_bad_choices_are_told_in_one_line(
         (("--heads", "0"), "argument --heads: must be a whole number of at least 1, got 0"),
         (("--logit-std", "nan"), "argument --logit-std: must be positive and at most 1,000,000, got nan"),
         (("--logit-std", "1e300"), "argument --logit-std: must be positive and at most 1,000,000, got 1e300"),
+        (("--max-bytes", "2 pages"), "argument --max-bytes: must be a number of bytes, as in 2G or 500M, got 2 pages"),
+        (("--max-bytes", "0"), "argument --max-bytes: must be a number of bytes, as in 2G or 500M, got 0"),
         (("--seed", "-1"), "argument --seed: must be a whole number of at least 0 and below 2**63, got -1"),
     ],
 )
@@ -418,6 +464,17 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(
     assert capsys.readouterr().err == f"{PROGRAM}: --out {taken}: {taken} is not a directory\n"
     assert attend(grid, "--out", taken / "deeper") == 2
     assert taken.read_text() == "mine"
+
+
+def test_files_are_written_together_or_not_at_all(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "report.txt").mkdir(parents=True)
+    assert attend(grid, *SMALL, "--operator", "additive", "--out", out) == 2
+    told = f"{PROGRAM}: --out {out}: {out / 'report.txt'} is a directory\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert [path.name for path in out.iterdir()] == ["report.txt"]
 
 
 def test_a_missing_package_is_told_in_one_line(

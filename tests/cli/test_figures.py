@@ -14,19 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorattn as ta
-from tensorattn.cli.attend import _draw, default_choices
+from tensorattn.cli.attend import default_choices
 from tensorattn.cli.common import parse_choices, png_bytes
 from tensorattn.cli.embedding import embed
 from tensorattn.cli.figures import (
     Place,
     _display_values,
+    _extents,
     _frames,
     _planes_through,
     input_figure,
     maps_figure,
+    slices,
     weights_figure,
 )
+from tensorattn.cli.readers.contents import Step
 from tensorattn.cli.recordings import FileArray, Recording, make_recording, parse_modes
+from tensorattn.cli.view import draw, look
 
 SIZES = (7, 6, 5, 4, 3, 2)
 
@@ -44,7 +48,13 @@ def texts(figure: Any) -> str:
     """Every word of a figure but its ticks."""
     words = [figure.get_suptitle()]
     for axes in figure.axes:
-        words += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(each.get_text() for each in axes.texts)]
+        words += [
+            axes.get_title(),
+            axes.get_title(loc="left"),
+            axes.get_xlabel(),
+            axes.get_ylabel(),
+            *(each.get_text() for each in axes.texts),
+        ]
     for legend in (*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))):
         words += [each.get_text() for each in legend.get_texts()]
     return " | ".join(words)
@@ -67,7 +77,7 @@ def test_figures_of_every_order(order: int, named: bool) -> None:
     patch = (2,) * order
     tokens = embed(of.array, patch, dim=8, heads=2, logit_std=1.0, seed=0)
     where = place(of, patch, tuple(-(-size // 2) // 2 for size in of.sizes))
-    figures = _draw(of, where, tokens, default_choices())
+    figures = draw(look(of, where, tokens, default_choices()))
     assert list(figures) == ["noise-input.png", "noise-weights.png", "noise-maps.png"]
     for figure in figures.values():
         picture = png_bytes(figure)
@@ -180,21 +190,106 @@ def test_the_outer_product_of_additive_weights_is_the_exact_map_of_additive_keys
     rows, columns = tokens.key[:, :, :1], tokens.key[:, :1]
     additive = tokens._replace(key=rows + columns)
     where = place(of, (1, 1), (2, 3))
-    figure = _draw(of, where, additive, parse_choices(["additive"]))["ramp-maps.png"]
+    figure = draw(look(of, where, additive, parse_choices(["additive"])))["ramp-maps.png"]
     np.testing.assert_allclose(images(figure.axes[1]), images(figure.axes[2]), atol=1e-5)
 
 
 def test_operators_with_the_same_map_share_a_row() -> None:
     of = recording(5, 6, 3, modes="h w")
     tokens = embed(of.array, (1, 1), dim=8, heads=2, logit_std=1.0, seed=0)
-    figure = _draw(
-        of,
-        place(of, (1, 1), (2, 3)),
-        tokens,
-        parse_choices(["additive", "truncated:interaction_order=1", "kao_kv", "axial"]),
-    )
-    words = texts(figure["noise-maps.png"])
+    chosen = parse_choices(["additive", "truncated:interaction_order=1", "kao_kv", "axial", "clustered"])
+    view = look(of, place(of, (1, 1), (2, 3)), tokens, chosen)
+    assert list(view.maps) == ["full attention", "clustered", "additive, truncated:interaction_order=1", "kao_kv"]
+    assert next(iter(view.weights)) == "clustered"
+    words = texts(draw(view)["noise-maps.png"])
     assert "additive, truncated:interaction_order=1 |" in words and "axial" not in words
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------
+
+
+def drawn_shape(axes: Any) -> float:
+    """Height of a panel as it is drawn, for a width of one."""
+    png_bytes(axes.figure)
+    box = axes.get_window_extent()
+    return box.height / box.width
+
+
+@pytest.mark.parametrize("thick", [1.0, 5.0])
+def test_slices_are_as_high_as_their_steps_say(thick: float) -> None:
+    of = recording(20, 20, 10, modes="x y z")
+    where = Place(of.modes, of.sizes, (1, 1, 1), (9, 9, 4), (Step(1.0, "mm"), Step(1.0, "mm"), Step(thick, "mm")))
+    figure = maps_figure(of, where, "head 1", {"full attention": uniform(20, 20, 10)})
+    flat, upright = figure.axes[0], figure.axes[1]
+    assert (upright.get_xlabel(), figure.axes[4].get_xlabel()) == ("", "x (× 1 mm)")
+    assert upright.get_ylabel() == f"z (× {thick:.3g} mm)"
+    assert drawn_shape(flat) == pytest.approx(1, rel=0.01)
+    assert drawn_shape(upright) == pytest.approx(thick / 2, rel=0.01)
+    assert _extents(_planes_through(of.sizes, where.names), where)[:2] == [
+        pytest.approx((20 / max(20, 10 * thick), 20 / max(20, 10 * thick))),
+        pytest.approx((20 / max(20, 10 * thick), 10 * thick / max(20, 10 * thick))),
+    ]
+
+
+def test_modes_without_a_unit_in_common_are_stretched() -> None:
+    of = recording(40, 4, 8, modes="t h w")
+    steps = (Step(0.1, "s"), Step(2.0), Step(1.0))
+    assert Place(of.modes, of.sizes, (1, 1, 1), (0, 0, 0), steps).lengths(0, 1) is None
+    figure = input_figure(of, Place(of.modes, of.sizes, (1, 1, 1), (0, 0, 0), steps))
+    assert drawn_shape(figure.axes[0]) == pytest.approx(1, rel=0.01)  # 4 pixels of 2 by 8 pixels of 1
+    assert figure.axes[0].get_ylabel() == "h"
+
+
+@pytest.mark.parametrize("sizes", [(5, 16, 16), (2, 6, 6), (4, 16, 40)])
+def test_nothing_is_cut_off(sizes: tuple[int, ...]) -> None:
+    of = recording(*sizes, modes="z h w")
+    where = Place(of.modes, sizes, (1, 1, 1), tuple(size // 2 for size in sizes), (Step(1.0, "mm"),) * 3)
+    maps = {"full attention": uniform(*sizes), "clustered:cells=blocks": uniform(*sizes)}
+    for figure in (input_figure(of, where), maps_figure(of, where, "head 1", maps)):
+        png_bytes(figure)
+        drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert 0 <= drawn.x0 and 0 <= drawn.y0 and drawn.x1 <= width and drawn.y1 <= height
+
+
+def test_what_is_meant_to_be_inverted_is_drawn_so() -> None:
+    ramp = np.linspace(0, 1, 400).reshape(20, 20, 1)
+    shown, words = _display_values(ramp, inverted=True)
+    assert shown[0, 0] == 1 and shown[-1, -1] == 0
+    assert words == "grey from the 0.5th to the 99.5th percentile, small numbers bright"
+
+
+def test_colours_of_16_bits_are_colours() -> None:
+    colours = np.random.default_rng(0).integers(0, 2**16, (4, 5, 3)).astype(np.uint16)
+    shown, words = _display_values(colours)
+    np.testing.assert_array_equal(shown, colours >> 8)
+    assert words == "colours as stored"
+    shown, words = _display_values(colours // 4)
+    assert shown.max() == 1 and shown.ndim == 3 and words.startswith("colours 4.")
+
+
+@pytest.mark.parametrize("modes", ["t h w", "x y z"])
+def test_slices_for_a_slider(modes: str) -> None:
+    of = recording(9, 8, 30, modes=modes)
+    where = place(of, (2, 4, 4), (3, 1, 5))
+    weights = np.random.default_rng(0).dirichlet(np.ones(5 * 2 * 8)).reshape(5, 2, 8)
+    cuts = slices(of, where, {"full attention": weights}, most=20, pixels=15)
+    stepped, along, across = (0, 1, 2) if modes == "t h w" else (1, 2, 0)
+    assert cuts.mode == stepped and len(cuts.elements) == (5, 2)[stepped]
+    assert cuts.elements[cuts.chosen] == where.element[stepped]
+    thin = -(-of.sizes[across] // 15), -(-of.sizes[along] // 15)
+    for step, element in enumerate(cuts.elements):
+        grid = np.moveaxis(weights, (along, across, stepped), (0, 1, 2))[..., element // where.patch[stepped]]
+        whole = grid.repeat(where.patch[along], 0).repeat(where.patch[across], 1)
+        whole = np.log2(whole * 80)[: of.sizes[along] : thin[1], : of.sizes[across] : thin[0]]
+        np.testing.assert_allclose(cuts.maps["full attention"][step], whole[::-1] if modes == "x y z" else whole)
+        assert cuts.images[step].shape == whole.shape
+    right, down = ((where.element[mode] + 0.5) / of.sizes[mode] for mode in (across, along))
+    assert cuts.cross == pytest.approx((right, 1 - down if modes == "x y z" else down))
+
+
+def test_a_figure_shows_itself_in_a_notebook() -> None:
+    of = recording(5, 6, modes="h w")
+    assert input_figure(of, place(of, (1, 1), (2, 3)))._repr_png_().startswith(b"\x89PNG")
 
 
 # ---- slices --------------------------------------------------------------------------------------------------
@@ -250,10 +345,10 @@ def test_what_is_displayed() -> None:
 
 def test_a_query_is_told_with_the_patch_that_contains_it() -> None:
     of = recording(4, 6, modes="h w")
-    assert place(of, (2, 3), (1, 1)).words() == "the query, the 2×3 patch that contains h=2 w=4"
+    assert place(of, (2, 3), (1, 1)).words() == "the query h=2 w=4 (a patch of 2×3)"
     assert place(of, (1, 1), (1, 2)).words() == "the query h=1 w=2"
     where = place(recording(4, 6, modes="2"), (2, 1), (1, 2))
-    assert where.words() == "the query, the 2×1 patch that contains (2, 2)"
+    assert where.words() == "the query (2, 2) (a patch of 2×1)"
     exact, where = uniform(2, 2), place(of, (2, 3), (1, 1))
     figures = (
         input_figure(of, where),
@@ -261,7 +356,7 @@ def test_a_query_is_told_with_the_patch_that_contains_it() -> None:
         weights_figure(of, where, exact[None], {}),
     )
     for figure in figures:
-        assert "the 2×3 patch that contains h=2 w=4" in " ".join(figure.get_suptitle().split())
+        assert "the query h=2 w=4 (a patch of 2×3)" in " ".join(figure.get_suptitle().split())
 
 
 def test_the_lines_of_a_legend_are_of_about_the_same_length() -> None:
@@ -291,7 +386,7 @@ def test_maps_of_every_order_with_and_without_channels(order: int, channels: tup
     figure = ta.draw_attention_maps(maps, data, at=(-1,) * order, modes=" ".join("abcdef"[:order]), title="noise")
     assert png_bytes(figure).startswith(b"\x89PNG")
     words = texts(figure)
-    assert words.startswith("noise: attention of the query, the") and "ours" in words and "exact" in words
+    assert words.startswith("noise: what the query ") and "ours" in words and "exact" in words
 
 
 def test_the_weights_lie_where_the_data_are() -> None:

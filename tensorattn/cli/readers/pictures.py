@@ -1,0 +1,183 @@
+"""Readers of pictures: TIFF by tifffile, others by Pillow, and folders of frames."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from tensorattn.cli.common import require
+from tensorattn.cli.readers.contents import Array, FileArray, RecordingError, Request, Step, as_bytes, choose
+
+__all__ = ["read_frames", "read_picture", "read_tiff"]
+
+NAMES = {"X": "w", "Y": "h", "Z": "z", "T": "t"}  # what tifffile calls an axis, and what it is called here
+CHANNELS = "CS"
+UNKNOWN = "IQR"  # pages that the file says nothing of
+UNITS = {"\\u00B5m": "µm", "micron": "µm", "um": "µm", "sec": "s"}
+PLAIN = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA")  # modes of Pillow whose numbers are values
+
+
+# ---- TIFF --------------------------------------------------------------------------------------------------------
+
+
+def read_tiff(path: Path, request: Request) -> FileArray:
+    """Read one series of a TIFF file, of any type of numbers, with the axes that ImageJ and OME give."""
+    tifffile = require("tifffile", extra="files", purpose="reading TIFF")
+    with tifffile.TiffFile(path) as file:
+        held = {str(n): f"{'×'.join(map(str, each.shape))} {each.dtype}" for n, each in enumerate(file.series)}
+        series = file.series[int(choose(held, request.key, "series"))]
+        page, axes = series.keyframe, series.axes
+        palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None and not file.is_imagej
+        request.allow((*series.shape, 3) if palette else series.shape, series.dtype)
+        array, notes = series.asarray(), []
+        if palette:
+            array, axes = np.ascontiguousarray(as_bytes(page.colormap.T))[array], f"{axes}S"
+            notes.append("colours looked up in the palette")
+        if 42113 in page.tags and page.nodata in array:  # as geographic data mark what is missing
+            array = np.where(array == page.nodata, np.nan, array)
+            notes.append(f"{page.nodata:g} marks what is missing")
+        inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        return _named_axes(array, axes, _tiff_steps(file, page), inverted, notes)
+
+
+def _named_axes(array: Array, axes: str, steps: dict[str, Step], inverted: bool, notes: list[str]) -> FileArray:
+    """Put channels last and name the other axes."""
+    own = [n for n, axis in enumerate(axes) if axis in CHANNELS]
+    rest = [n for n in range(len(axes)) if n not in own]
+    free = [name for name in ("z", "t", "p", "q", "r") if name.upper() not in axes]
+    names: list[str] = []
+    for n in reversed(rest):  # unknown pages are slices first
+        names.insert(0, free.pop(0) if axes[n] in UNKNOWN and free else NAMES.get(axes[n], axes[n].lower()))
+        if axes[n] in UNKNOWN:
+            notes.append(f"its {array.shape[n]} pages are not named, {names[0]} is assumed")
+    array = array.transpose(*rest, *own).reshape(*(array.shape[n] for n in rest), *([-1] if own else []))
+    if len(set(names)) < len(names):
+        names = []
+    return FileArray(array, tuple(names), bool(own), tuple(steps.get(axes[n]) for n in rest), inverted, tuple(notes))
+
+
+def _tiff_steps(file: Any, page: Any) -> dict[str, Step]:
+    """Return how far apart neighbours lie, by axis, where ImageJ or OME say so."""
+    if file.is_ome:
+        pixels = next(
+            (each for each in ElementTree.fromstring(file.ome_metadata).iter() if each.tag.endswith("}Pixels")), None
+        )
+        if pixels is None:
+            return {}
+        sizes = {axis: (f"PhysicalSize{axis}", f"PhysicalSize{axis}Unit", "µm") for axis in "XYZ"}
+        sizes["T"] = ("TimeIncrement", "TimeIncrementUnit", "s")
+        return {
+            axis: Step(float(pixels.attrib[size]), pixels.attrib.get(unit, usual))
+            for axis, (size, unit, usual) in sizes.items()
+            if float(pixels.attrib.get(size, 0)) > 0
+        }
+    if not file.is_imagej:
+        return {}
+    found, said = {}, file.imagej_metadata or {}
+    unit = str(said.get("unit", "")).strip()
+    unit = "" if unit in ("pixel", "pixels") else UNITS.get(unit, unit)
+    for axis, tag in (("X", "XResolution"), ("Y", "YResolution")):
+        count, size = page.tags[tag].value if tag in page.tags else (0, 0)
+        if count and size and unit:
+            found[axis] = Step(size / count, unit)
+    if unit and float(said.get("spacing", 0)) > 0:
+        found["Z"] = Step(float(said["spacing"]), unit)
+    if float(said.get("finterval", 0)) > 0:
+        found["T"] = Step(float(said["finterval"]), UNITS.get(said.get("tunit", "s"), said.get("tunit", "s")))
+    return found
+
+
+# ---- pictures, and films of pictures -----------------------------------------------------------------------------
+
+
+def read_picture(path: Path, request: Request) -> FileArray:
+    """Read a picture ``h w``, turned as it is meant to be seen, or an animated one ``t h w``."""
+    pillow = require("PIL.Image", extra="examples", purpose="reading pictures")
+    operations = require("PIL.ImageOps", extra="examples", purpose="reading pictures")
+    with _any_size(pillow), pillow.open(path) as image:
+        count, bands = getattr(image, "n_frames", 1), len(image.getbands())
+        if image.format == "PNG" and _png_bits(path) > 8 and image.mode in ("RGB", "RGBA", "LA"):
+            request.allow((image.height, image.width, bands), np.uint16)  # of which Pillow would keep 8 bits
+            codecs = require("imagecodecs", extra="files", purpose="reading colours of 16 bits")
+            return FileArray(codecs.png_decode(path.read_bytes()), ("h", "w"), channels=True)
+        request.allow(
+            (count, image.height, image.width, 3 if image.mode in ("P", "PA") else bands), _bits_of(image.mode)
+        )
+        notes, frames, times = [], [], []
+        for number in range(count):
+            image.seek(number)
+            turned = operations.exif_transpose(image)
+            if turned.size != image.size or turned.getexif() != image.getexif():
+                notes.append("turned as its metadata say")
+            if count > 1 or image.mode not in PLAIN:
+                kind = "RGBA" if count == 1 and "transparency" in image.info else "RGB"
+                turned = turned.convert(kind)
+                if image.mode not in ("P", "PA", kind):
+                    notes.append(f"{image.mode} turned into {kind}")
+            frames.append(np.asarray(turned))
+            times.append(image.info.get("duration", 0) / 1000)
+    channels = frames[0].ndim == 3
+    if count == 1:
+        return FileArray(frames[0], ("h", "w"), channels, notes=tuple(notes))
+    if len(set(times)) > 1:
+        notes.append(f"its frames last {min(times):g} to {max(times):g} s: they are not evenly spaced in time")
+    steps = (Step(sum(times) / count, "s") if all(times) else None, None, None)
+    return FileArray(np.stack(frames), ("t", "h", "w"), channels, steps, notes=tuple(dict.fromkeys(notes)))
+
+
+@contextlib.contextmanager
+def _any_size(pillow: Any) -> Iterator[None]:
+    """Let pictures be as large as the request allows, in place of the limit of Pillow."""
+    usual, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        pillow.MAX_IMAGE_PIXELS = usual
+
+
+def _png_bits(path: Path) -> int:
+    """Return the bits of a number in a PNG file."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
+def _bits_of(mode: str) -> str:
+    """Return the type of the numbers of a picture of Pillow."""
+    return {"I": "int32", "F": "float32"}.get(mode, "uint16" if mode.startswith("I;16") else "uint8")
+
+
+def read_frames(files: Sequence[Path], request: Request, read: Callable[[Path, Request], FileArray]) -> FileArray:
+    """Read pictures of one size as the frames of a film ``t h w``, in the order of the numbers in their names."""
+    ordered = sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
+    frames: list[FileArray] = []
+    for path in ordered:
+        frame = read(path, request)
+        request.allow((len(ordered), *frame.array.shape), frame.array.dtype)
+        if len(frame.modes) != 2:
+            raise RecordingError(f"{path.name} holds more than one image; give it alone")
+        if frames and frame.array.shape != frames[0].array.shape:
+            raise RecordingError(
+                f"its pictures differ: {ordered[0].name} is {frames[0].array.shape} and "
+                f"{path.name} is {frame.array.shape}"
+            )
+        frames.append(frame)
+    notes = (note for frame in frames for note in frame.notes)
+    ends = f"{ordered[0].name} to {ordered[-1].name}"
+    told = f"{len(frames)} pictures in the order of their names, {ends}; time t is assumed"
+    first = frames[0]
+    if len(frames) == 1:
+        return first
+    return FileArray(
+        np.stack([frame.array for frame in frames]),
+        ("t", *first.modes),
+        first.channels,
+        (None, *(first.steps or (None, None))),
+        first.inverted,
+        tuple(dict.fromkeys((told, *notes))),
+    )

@@ -1,0 +1,85 @@
+"""Films: turned as they are meant to be seen, all their bits, and limits of memory."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tensorattn.cli.readers.contents import RecordingError, Step
+from tensorattn.cli.recordings import load
+
+FRAMES = np.zeros((5, 32, 48, 3), np.uint8)
+FRAMES[:, :16, :24] = np.arange(40, 240, 40)[:, None, None, None]  # a corner that grows brighter
+TURNS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), -90: (0, -1, 1, 0)}  # clockwise, as telephones write it
+
+
+def write(path: Path, codec: str = "mpeg4", form: str = "yuv420p", aspect: Fraction | None = None) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(10))
+        stream.height, stream.width, stream.pix_fmt = *FRAMES.shape[1:3], form
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for frame in FRAMES:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mkv", ".avi"])
+def test_containers(tmp_path: Path, suffix: str) -> None:
+    recording = load(write(tmp_path / f"a{suffix}"))
+    assert recording.array.shape == FRAMES.shape and recording.steps[0].unit == "s"
+    assert recording.steps[0].size == pytest.approx(0.1) and recording.notes == ()
+    assert np.abs(recording.array.astype(int) - FRAMES).mean() < 5
+
+
+@pytest.mark.parametrize("degrees", TURNS)
+def test_a_film_is_turned_as_its_metadata_say(tmp_path: Path, degrees: int) -> None:
+    straight = write(tmp_path / "a.mp4")
+    film = bytearray(straight.read_bytes())
+    a, b, c, d = (65536 * each for each in TURNS[degrees])  # x' = a x + c y, y' = b x + d y, with y downwards
+    struct.pack_into(">9i", film, film.find(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(film)
+    turned = load(tmp_path / "turned.mp4")
+    np.testing.assert_array_equal(turned.array, np.rot90(load(straight).array, -degrees // 90, axes=(1, 2)))
+    way = "anticlockwise" if degrees == -90 else "clockwise"
+    assert turned.notes == (f"turned by {abs(degrees)}° {way}, as its metadata say",)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "channels", "notes"),
+    [
+        ("gray", "uint8", 1, ()),
+        ("gray16le", "uint16", 1, ()),
+        ("yuv420p10le", "uint16", 3, ("numbers of 10 bits, stretched to 16",)),
+    ],
+)
+def test_no_bit_is_cut(tmp_path: Path, form: str, dtype: str, channels: int, notes: tuple[str, ...]) -> None:
+    recording = load(write(tmp_path / "a.mkv", "ffv1", form))
+    assert (recording.array.dtype, recording.channels, recording.notes) == (dtype, channels, notes)
+    bright = recording.array[:, 4, 4, 0] / (257 if dtype == "uint16" else 1)
+    np.testing.assert_allclose(bright, FRAMES[:, 4, 4, 0], atol=2)
+
+
+def test_pixels_that_are_not_square(tmp_path: Path) -> None:
+    recording = load(write(tmp_path / "a.mkv", aspect=Fraction(4, 3)))
+    assert recording.steps[1] == Step(1) and recording.steps[2].size == pytest.approx(4 / 3)
+    assert recording.notes == ("pixels are 1.33 times as wide as high",)
+
+
+def test_a_long_film_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp4")
+    with pytest.raises(RecordingError) as caught:
+        load(path, max_bytes=2 * FRAMES[0].nbytes)
+    assert str(caught.value) == (
+        f"{path}: unpacked it takes 23.0 kB (5×32×48×3 of uint8), but --max-bytes allows 9.22 kB"
+    )
+    assert load(path, max_bytes=FRAMES.nbytes).array.nbytes == FRAMES.nbytes
+    monkeypatch.setattr("tensorattn.cli.readers.video._expected_frames", lambda *_: 1)  # as of a header that is silent
+    with pytest.raises(RecordingError, match=r"4×32×48×3"):
+        load(path, max_bytes=3 * FRAMES[0].nbytes)
