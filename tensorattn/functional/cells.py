@@ -243,7 +243,11 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     drawn = draw(key.shape[-2], CANDIDATES * max(tokens, 32), weight, key.device)
     rows = drawn.of(key).to(accumulation_dtype(key.dtype))
     batch, count = rows.shape[:-2], rows.shape[-2]
-    share = rows.new_ones(count) if drawn.weight is None else drawn.weight.to(rows.dtype)
+    if drawn.weight is None:
+        share = rows.new_ones(count)
+    else:  # relative to the largest, in its own type
+        top = drawn.weight.amax(-1, keepdim=True)
+        share = torch.where(top > 0, drawn.weight / torch.where(top > 0, top, 1.0), 0.0).to(rows.dtype)
     share = share.expand(*batch, count).reshape(-1, count)
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows.reshape(-1, count, rows.shape[-1])
