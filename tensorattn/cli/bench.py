@@ -43,6 +43,7 @@ from tensorattn.cli.plain import PLAIN, PlainLayer, PooledLayer
 from tensorattn.diagnose.cost import DTYPES, LAYOUTS, cost, count
 from tensorattn.errors import OptionError
 from tensorattn.functional import OPERATORS
+from tensorattn.functional.cells import draw_queries, metric_of, search
 from tensorattn.nn import TensorAttention
 from tensorattn.testing import reference
 
@@ -202,11 +203,29 @@ def _of_operator(choice: Choice, *, compiled: bool = False) -> Contender:
     return Contender(
         f"{choice.label}, compiled" if compiled else choice.label,
         lambda work: _library(work, name, **choice.options),
-        lambda layer, x, places: reference.layer(layer, x, at=places),
+        _defined,
         _too_long if name == "flattened" else _always,
         "" if choice.options or name not in PLAIN else f"plain {name}",
         compiled,
     )
+
+
+def _defined(layer: TensorAttention, x: Tensor, places: Tensor) -> Tensor:
+    """The definition of a layer, for the cells that it finds among keys in single precision, if it searches for any."""
+    cells = None
+    if layer.options.get("cells") == "keys":
+        with torch.no_grad():
+            pair = [_heads(to(x), layer.num_heads).float().flatten(2, -2) for to in (layer.q_proj, layer.k_proj)]
+            found, spread = search(pair[1], None, metric_of(*draw_queries(pair[0], None)), layer.options["tokens"])
+            labels = found.label(pair[1])
+            count = torch.nn.functional.one_hot(labels, spread.shape[-1]).double().mean(-2)
+            typical = (count * spread).sum(-1, keepdim=True)
+            spread = torch.where(typical > 0, spread / typical, 1.0)
+        cells = [
+            {"labels": labels[:, head].unflatten(-1, x.shape[1:-1]), "spread": spread[:, head]}
+            for head in range(layer.num_heads)
+        ]
+    return reference.layer(layer, x, at=places, cells=cells)
 
 
 def _of_plain(operator: str) -> Contender:

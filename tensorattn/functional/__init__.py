@@ -1,4 +1,10 @@
-"""The operators as functions: one file an operator or a pair of kin, one record each, registered here."""
+"""The operators as functions: one file an operator or a pair of kin, one record each, registered here.
+
+A new operator of this package is a file with its function and its `Operator`, and then a line in each of these places:
+imports, names and records below; names of ``tensorattn/__init__.py``; its definition in ``testing/reference.py``; its
+options in ``testing/variants.py``, from where all tests take it. What the command `attend` shows by default stands in
+``cli/attend.py``. One that is not of this package needs `register_operator` alone.
+"""
 
 from tensorattn.functional.additive import ADDITIVE, TRUNCATED, additive_attention, truncated_attention
 from tensorattn.functional.axial import AXIAL, axial_attention

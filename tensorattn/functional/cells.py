@@ -32,6 +32,7 @@ from tensorattn.masks import (
     is_recorded,
     is_transformed,
     read_weights,
+    readable,
 )
 from tensorattn.modes import attention_shapes, grid_shape
 
@@ -109,12 +110,17 @@ class Cells:
         """Return the cell of each key.
 
         Args:
-            key: Keys ``(*batch, *positions, D)``, with exactly the batch dimensions of the centres.
+            key: Keys ``(*batch, *positions, D)``, with as many batch dimensions as the centres have, of the same sizes
+                or with centres that have size 1 there.
 
         Returns:
             Indices of cells ``(*batch, *positions)``.
+
+        Raises:
+            ShapeError: If batch dimensions or channels do not fit.
         """
         batch = self.centres.dim() - 2
+        self.check(key.shape[:batch], key.shape[-1])
         flat = key.reshape(*key.shape[:batch], math.prod(key.shape[batch:-1]), key.shape[-1])
         return self.labels(flat).reshape(key.shape[:-1])
 
@@ -187,15 +193,23 @@ def draw(length: int, most: int, weight: Tensor | None, device: torch.device) ->
         weight: Weights of the positions ``(*batch, T)``, or None.
         device: Where they are.
     """
-    count = torch.sym_min(length, most)
+    exported = torch.compiler.is_exporting()
+    count = most if exported or isinstance(length, Tensor) else torch.sym_min(length, most)  # a tensor in torch.jit
     step = torch.arange(count, device=device, dtype=counting_dtype(device))
     place = step + step * 0.6180339887498949 % 1  # one in each part
-    if weight is None or length <= most:
+    if exported:  # one graph whatever the size: what is too much does not count
+        weight = step.new_ones(1, length) if weight is None else weight
+    elif weight is None or length <= most:
         return Drawn((place * (length / count)).long().clamp(max=length - 1), weight)
     running = weight.to(place.dtype).cumsum(-1)
     total = running[..., -1:]
-    index = torch.searchsorted(running, place * (total / count), right=True)
-    return Drawn(index.clamp(max=length - 1), (total > 0).expand(index.shape).to(weight.dtype))
+    index = torch.searchsorted(running, place * (total / count), right=True).clamp(max=length - 1)
+    each = (total > 0).expand(index.shape).to(weight.dtype)
+    if exported:
+        few = torch.full_like(step, length) <= most
+        index = torch.where(few, step.long().clamp(max=length - 1), index)
+        each = torch.where(few, weight.gather(-1, index.expand(*weight.shape[:-1], most)) * (step < length), each)
+    return Drawn(index, each)
 
 
 def metric_of(query: Tensor, weight: Tensor | None) -> Tensor:
@@ -262,6 +276,8 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
         farthest = _rows(ends, packed & 0xFFFFFFFF)
         centres = centres.scatter(-2, slot.unsqueeze(-1).expand(farthest.shape), farthest)
         filled = filled + found.sum(-1, keepdim=True)
+        if filled.device.type == "cpu" and readable(filled) and bool((filled >= tokens).all()):
+            break  # mostly after half of the rounds; elsewhere a look would cost more than them
     centres = centres[:, :tokens]
     for _ in range(LLOYD_STEPS):
         _, label = _best(centres @ points, place)
@@ -291,21 +307,24 @@ def _per_cell(label: Tensor, rows: Tensor, share: Tensor, tokens: int) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class CellSums:
-    """Sums over the positions of each cell, about zero: the fold. They add up, and run over frames.
+    """Sums over the positions of each cell: the fold. About zero they add up, and run over frames.
 
     Attributes:
         cells: Weights of the cells ``(*batch, n)``, and weighted sums of keys, values and, if wanted, the squares of
             keys behind each other ``(*batch, n, D + D_v + 1)``, in float64.
         products: The weight of all positions ``(*batch)``, and weighted sums of the outer products of keys, and of
             values, with keys, below each other ``(*batch, D + D_v, D)``, in float64.
+        origin: What was taken off the keys ``(*batch, 1, D)``; None for nothing.
     """
 
     cells: Sums
     products: Sums
+    origin: Tensor | None = None
 
     def __add__(self, other: CellSums) -> CellSums:
-        """Return the sums over the positions of both."""
-        return CellSums(self.cells + other.cells, self.products + other.products)
+        """Return the sums over the positions of both, about the same origin."""
+        assert self.origin is other.origin
+        return CellSums(self.cells + other.cells, self.products + other.products, self.origin)
 
     @classmethod
     def of(
@@ -317,7 +336,7 @@ class CellSums:
         tokens: int,
         factor: Tensor | None = None,
     ) -> CellSums:
-        """Add up keys and values ``(*batch, T, D)``.
+        """Add up keys and values ``(*batch, T, D)``, about a rough mean of the keys.
 
         On a CPU, where nothing is differentiated, a slab of positions at a time.
 
@@ -329,16 +348,39 @@ class CellSums:
             tokens: Number of cells.
             factor: L of the squares (k L) · (k L) that are wanted too, ``(*batch, D, D)``; None for none.
         """
+        origin = key.detach().mean(-2, keepdim=True, dtype=accumulation_dtype(key.dtype))
 
         def part(places: slice) -> CellSums:
             own = None if weight is None else weight[..., places]
-            return _sums(key[..., places, :], value[..., places, :], own, label(places), tokens, factor)
+            return _sums(key[..., places, :], value[..., places, :], own, label(places), tokens, factor, origin)
 
         length, rows = key.shape[-2], math.prod(key.shape[:-2])
         step = max(64, CHUNK // max(1, rows * max(tokens, key.shape[-1] + value.shape[-1])))
         if is_recorded() or key.device.type != "cpu" or is_transformed(key, value) or step >= length:
             return part(slice(None))
         return functools.reduce(operator.add, [part(slice(start, start + step)) for start in range(0, length, step)])
+
+    def about_zero(self, factor: Tensor | None = None) -> CellSums:
+        """Return the sums of what the keys were.
+
+        Args:
+            factor: L of the squares, if there are any.
+        """
+        if self.origin is None:
+            return self
+        about, dim = self.origin.to(self.products.total.dtype), self.origin.shape[-1]
+        count, rows, width = self.cells.count.unsqueeze(-1), self.cells.total, self.products.total.shape[-2]
+        far = torch.nn.functional.pad(about, (0, width - dim))
+        keys = rows[..., :dim]
+        moved = rows[..., :width] + count * far
+        products = self.products.total + moved.sum(-2).unsqueeze(-1) @ about + far.mT @ keys.sum(-2, keepdim=True)
+        if factor is not None:
+            factor = factor.to(rows.dtype)
+            apart = about @ factor
+            square = apart.square().sum(-1, keepdim=True)
+            squares = rows[..., width:] + 2 * (keys @ factor) @ apart.mT + count * square
+            moved = torch.cat([moved, squares], -1)
+        return CellSums(Sums(self.cells.count, moved), Sums(self.products.count, products))
 
     def running(self, dim: int, before: CellSums | None = None) -> CellSums:
         """Return the sums up to each index of a dimension, after those of what came before."""
@@ -351,7 +393,7 @@ class CellSums:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors, as `from_tensors` takes them."""
+        """All tensors of sums about zero, as `from_tensors` takes them."""
         return (*self.cells, *self.products)
 
     @classmethod
@@ -365,37 +407,44 @@ class CellSums:
 
 
 def _sums(
-    key: Tensor, value: Tensor, weight: Tensor | None, label: Tensor, tokens: int, factor: Tensor | None
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    label: Tensor,
+    tokens: int,
+    factor: Tensor | None,
+    origin: Tensor,
 ) -> CellSums:
-    """Add up all positions at once: a slab about a rough mean, all slabs in float64."""
-    dtype, wide = accumulation_dtype(key.dtype), counting_dtype(key.device)
-    batch, length, dim = key.shape[:-2], key.shape[-2], key.shape[-1]
-    about = key.detach().mean(-2, keepdim=True, dtype=dtype)
-    key = key.to(dtype) - about
-    top = None
-    if weight is not None:  # in float64, and relative to the largest in their own type
+    """Add up all positions at once: a slab in the type of the origin, all slabs in float64."""
+    dtype, wide = origin.dtype, counting_dtype(key.device)
+    batch, length = key.shape[:-2], key.shape[-2]
+    key = key - origin
+    rows = torch.cat([key, value.to(dtype)], -1)
+    others = [] if factor is None else [(key @ factor.to(dtype)).square().sum(-1, keepdim=True)]
+    if weight is None:
+        top, share = None, rows.new_ones(1, 1).expand(*batch, length, 1)
+    else:  # in float64, and relative to the largest in their own type
         top = weight.to(wide).amax(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny).unsqueeze(-1)
-        weight = (weight.to(wide) / top.squeeze(-1)).to(dtype)
-    share = torch.ones_like(key[..., :1]) if weight is None else weight.unsqueeze(-1)
-    value = value.to(dtype)
-    weighted = key if weight is None else key * share
-    columns = [weighted, value if weight is None else value * share, share.expand(*batch, length, 1)]
-    if factor is not None:
-        squares = (key @ factor.to(dtype)).square().sum(-1, keepdim=True)
-        columns.insert(2, squares if weight is None else squares * share)
-    rows, width = torch.cat(columns, -1), dim + value.shape[-1]
-    count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB
-    products = _products(rows.tensor_split([width], -1)[0], key, slabs)
+        share = (weight.to(wide).unsqueeze(-1) / top).to(dtype).expand(*batch, length, 1)
+        rows, others = rows * share, [other * share for other in others]
+    count, slabs = math.prod(batch), (length + SLAB - 1) // SLAB + is_recorded()  # a graph for all sizes has several
     first = torch.arange(count, device=key.device).unsqueeze(-1) * slabs
     slab = first + torch.arange(length, device=key.device) // SLAB
-    place = label.expand(*batch, length).reshape(count, length) + slab * tokens
-    rows = rows.reshape(count * length, rows.shape[-1])
-    total = rows.new_zeros(count * slabs * tokens, rows.shape[-1])
-    total = total.scatter_add(0, place.reshape(-1, 1).expand(rows.shape), rows)
-    total = total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
+    place = (label.expand(*batch, length).reshape(count, length) + slab * tokens).reshape(-1, 1)
+
+    def added(rows: Tensor) -> Tensor:
+        """Add up ``(*batch, T, W)`` in each cell of each slab, then the slabs."""
+        rows = rows.reshape(count * length, rows.shape[-1])
+        total = rows.new_zeros(count * slabs * tokens, rows.shape[-1]).scatter_add(0, place.expand(rows.shape), rows)
+        return total.reshape(*batch, slabs, tokens, rows.shape[-1]).sum(-3, dtype=wide)
+
+    products, total = _products(rows, key, slabs), added(rows)
+    others = list(added(torch.cat([*others, share], -1) if others else share).split(1, -1))
     if top is not None:
-        total, products = total * top, products * top
-    return _about_zero(total, products, about.to(wide), width, factor)
+        total, products, others = total * top, products * top, [other * top for other in others]
+    counts = others.pop().squeeze(-1)
+    cells = torch.cat([total, *others], -1) if others else total
+    return CellSums(Sums(counts, cells), Sums(counts.sum(-1), products), origin)
 
 
 def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:
@@ -409,22 +458,6 @@ def _products(rows: Tensor, key: Tensor, slabs: int) -> Tensor:
         rows, key = (torch.nn.functional.pad(each, (0, 0, 0, left)) for each in (rows, key))
     rows, key = (each.unflatten(-2, (slabs, side)) for each in (rows, key))
     return (rows.mT @ key).sum(-3, dtype=wide)
-
-
-def _about_zero(total: Tensor, products: Tensor, about: Tensor, width: int, factor: Tensor | None) -> CellSums:
-    """Turn sums of keys about a point, and of values about zero, into sums about zero."""
-    dim = about.shape[-1]
-    rows, count = total[..., :width], total[..., -1:]
-    whole, far = count.sum(-2, keepdim=True), torch.nn.functional.pad(about, (0, width - dim))
-    products = products + rows.sum(-2).unsqueeze(-1) @ about + far.mT @ (rows[..., :dim].sum(-2, keepdim=True))
-    products = products + whole * (far.mT @ about)
-    columns = [rows + count * far]
-    if factor is not None:
-        moved, apart = rows[..., :dim] @ factor.to(rows.dtype), about @ factor.to(rows.dtype)
-        square = apart.square().sum(-1, keepdim=True)
-        columns.append(total[..., width : width + 1] + 2 * moved @ apart.mT + count * square)
-    cells = Sums(count.squeeze(-1), torch.cat(columns, -1))
-    return CellSums(cells, Sums(whole.squeeze(-1).squeeze(-1), products))
 
 
 def block_counts(
@@ -455,7 +488,10 @@ def block_counts(
                 ]
                 if not fits:
                     break
-                found = wider[max(fits, key=lambda m: sizes[m] / found[m])]
+                longest = fits[0]
+                for m in fits[1:]:
+                    longest = m if sizes[m] * found[longest] > sizes[longest] * found[m] else longest
+                found = wider[longest]
         return tuple(found)
     if len(blocks) != len(sizes):
         raise OptionError(f"blocks has {len(blocks)} counts, but order {len(sizes)} needs one a mode.")

@@ -1,4 +1,11 @@
-"""Clustered attention: full attention to cells of keys, and the second moments inside them."""
+"""Clustered attention: full attention to cells of keys, and the second moments inside them.
+
+The record condenses: positions are put into cells, found or fixed (`tensorattn.functional.cells`), their sums become
+`Clusters`, means, counts, spreads and two covariances, and queries attend to those by one softmax with two channels
+more than keys have: the keys, the spread times half the logarithm of 1 + τ², and the logarithm of the share. Means are
+taken off keys and values before, in float64, so that nothing large cancels. What is causal runs the same sums over
+frames, which are one more batch dimension then.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +179,7 @@ class Clusters:
         key_covariance: Of the keys, ``(*batch, D, D)``.
         mean: The mean key ``(*batch, 1, D)``.
         weight: Weight of all positions ``(*batch, 1)``.
-        rho: Share of the variance of the logits that is left inside cells ``(*batch)``.
+        rho: From nothing to the share of the variance of the logits that is left inside cells ``(*batch)``.
         label: From nothing to the cell of each position ``(*batch, n_1, …, n_N)``, where a causal mode has size 1.
         masked: Whether there may be nothing.
         control: With ``additive_control``, the clusters of the additive parts, the mode averages, and how much of
@@ -187,7 +194,7 @@ class Clusters:
     key_covariance: Tensor
     mean: Tensor
     weight: Tensor
-    rho: Tensor
+    rho: Callable[[], Tensor]
     label: Callable[[], Tensor]
     masked: bool
     control: tuple[Clusters, Summary, Tensor] | None = None
@@ -230,7 +237,8 @@ def _condense(
         is a cell; and what returns the past of the frames to come.
     """
     order, sizes, batch = summary.order, summary.sizes, len(summary.batch)
-    if cells == "keys" and tokens >= summary.positions:
+    exported = torch.compiler.is_exporting()  # one graph for all sizes has no other way for small ones
+    if cells == "keys" and not exported and tokens >= summary.positions:
         return summary, None
     everything = tuple(range(order))
     rows, weight = summary.tokens({everything: 1}), summary.count(everything)
@@ -262,7 +270,7 @@ def _condense(
         label = functools.partial(_labels, found, key)
         sums, after = CellSums.of(key, value, weight, label, count, None if spread is not None else factor), None
         if causal is not None:
-            sums, after = _seen(sums, batch, past, window)
+            sums, after = _seen(sums.about_zero(factor), batch, past, window)
         grid = functools.partial(_on_grid, label, key.shape[:-1], sizes, causal)
         dtype, masked = accumulation_dtype(key.dtype), weight is not None
         clusters, moments = _clusters(sums, key.shape[-1], spread, factor, sizes, grid, dtype, masked)
@@ -350,9 +358,8 @@ def _clusters(
     """Make tokens of sums."""
     (count, total), (whole, products) = sums.cells, sums.products
     count, whole, factor, width = count.unsqueeze(-1), whole.unsqueeze(-1), factor.to(total.dtype), products.shape[-2]
-    least = torch.finfo(total.dtype).tiny
-    every = whole.clamp_min(least).unsqueeze(-1)
-    rows, share = total / count.clamp_min(least), count / every
+    every = _nonzero(whole).unsqueeze(-1)
+    rows, share = total / _nonzero(count), count / every
     mean = (rows[..., :width] * share).sum(-2, keepdim=True)
     centred = (rows[..., :width] - mean) * (count > 0)
     covariance = products / every - mean.mT @ mean[..., :dim]
@@ -362,14 +369,24 @@ def _clusters(
     else:
         own = spread.unsqueeze(-1).to(rows.dtype)
     typical = (own * share).sum(-2, keepdim=True)
-    own = torch.where(typical > 0, own / typical.clamp_min(least), 1.0)
-    with torch.no_grad():
+    own = torch.where(typical > 0, own / _nonzero(typical), 1.0)
+    if sums.origin is not None:
+        mean = mean + F.pad(sums.origin.to(mean.dtype), (0, width - dim))
+
+    @torch.no_grad()
+    def rho() -> Tensor:
         left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
-        varies = all_of_it > 8 * torch.finfo(whole.dtype).eps * _trace(products[..., :dim, :] / every, factor)
-        rho = left / all_of_it.clamp_min(least) * varies
+        least = torch.finfo(whole.dtype).eps * (all_of_it + (mean[..., :dim] @ factor).square().sum((-2, -1)))
+        return (left / _nonzero(all_of_it) * (all_of_it > 8 * least)).to(dtype)
+
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
-    told: dict[str, Any] = {"weight": whole, "rho": rho.to(dtype), "label": label, "masked": masked}
+    told: dict[str, Any] = {"weight": whole, "rho": rho, "label": label, "masked": masked}
     return Clusters(batch, sizes, **told, **_tokens(moments, dtype)), moments
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    """Return what a quotient may be taken by, and differentiated: one in place of what is not positive."""
+    return torch.where(tensor > 0, tensor, 1.0)
 
 
 def _trace(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -427,7 +444,7 @@ def _controlled(
             pair = grid.sum([k - order for k in range(order) if k not in (mode, other)]) if order > 2 else grid
             cross = effects[other].mT @ pair @ effect
             total = total + cross[..., :dim] + cross.mT[..., :dim]
-    met = met / torch.where(share > 0, share, 1.0)
+    met = met / _nonzero(share)
     inside = own + total - (met * share).mT @ met[..., :dim]
     alike = _trace((own - (rows * share).mT @ met[..., :dim])[..., :dim, :], factor)
     size = _trace(inside[..., :dim, :], factor)
@@ -466,7 +483,8 @@ def _attend(
     shape = query.shape[:-1]
     lse = None if lse is None else lse.reshape(shape)
     cells = None if attention is None else (attention.reshape(*shape, attention.shape[-1]), summary.label())
-    return AttentionResult(output.reshape(*shape, output.shape[-1]), lse, cells, summary.rho)
+    rho = summary.rho() if return_lse or return_attention else None
+    return AttentionResult(output.reshape(*shape, output.shape[-1]), lse, cells, rho)
 
 
 def _from_some(
@@ -487,9 +505,8 @@ def _from_some(
         output = torch.addcmul(output, own @ (clusters.covariance.mT * scale), spread * torch.rsqrt(1 + square))
         lse, attention = found.lse, None if found.attention is None else found.attention[0]
         if lse is not None:
-            lse = (
-                lse.unsqueeze(-1) + scale * (own @ clusters.mean.mT) + clusters.weight.log().unsqueeze(-1).to(own.dtype)
-            )
+            total = _nonzero(clusters.weight).log().unsqueeze(-1).to(own.dtype)
+            lse = lse.unsqueeze(-1) + scale * (own @ clusters.mean.mT) + total
         if clusters.control is not None:
             output, lse = _control(query, output, lse, clusters, scale)
         if clusters.masked:
@@ -547,7 +564,7 @@ def _spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, ba
     count = base.weights.flatten(-len(sizes)).expand(label.shape)
     total = count.new_zeros(*label.shape[:-1], weights.shape[-1]).scatter_add(-1, label, count)
     label, count, total = (each[(..., *(None,) * between, slice(None))] for each in (label, count, total))
-    each = (found / torch.where(total > 0, total, 1.0)).gather(-1, label.expand(*found.shape[:-1], -1)) * count
+    each = (found / _nonzero(total)).gather(-1, label.expand(*found.shape[:-1], -1)) * count
     return each.unflatten(-1, tuple(sizes))
 
 
@@ -561,4 +578,5 @@ CLUSTERED = Operator(
     spread=_spread,
     options={"tokens": TOKENS, "cells": "keys", "blocks": None, "additive_control": False},
     lacks=_lacks,
+    by_place=lambda *, cells, **_: cells == "blocks",
 )

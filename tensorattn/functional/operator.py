@@ -166,6 +166,8 @@ class Operator:
         lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
         joins: Whether it is one softmax, and takes a ``prefix`` into it: keys and values of tokens beside the grid.
             Others are joined with such tokens by their log-sum-exp.
+        by_place: From the options to whether it matters where a position stands among the others, as where a grid is
+            cut into blocks: repeating, cropping and permuting indices then change more than counts.
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.
@@ -199,6 +201,7 @@ class Operator:
     spread: Callable[..., Tensor] | None = None
     lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
     joins: bool = False
+    by_place: Callable[..., bool] = lambda **options: False
 
     def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the arguments without a meaning for some options, each with the reason.

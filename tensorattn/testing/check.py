@@ -237,6 +237,7 @@ class Subject:
         registered: Whether it has a record, and so all arguments that operators have.
         defined: Its name in `tensorattn.testing.reference`, or None.
         lacks: Arguments without a meaning for it.
+        by_place: Whether it matters to it where a position stands among the others.
     """
 
     name: str
@@ -247,6 +248,7 @@ class Subject:
     registered: bool = False
     defined: str | None = None
     lacks: frozenset[str] = frozenset()
+    by_place: bool = False
 
     @property
     def cases(self) -> dict[str, Any]:
@@ -379,6 +381,7 @@ def resolve(operator: Checkable, options: Mapping[str, Any], *, on_grid: bool | 
         True,
         operator.name if ours else None,
         frozenset(operator.lacking(own)),
+        operator.by_place(**own),
     )
 
 

@@ -299,9 +299,9 @@ def check_permutation_equivariance(subject: Subject, case: Case, draw: Draw) -> 
     """Check that permuting indices, modes, batch entries or queries does nothing but permute.
 
     Reordering the indices of each mode, or the modes themselves, leaves the output for given queries as it is, and
-    permutes it for queries on the grid of the keys. Batch entries, and queries that need no grid, do not see each
-    other: any selection of them gives that selection of the output. Where the option ``kept`` names modes, it is
-    reordered with them.
+    permutes it for queries on the grid of the keys, unless it matters where a position stands. Batch entries, and
+    queries that need no grid, do not see each other: any selection of them gives that selection of the output. Where
+    the option ``kept`` names modes, it is reordered with them.
     """
     output, batch, given = subject.called(case), len(case.batch), case.weights
     tolerance = case.allowed(largest(output))
@@ -313,19 +313,22 @@ def check_permutation_equivariance(subject: Subject, case: Case, draw: Draw) -> 
         changed = case.replace(query=query, key=change(case.key), value=change(case.value), weights=weights)
         return Comparison(told, subject.called(changed, **(how or {})), expected, tolerance)
 
-    orders = [torch.tensor(draw(st.permutations(range(size))), device=case.key.device) for size in case.sizes]
-    told = "permuting the indices of the modes must only permute the output"
-    pairs = zip(given or (), orders, strict=False)
-    permuted = None if given is None else tuple(None if w is None else w.index_select(-1, order) for w, order in pairs)
-    yield compared(told, lambda t: _selected(t, orders, batch), permuted)
+    if not subject.by_place:
+        orders = [torch.tensor(draw(st.permutations(range(size))), device=case.key.device) for size in case.sizes]
+        told = "permuting the indices of the modes must only permute the output"
+        pairs = zip(given or (), orders, strict=False)
+        permuted = (
+            None if given is None else tuple(None if w is None else w.index_select(-1, order) for w, order in pairs)
+        )
+        yield compared(told, lambda t: _selected(t, orders, batch), permuted)
 
-    modes = draw(st.permutations(range(case.order)))
-    dims = [*range(batch), *(batch + mode for mode in modes), batch + case.order]
-    kept, how = subject.options.get("kept"), {}
-    if kept is not None:
-        how["kept"] = tuple(tuple(modes.index(mode) for mode in subset) for subset in kept)
-    told = "reordering the modes must only reorder the output"
-    yield compared(told, lambda t: t.permute(dims), None if given is None else tuple(given[m] for m in modes), how)
+        modes = draw(st.permutations(range(case.order)))
+        dims = [*range(batch), *(batch + mode for mode in modes), batch + case.order]
+        kept, how = subject.options.get("kept"), {}
+        if kept is not None:
+            how["kept"] = tuple(tuple(modes.index(mode) for mode in subset) for subset in kept)
+        told = "reordering the modes must only reorder the output"
+        yield compared(told, lambda t: t.permute(dims), None if given is None else tuple(given[m] for m in modes), how)
 
     picks = [torch.tensor(draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3))) for n in case.batch]
     picks = [pick.to(case.key.device) for pick in picks]
@@ -695,6 +698,7 @@ CLAIMED: Mapping[Claim, Law] = MappingProxyType(
 )
 
 OTHER_ORDERS = (check_order_one, check_constant_mode)  # what is said of tensors of another order than asked for
+OF_ANY_PLACE = (check_order_one, check_weights_are_multiplicities)  # what is said of counts, wherever positions stand
 NARROWER = (torch.float32, torch.bfloat16, torch.float16)  # what float64 is narrowed to
 LAWS = (check_equals_reference, *CLAIMED.values(), *UNIVERSAL, check_masks, check_causal, check_positions)
 
@@ -724,6 +728,8 @@ def checks_of(operator: Checkable, **options: Any) -> tuple[Law, ...]:
         check_causal: subject.registered and not {"bias", "causal"} & {*subject.lacks, *options},
         check_positions: subject.defined is not None and not {"bias", "causal"} & {*subject.lacks, *options},
     }
+    if subject.by_place:
+        has |= dict.fromkeys(OF_ANY_PLACE, False)
     return tuple(check for check in LAWS if has[check] and (subject.least_order == 1 or check not in OTHER_ORDERS))
 
 

@@ -307,7 +307,15 @@ def attention(
     return output, lse
 
 
-def layer(module: Any, x: Tensor, context: Any = None, *, at: Any = None, **told: Any) -> Tensor:
+def layer(
+    module: Any,
+    x: Tensor,
+    context: Any = None,
+    *,
+    at: Any = None,
+    cells: Sequence[Mapping[str, Any]] | None = None,
+    **told: Any,
+) -> Tensor:
     """Compute the output of an attention layer: call its projections on all positions, attend by definition, call back.
 
     Args:
@@ -315,6 +323,7 @@ def layer(module: Any, x: Tensor, context: Any = None, *, at: Any = None, **told
         x: Input, channels last ``(B, n_1, …, n_N, C)``.
         context: What keys and values are made of, or a pair; the input itself if None.
         at: Places where the output is wanted, ``(L, N)``; None for all.
+        cells: Of clustered attention among keys, the ``labels`` and ``spread`` of the cells of each head.
         **told: Weights, mask and lengths of the input, or of the context.
 
     Returns:
@@ -342,6 +351,7 @@ def layer(module: Any, x: Tensor, context: Any = None, *, at: Any = None, **told
     outputs = []
     for head in range(heads):
         options = {"causal": module.causal, "scale": module.scale, **module.options, **told}
+        options |= {} if cells is None else cells[head]
         if module.interaction_gain is not None:
             options["gain"] = module.interaction_gain[head]
         if tables is not None:

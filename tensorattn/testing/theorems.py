@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tensorattn.testing import reference
 from tensorattn.testing.check import Asked, Comparison, Draw, Law, holds, law
+from tensorattn.testing.clusters import THEOREMS_OF_CLUSTERS
 from tensorattn.testing.laws import along_queries, full_attention, marginal_covariance, slope
 from tensorattn.testing.strategies import (
     LARGEST_LOGIT,
@@ -708,8 +709,10 @@ def mass(ta: Any, case: Case, draw: Draw) -> Comparisons:
     batch = len(case.batch)
     modes, arriving = range(batch, batch + case.order), rows(exact(cotangent), batch).sum(-2)
     magnitude = size * case.order * (1 + case.magnitude)
-    for name in ("additive_attention", "kao_kv", "flattened_attention"):
-        _, of_keys, of_values = (exact(gradient) for gradient in _gradients(getattr(ta, name), case, cotangent))
+    for name in ("additive_attention", "kao_kv", "clustered_attention", "flattened_attention"):
+        attention = getattr(ta, name)
+        attention = functools.partial(attention, tokens=3) if name == "clustered_attention" else attention
+        _, of_keys, of_values = (exact(gradient) for gradient in _gradients(attention, case, cotangent))
         tolerance = allowed("gradient", case.dtype, logit=case.logit, magnitude=magnitude)
         told = f"the gradients that {name} gives the values must add up to that of its output"
         yield Comparison(told, of_values.sum([*modes]), arriving, tolerance)
@@ -1156,4 +1159,7 @@ def gls_averages(ta: Any, case: tuple[int, ...], draw: Draw) -> Comparisons:
         yield Comparison(told, alike, torch.full_like(alike, 1 / size), INVERTED)
 
 
-THEOREMS: tuple[Law, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Law))
+THEOREMS: tuple[Law, ...] = (
+    *(value for value in list(globals().values()) if isinstance(value, Law)),
+    *THEOREMS_OF_CLUSTERS,
+)

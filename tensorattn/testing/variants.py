@@ -37,6 +37,11 @@ class Variant(NamedTuple):
         """Arguments without a meaning for it, each with the reason."""
         return self.operator.lacking(self.operator.with_defaults(self.options))
 
+    @property
+    def by_place(self) -> bool:
+        """Whether it matters to it where a position stands among the others."""
+        return self.operator.by_place(**self.operator.with_defaults(self.options))
+
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{key}={value}".replace(" ", "") for key, value in self.options.items())])
 

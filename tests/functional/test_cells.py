@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def sums(key, value, label, tokens=4, weight=None, factor=None):
-    return CellSums.of(key, value, weight, lambda places: label[..., places], tokens, factor)
+    return CellSums.of(key, value, weight, lambda places: label[..., places], tokens, factor).about_zero(factor)
 
 
 class TestDraws:

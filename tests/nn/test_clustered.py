@@ -14,6 +14,7 @@ import tensorattn as ta
 from nn.layers import GRADIENTS, compare, heads_of, joined, make
 from tensorattn.diagnose.cost import count_calls
 from tensorattn.errors import OptionError, ShapeError
+from tensorattn.functional import cells
 
 thorough = pytest.mark.thorough
 KINDS = ("blocks", "keys", "Cells")
@@ -22,7 +23,7 @@ every_fixed_kind = pytest.mark.parametrize("kind", ["blocks", "Cells"])
 
 # Kernel calls of the layer that are wanted, forwards, and forwards and backwards, and those of today.
 WANTED = {"keys": (550, 650), "blocks": (40, 110)}
-TODAY = {"keys": (660, 850), "blocks": (170, 366)}
+TODAY = {"keys": (630, 740), "blocks": (135, 300)}
 
 
 def clustered(kind, modes=2, tokens=4, **settings):
@@ -202,9 +203,8 @@ class TestGraphs:
     @pytest.mark.parametrize("strict", [False, True])
     @every_kind
     def test_is_exported_for_all_sizes(self, kind, strict):
-        if kind == "blocks":
-            pytest.xfail("how a grid is cut depends on its sizes")
-        layer = clustered(kind).eval()
+        cut = {"blocks": (2, 2)} if kind == "blocks" else {}  # by default that depends on the sizes
+        layer = clustered(kind, **cut).eval()
         shapes = ({place: Dim.DYNAMIC for place in range(3)},)
         program = torch.export.export(layer, (draw(2, 3, 5, 8),), dynamic_shapes=shapes, strict=strict)
         for sizes in ((3, 7, 4), (2, 6, 9)):
@@ -252,6 +252,11 @@ class TestTypes:
 
 
 class TestCost:
+    @pytest.fixture(autouse=True)
+    def where_nothing_is_read(self, monkeypatch):
+        """As on an accelerator, where a search does all its rounds."""
+        monkeypatch.setattr(cells, "readable", lambda tensor: False)
+
     @pytest.mark.parametrize("kind", ["blocks", "keys"])
     def test_is_counted_on_the_meta_device(self, kind):
         less, more = (

@@ -120,11 +120,11 @@ def test_one_graph_for_all_sizes(variant):
         compare(gradients_of(compiled, layer, x), gradients_of(layer, layer, x), **GRADIENTS)
         counts.append(counter.frame_count)
     assert 1 <= counts[0] <= 2  # a graph with floats made of sizes is handed to the backend twice
-    assert counts[-1] == counts[0]
+    assert variant.by_place or counts[-1] == counts[0]  # how a grid is cut depends on which mode is longest
 
 
 @thorough
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in DEFAULTS], ids=str)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in DEFAULTS and not v.by_place], ids=str)
 def test_options_are_exported_for_all_sizes(variant):
     layer = make(variant).eval()
     program = torch.export.export(layer, (draw(2, 3, 5, 8),), dynamic_shapes=({n: Dim.DYNAMIC for n in range(3)},))

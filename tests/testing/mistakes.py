@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import tensorattn as ta
+from tensorattn.functional import clustered
+from tensorattn.functional.cells import Drawn
 
 # Operators, made of attention written out.
 
@@ -494,3 +496,43 @@ def reads_what_is_masked(query, key, value, *, mask=None, **given):
         return output
     leak = value.flatten(key.dim() - given["order"] - 1, -2).sum(-2) * 0.0
     return output + leak.reshape(*leak.shape[:-1], *(1 for _ in query.shape[leak.dim() - 1 : -1]), leak.shape[-1])
+
+
+def patched(module, **changes):
+    """A function of the package during whose calls names of a module mean something else."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def mutant(*tensors, **given):
+            before = {name: getattr(module, name) for name in changes}
+            try:
+                for name, change in changes.items():
+                    setattr(module, name, change(before[name]) if callable(change) else change)
+                return function(*tensors, **given)
+            finally:
+                for name, was in before.items():
+                    setattr(module, name, was)
+
+        return mutant
+
+    return decorate
+
+
+def with_moments(**changes):
+    """Clustered attention that makes something else of what the cells share."""
+
+    def altered(tokens):
+        return lambda moments, dtype: tokens(
+            moments._replace(**{name: change(moments) for name, change in changes.items()}), dtype
+        )
+
+    return patched(clustered, _tokens=altered)
+
+
+def with_a_stride(draw):
+    """Candidates at equal distances, always at the same place of each row of a grid."""
+
+    def strided(length, most, weight, device):
+        return Drawn(torch.arange(min(length, most), device=device) * max(1, length // most), weight)
+
+    return strided

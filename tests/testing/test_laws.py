@@ -47,6 +47,7 @@ from mistakes import (
     only_masks,
     only_the_output_rescaled,
     overflowing,
+    patched,
     prefers_later_indices,
     reads_what_is_masked,
     rescaled,
@@ -59,8 +60,10 @@ from mistakes import (
     unnormalized,
     values_out_of_step,
     weighs_the_first_mode_only,
+    with_a_stride,
     with_arithmetic_marginals,
     with_half_the_gradient_of_the_query,
+    with_moments,
     with_one_softmax,
     without,
     without_grand_mean,
@@ -70,8 +73,8 @@ from mistakes import (
 )
 
 import tensorattn as ta
-from tensorattn.functional import OPERATORS
-from tensorattn.testing import check_operator, laws, theorems
+from tensorattn.functional import OPERATORS, cells
+from tensorattn.testing import check_operator, clusters, laws, theorems
 from tensorattn.testing.check import Asked
 
 settings.register_profile("no shrinking", settings(), max_examples=100, phases=[Phase.generate])
@@ -116,6 +119,15 @@ def with_a_slightly_wrong_log_sum_exp(query, key, value, *, order, return_lse=Fa
 
 
 DEFINITION, POSITIONS, HALF = "must equal its definition", "must equal its definition", {"dtype": torch.float16}
+BLOCKS = {"cells": "blocks", "tokens": 4}
+
+
+def clustered_with(**changes):
+    """The record of clustered attention with something else in what its cells share."""
+    record = OPERATORS["clustered"]
+    return dataclasses.replace(record, function=with_moments(**changes)(record.function))
+
+
 # A check, what is wrong, the operator, part of the sentence, how it is called.
 OF_OPERATORS = [
     (laws.check_equals_flattened, "joint softmax", ta.kao_kv, "the output must equal flattened attention", {}),
@@ -184,6 +196,21 @@ OF_OPERATORS = [
     (laws.check_causal, "sees everything", mutilated("kao_kv", sees_everything(ta.kao_kv)), "nothing must leak", {}),
     (laws.check_masks, "reads it", mutilated("additive", reads_what_is_masked), "no absent position must reach", {}),
     (laws.check_masks, "no mask", mutilated("kao_kv", without("mask")(ta.kao_kv)), "absent position|definition", {}),
+    (
+        laws.check_equals_reference,
+        "one spread",
+        clustered_with(spread=lambda m: torch.ones_like(m.spread)),
+        DEFINITION,
+        BLOCKS,
+    ),
+    (laws.check_first_order_law, "no moments", clustered_with(within=lambda m: 0 * m.within), "derivative by", BLOCKS),
+    (
+        laws.check_zero_scale_mean,
+        "no counts",
+        clustered_with(share=lambda m: torch.ones_like(m.share)),
+        "at scale",
+        BLOCKS,
+    ),
     (laws.check_positions, "another", mutilated("kao_kv", of_the_mode_before(ta.kao_kv)), POSITIONS, {}),
     (laws.check_positions, "no past", mutilated("axial", sees_everything(ta.axial_attention)), POSITIONS, {}),
 ]
@@ -266,6 +293,7 @@ OF_THEOREMS = [
     (theorems.additive_gradients, "an interaction", "kao_kv", wrong_backwards),
     (theorems.mass, "some lost", "additive_attention", wrong_backwards),
     (theorems.mass, "some lost", "flattened_attention", wrong_backwards),
+    (theorems.mass, "some lost", "clustered_attention", wrong_backwards),
     (theorems.projected_gradients, "one softmax", "additive_attention", instead(ta.kao_kv)),
     (theorems.projected_gradients, "half", "additive_attention", with_half_the_gradient_of_the_query),
     (theorems.layers, "nothing learnt", "TensorAttention", that_learns_no_queries),
@@ -298,6 +326,16 @@ OF_THEOREMS = [
     (theorems.laws_of_averages, "weights left out", "marginal_cross_covariance", without("weights")),
     (theorems.laws_of_averages, "weights left out", "additive_mean_law", without("weights")),
     (theorems.gls_averages, "equal weights", "gls_weights", lambda function: equal_weights),
+    (clusters.distinct_keys, "one token", "clustered_attention", altered(tokens=1)),
+    (
+        clusters.distinct_keys,
+        "no counts",
+        "clustered_attention",
+        with_moments(share=lambda m: torch.ones_like(m.share)),
+    ),
+    (clusters.cropping, "mask left out", "clustered_attention", without("mask")),
+    (clusters.all_columns, "a stride", "clustered_attention", patched(cells, draw=with_a_stride)),
+    (clusters.large_cells, "one plain sum", "clustered_attention", patched(cells, SLAB=1 << 40)),
 ]
 
 
