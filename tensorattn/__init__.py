@@ -1,6 +1,7 @@
 """Attention over tensors of any order, without flattening them."""
 
 from tensorattn.averages import Plan, additive_part, interaction_residual, mode_averages, outer_sum, plan
+from tensorattn.blockwise import attend_blockwise
 from tensorattn.cli.figures import draw_attention_maps
 from tensorattn.diagnose import (
     AdditiveFraction,
@@ -116,6 +117,7 @@ __all__ = [
     "additive_fraction",
     "additive_mean_law",
     "additive_part",
+    "attend_blockwise",
     "attention_map",
     "axial_attention",
     "choose_tokens",

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorattn.functional.parts import summary_of_parts
 from tensorattn.functional.summary import Means, Moments, Needs, Summary, Sums, make_summary
 from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype, without_absent
 from tensorattn.modes import Family, Kept
@@ -117,9 +118,9 @@ def causal_summary(
     frames = key.movedim(batch + mode, batch)
     frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
-    per_frame = make_summary(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
+    per_frame = summary_of_parts(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
     time = _Time(per_frame, weights, mode, batch, past, window)
-    sizes = tuple([time.seen if k == mode else size for k, size in enumerate(key.shape[batch:-1])])
+    sizes = (*per_frame.sizes[:mode], time.seen, *per_frame.sizes[mode:])
 
     def put_together(wanted: Family, running: dict[Kept, Tensor], tokens: dict[Kept, Tensor]) -> Means:
         """Put what runs over the frames behind each other, and behind it what is known of each frame."""
@@ -146,9 +147,8 @@ def causal_summary(
         {kept: count for kept, count in counted.items() if mode in kept},
     )
     vectors: Vectors | None = None
-    if weights.grid is None:
-        wide = [None if v is None else v[(None,) * (batch + 1 - v.dim())].unsqueeze(-2) for v in weights.vectors]
-        vectors = tuple([time.visible if k == mode else v for k, v in enumerate(wide)])
+    if per_frame.mode_weights is not None:
+        vectors = (*per_frame.mode_weights[:mode], time.visible, *per_frame.mode_weights[mode:])
     covariance = key_covariance = None
     if per_frame.covariance is not None and per_frame.key_covariance is not None:
         dtype = per_frame.key_covariance.dtype
@@ -201,11 +201,13 @@ def _within(needs: Needs, within: Mapping[Kept, Kept]) -> Needs:
 
 def _of_others(weights: Weights, mode: int, batch: int) -> Weights:
     """Return the weights of the positions of each frame, with the frames as last batch dimension."""
+    part = None if weights.part is None else weights.part.without(mode)
     if weights.grid is not None:
         grid = weights.grid.movedim(weights.grid.dim() - weights.order + mode, weights.grid.dim() - weights.order)
-        return Weights((None,) * (weights.order - 1), grid, None, weights.binary, weights.indices)
+        return Weights((None,) * (weights.order - 1), grid, None, weights.binary, weights.indices, part)
     vectors = [vector for k, vector in enumerate(weights.vectors) if k != mode]
-    return Weights(tuple([v if v is None or v.dim() == 1 else v.unsqueeze(-2) for v in vectors]))
+    vectors = [v if v is None or v.dim() == 1 else v.unsqueeze(-2) for v in vectors]
+    return Weights(tuple(vectors), part=part)
 
 
 class _Time:

@@ -11,7 +11,7 @@ from tensorattn.modes import ModeSpec
 from tensorattn.nn.bias import PositionBias
 from tensorattn.nn.rotary import RotaryEmbedding
 
-__all__ = ["check_heads", "check_meaning", "check_position_bias", "check_rotary"]
+__all__ = ["check_heads", "check_meaning", "check_parts", "check_position_bias", "check_rotary"]
 
 
 def check_meaning(record: Operator, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -39,6 +39,37 @@ def check_meaning(record: Operator, options: Mapping[str, Any], given: Mapping[s
     for name, lacked in (("causal", "causal"), ("dropout", "dropout_p")):
         if given[name] and lacked in lacking:
             raise OptionError(f"{name} has no meaning for operator {record.name!r}: {lacking[lacked]}.")
+
+
+def check_parts(
+    record: Operator, options: Mapping[str, Any], order: int, causal: int | None, *, what: str, gathers: bool = False
+) -> None:
+    """Check that an operator can work on a tensor that is there in parts: on sums over their positions.
+
+    Args:
+        record: The operator.
+        options: All its options.
+        order: Number of modes N.
+        causal: The causal mode, or None.
+        what: What has the parts, for messages.
+        gathers: Whether all positions of the keys may be gathered, for queries that stand anywhere.
+
+    Raises:
+        OptionError: If it cannot.
+    """
+    rule = hint = ""
+    if record.condense is not None:
+        if options.get("additive_control"):
+            rule = "additive_control needs the cells of all positions at once"
+        elif options.get("cells") == "keys":
+            rule = "its search needs the keys of all positions at once"
+            hint = "Take cells='blocks', or find cells once and hold them: layer.hold_cells(layer.find_cells(sample))."
+    elif not gathers or record.query == "grid":
+        held = record.needs(order, **options).held
+        if any([len({*kept, *(() if causal is None else (causal,))}) == order for kept in held]):
+            rule = "it needs all positions at once"
+    if rule:
+        raise OptionError(f"{what} has no meaning for operator {record.name!r}: {rule}.", hint=hint)
 
 
 def check_heads(embed_dim: int, num_heads: int, head_dim: int | None, num_kv_heads: int | None) -> tuple[int, int]:

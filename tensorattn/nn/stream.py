@@ -192,7 +192,7 @@ class AttentionStream:
         if isinstance(weights, Tensor):
             order = layer.modes.order
             raise WeightsError(f"weights has a single tensor, but order {order} needs {order} vectors, one a mode.")
-        spoken = read_weights(weights, None, lengths, grid, x, layer.modes, of="x", part_of=self._mode)
+        spoken = read_weights(weights, None, lengths, grid, x, layer.modes, of="x", part_of=(self._mode,))
         if self._state is not None:
             self._check_continued(x, grid.sizes, spoken, self._state)
         return spoken
