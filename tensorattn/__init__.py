@@ -71,6 +71,7 @@ from tensorattn.nn import (
     TensorAttention,
     TensorTransformerBlock,
 )
+from tensorattn.sharding import Sharding
 
 __version__ = "0.2.0"
 
@@ -103,6 +104,7 @@ __all__ = [
     "RelativePositionBias",
     "RotaryEmbedding",
     "ShapeError",
+    "Sharding",
     "SinCosPositions",
     "Summary",
     "TensorAttention",

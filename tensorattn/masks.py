@@ -181,6 +181,7 @@ def read_weights(
     *,
     of: str = "key",
     part_of: Collection[int] = (),
+    part: Part | None = None,
 ) -> Weights:
     """Check weights, a mask and lengths, and bring them together.
 
@@ -195,6 +196,8 @@ def read_weights(
         of: Name of that tensor, for messages.
         part_of: Modes of which the tensor is a part, whose weights may all be zero here. A mask stays whole then, as
             whether it is a product is for all parts to tell.
+        part: Where the tensor stands in a larger one, all modes of which it is a part of; lengths are those of the
+            larger one then.
 
     Returns:
         What they say together.
@@ -207,11 +210,12 @@ def read_weights(
     """
     order = len(grid.sizes)
     if weights is None and mask is None and lengths is None:
-        return Weights((None,) * order)
+        return Weights((None,) * order, part=part)
     reader = _Reader(grid, like, ModeSpec.parse(order) if modes is None else modes, of)
+    part_of = part_of if part is None else range(order)
     dtype = accumulation_dtype(like.dtype)
     shown = None if mask is None else reader.mask(mask)
-    seen = (None,) * order if lengths is None else reader.lengths(lengths)
+    seen = (None,) * order if lengths is None else reader.lengths(lengths, part)
     whole = reader.whole(weights, bool(part_of)) if isinstance(weights, Tensor) or hasattr(weights, "ndim") else None
     vectors: Vectors = (None,) * order
     if whole is None and weights is not None:
@@ -241,6 +245,7 @@ def read_weights(
         functools.reduce(torch.logical_and, present) if present else None,
         weights is None,
         indices,
+        part,
     )
 
 
@@ -323,8 +328,8 @@ class _Reader:
         self.product = (product == mask).all()
         return tuple(parts)
 
-    def lengths(self, lengths: Any) -> Vectors:
-        """Check lengths, and turn them into a mask a mode."""
+    def lengths(self, lengths: Any, part: Part | None) -> Vectors:
+        """Check lengths, and turn them into a mask a mode; those of a larger grid into that of its part."""
         if isinstance(lengths, Mapping):
             lengths = one_a_mode(self.modes, lengths, "lengths")
         if getattr(lengths, "ndim", 0):
@@ -332,11 +337,17 @@ class _Reader:
                 raise ShapeError(f"lengths has {lengths.shape[-1]} columns, but order {self.order} needs one a mode.")
             lengths = [lengths[..., mode] for mode in range(self.order)]
         parts = mode_parts(lengths, self.order, "lengths", "entries", ShapeError)
-        return tuple(None if given is None else self._length(given, mode) for mode, given in enumerate(parts))
+        found = [
+            None if given is None else self._length(given, mode, (self.grid if part is None else part).sizes[mode])
+            for mode, given in enumerate(parts)
+        ]
+        if part is not None:
+            found = [None if v is None else part.own(v, mode, -1) for mode, v in enumerate(found)]
+        return tuple(found)
 
-    def _length(self, given: Any, mode: int) -> Tensor:
+    def _length(self, given: Any, mode: int, size: int) -> Tensor:
         """Check the lengths of one mode."""
-        what, size = f"lengths of mode {self.modes.label(mode)}", self.grid.sizes[mode]
+        what = f"lengths of mode {self.modes.label(mode)}"
         length = _as_tensor(given, f"{what} must be integers", DtypeError)
         if length.dtype == torch.bool or length.is_floating_point() or length.is_complex():
             raise DtypeError(f"{what} must be integers, but have the type {length.dtype}.")

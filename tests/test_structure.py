@@ -22,16 +22,9 @@ import tensorattn
 PACKAGE = Path(tensorattn.__file__).parent
 PROJECT = PACKAGE.parent / "pyproject.toml"
 
-LIBRARY = (
-    "errors",
-    "modes",
-    "masks",
-    "averages",
-    "functional",
-    "nn",
-    "models",
-    "blockwise",
-)  # each imports those before it
+LIBRARY = (  # each imports those before it
+    *("errors", "modes", "masks", "averages", "functional", "sharding", "nn", "models", "blockwise"),
+)
 TOOLS = ("diagnose", "testing", "cli", "__main__")
 ROOMS = (*LIBRARY, *TOOLS)
 APART = "testing.reference"  # the oracle, which shares nothing with the rest
