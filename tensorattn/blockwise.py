@@ -168,7 +168,7 @@ class _Run:
         start, lengths = zip(*box, strict=True)
         return dataclasses.replace(weights, part=Part(self.sizes, start, lengths, self._total))
 
-    def _total(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def _total(self, make: Callable[[], list[Tensor]], _: int | None) -> list[Tensor]:
         """Add the sums of a chunk to those of the chunks before; return them once they are known."""
         place, self.asked = self.asked, self.asked + 1
         if self.known:

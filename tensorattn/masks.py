@@ -65,7 +65,8 @@ class Part:
         sizes: Sizes of the modes of the whole.
         start: The first index of the part in each mode.
         lengths: Number of indices of the part in each mode.
-        total: From what makes sums over the positions of the part to the sums over all parts.
+        total: From what makes sums over the positions of the part to the sums over all parts; or, told a mode, over
+            those that differ in others alone.
         gather: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode;
             None where no part sees another.
     """
@@ -73,17 +74,25 @@ class Part:
     sizes: tuple[int, ...]
     start: tuple[int, ...]
     lengths: tuple[int, ...]
-    total: Callable[[Callable[[], list[Tensor]]], list[Tensor]]
+    total: Callable[[Callable[[], list[Tensor]], int | None], list[Tensor]]
     gather: Callable[[Tensor, int, int], Tensor] | None = None
 
     def without(self, mode: int) -> Part:
         """Return the same part of the other modes, where the indices of one are a batch dimension."""
         others = [k for k in range(len(self.sizes)) if k != mode]
         sizes, start, lengths = (tuple([each[k] for k in others]) for each in (self.sizes, self.start, self.lengths))
-        gather = self.gather
+        total, gather = self.total, self.gather
         return Part(
-            sizes, start, lengths, self.total, gather and (lambda tensor, k, dim: gather(tensor, others[k], dim))
+            sizes,
+            start,
+            lengths,
+            lambda make, _: total(make, mode),
+            gather and (lambda tensor, k, dim: gather(tensor, others[k], dim)),
         )
+
+    def every(self, tensor: Tensor, mode: int, dim: int) -> Tensor:
+        """Return a tensor of the part with the indices of all parts along a mode."""
+        return tensor if self.gather is None else self.gather(tensor, mode, dim)
 
     def whole(self, tensor: Tensor, batch: int) -> Tensor:
         """Gather a tensor of the part ``(*batch, l_1, …, l_N, D)``."""

@@ -72,6 +72,7 @@ class Sharding:
     sizes: tuple[int, ...] = field(kw_only=True)
     splits: Mapping[int | str, Sequence[int]] | None = field(default=None, kw_only=True)
     group: Any = field(init=False, repr=False)  # of the processes that add up
+    _others: dict[int, Any] = field(init=False, repr=False)  # of those that hold the same along a dimension
 
     @retells
     def __post_init__(self) -> None:
@@ -90,12 +91,8 @@ class Sharding:
         names = self.mesh.mesh_dim_names
         if len(dims) > 1 and names is None:
             raise OptionError("mesh has no mesh_dim_names, which cutting more than one mode needs.")
-        mesh: Any = self.mesh
-        if names is not None and len(dims) > 1:
-            group = mesh[tuple([names[dim] for dim in sorted(dims)])]._flatten().get_group()
-        else:
-            group = mesh.get_group(dims[0]) if dims else None
-        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "group", self._group_along(dims))
+        object.__setattr__(self, "_others", {dim: self._group_along([k for k in dims if k != dim]) for dim in dims})
 
     @classmethod
     @retells
@@ -179,10 +176,13 @@ class Sharding:
         for mode, (dim, split) in splits.items():
             place = self.mesh.get_local_rank(dim)
             start[mode], lengths[mode] = sum(split[:place]), split[place]
+        total = functools.partial(
+            _total, {None: self.group, **{m: self._others[dim] for m, (dim, _) in splits.items()}}
+        )
         gather = functools.partial(
             _gathered, {m: (self.mesh.get_group(dim), split) for m, (dim, split) in splits.items()}
         )
-        return Part(self.sizes, tuple(start), tuple(lengths), functools.partial(_total, self.group), gather)
+        return Part(self.sizes, tuple(start), tuple(lengths), total, gather)
 
     def patched(self, spec: ModeSpec, patch: Sequence[int], pad: bool) -> Sharding:
         """Return how the grid of patches is shared out.
@@ -233,6 +233,13 @@ class Sharding:
         for mode in told:
             raise OptionError(f"splits names mode {spec.label(mode)}, which is not cut.")
         return found
+
+    def _group_along(self, dims: Sequence[int]) -> Any:
+        """Return the processes that differ from this one along some dimensions of the mesh alone; None along none."""
+        mesh: Any = self.mesh
+        if len(dims) < 2:
+            return mesh.get_group(dims[0]) if dims else None
+        return mesh[tuple([mesh.mesh_dim_names[dim] for dim in sorted(dims)])]._flatten().get_group()
 
     def _mesh_dim(self, dim: int | str) -> int:
         """Return the index of a dimension of the mesh."""
@@ -288,9 +295,9 @@ def call_shared_out(
     return type(x).from_local(y, x.device_mesh, x.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def _total(group: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+def _total(groups: Mapping[int | None, Any], make: Callable[[], list[Tensor]], but: int | None) -> list[Tensor]:
     """Add up what all processes of a group know, in one call: all hold the same bits afterwards."""
-    tensors = make()
+    tensors, group = make(), groups.get(but, groups[None])
     if group is None or not tensors:
         return tensors
     dtype = functools.reduce(torch.promote_types, [each.dtype for each in tensors])

@@ -119,6 +119,7 @@ def causal_summary(
     frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
     per_frame = summary_of_parts(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
+    per_frame, weights = _of_all_frames(per_frame, weights, mode, batch)
     time = _Time(per_frame, weights, mode, batch, past, window)
     sizes = (*per_frame.sizes[:mode], time.seen, *per_frame.sizes[mode:])
 
@@ -156,7 +157,7 @@ def causal_summary(
         if not same:
             covariance = time.running_moments(of_keys=False).covariance(dtype)
     found = Summary(sizes, family, keys, values, counts, vectors, covariance, key_covariance, weights.indices)
-    return found, functools.partial(time.past, family, within)
+    return _of_own_frames(found, weights, mode, batch), functools.partial(time.past, family, within)
 
 
 def frames_beside(
@@ -197,6 +198,52 @@ def _within(needs: Needs, within: Mapping[Kept, Kept]) -> Needs:
     kept = inner(needs.held)
     assert kept is not None
     return Needs(kept, needs.second_moment, inner(needs.keys), inner(needs.values))
+
+
+def _of_all_frames(per_frame: Summary, weights: Weights, mode: int, batch: int) -> tuple[Summary, Weights]:
+    """Put the frames that other parts hold beside those of a part."""
+    part, vector = weights.part, weights.vectors[mode]
+    if part is None or part.gather is None:
+        return per_frame, weights
+    if vector is not None:
+        vector = part.every(vector, mode, -1)
+        weights = dataclasses.replace(weights, vectors=(*weights.vectors[:mode], vector, *weights.vectors[mode + 1 :]))
+    counts = per_frame.counts
+    found = _each(per_frame, lambda tensor: part.every(tensor, mode, batch))
+    return (found if weights.grid is not None else dataclasses.replace(found, counts=counts)), weights
+
+
+def _of_own_frames(summary: Summary, weights: Weights, mode: int, batch: int) -> Summary:
+    """Return what the frames of a part know of all frames."""
+    part = weights.part
+    if part is None or part.gather is None:
+        return summary
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[batch] == 1 else part.own(tensor, mode, batch)
+
+    found = _each(summary, own)
+    if found.mode_weights is None:
+        return found
+    vectors = [v if v is None or k != mode else own(v) for k, v in enumerate(found.mode_weights)]
+    return dataclasses.replace(found, mode_weights=tuple(vectors))
+
+
+def _each(summary: Summary, function: Callable[[Tensor], Tensor]) -> Summary:
+    """Return a summary whose frames, the last batch dimension, are other ones; weights of modes are left."""
+    keys, same = summary.key_means.map(function), summary.value_means is summary.key_means
+    covariance = None if summary.covariance is None else function(summary.covariance)
+    key_covariance = covariance
+    if summary.covariance is not summary.key_covariance and summary.key_covariance is not None:
+        key_covariance = function(summary.key_covariance)
+    return dataclasses.replace(
+        summary,
+        key_means=keys,
+        value_means=keys if same else summary.value_means.map(function),
+        counts=None if summary.counts is None else summary.counts.map(function),
+        covariance=covariance,
+        key_covariance=key_covariance,
+    )
 
 
 def _of_others(weights: Weights, mode: int, batch: int) -> Weights:

@@ -276,8 +276,11 @@ def _condense(
         if part is None:
             sums = CellSums.of(key, value, weight, label, count, None if spread is not None else factor)
         else:
-            sums = _of_all_parts(part, key, value, weight, found, count, factor)
-        if causal is not None:
+            sums = _of_all_parts(part, key, value, weight, found, count, factor, causal)
+        if causal is not None and part is not None:  # each frame sees those of other parts
+            frames = sums.map(functools.partial(part.every, mode=causal, dim=batch))
+            sums = _seen(frames, batch, past, window)[0].map(functools.partial(part.own, mode=causal, dim=batch))
+        elif causal is not None:
             sums, after = _seen(sums.about_zero(factor), batch, past, window)
         grid = functools.partial(_on_grid, label, key.shape[:-1], sizes, causal)
         dtype, masked = accumulation_dtype(key.dtype), weight is not None
@@ -288,9 +291,16 @@ def _condense(
 
 
 def _of_all_parts(
-    part: Part, key: Tensor, value: Tensor, weight: Tensor | None, found: Cells | Tensor, count: int, factor: Tensor
+    part: Part,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    found: Cells | Tensor,
+    count: int,
+    factor: Tensor,
+    causal: int | None,
 ) -> CellSums:
-    """Add up the positions of all parts; one that does not count stands in for none."""
+    """Add up the positions of all parts, or of each frame of all; one that does not count stands in for none."""
 
     def make() -> list[Tensor]:
         own_key, own_value, label, spoken = key, value, found, weight
@@ -301,7 +311,7 @@ def _of_all_parts(
         labels = functools.partial(_labels, label, own_key)
         return list(CellSums.of(own_key, own_value, spoken, labels, count, factor).about_zero(factor).tensors)
 
-    return CellSums.from_tensors(part.total(make))
+    return CellSums.from_tensors(part.total(make, causal))
 
 
 def _frames_first(tensor: Tensor, sizes: Sequence[int], mode: int, channels: int) -> Tensor:

@@ -51,7 +51,7 @@ def summary_of_parts(key: Tensor, value: Tensor, needs: Needs, weights: Weights)
         moments = [sums.products(left, key) for left in ([key] if same else [value, key]) if needs.second_moment]
         return [*found, *sums.of_weights(), *moments]
 
-    added: Sequence[Tensor] = part.total(make)
+    added: Sequence[Tensor] = part.total(make, None)
     totals: list[dict[Kept, Tensor]] = []
     for _, wanted in sides:
         totals.append(dict(zip(wanted, added[: len(wanted)], strict=True)))
@@ -91,7 +91,7 @@ def means_of_parts(tensor: Tensor, family: Family, weights: Weights) -> tuple[Te
         return marginal_means(tensor, family, weights)
     smaller, batch = tuple([kept for kept in family if kept != everything]), tensor.dim() - weights.order - 1
     sums = _Sums(part, weights, smaller, batch, tensor)
-    added = part.total(lambda: [*sums.of(tensor, smaller), *sums.of_weights()])
+    added = part.total(lambda: [*sums.of(tensor, smaller), *sums.of_weights()], None)
     behind, _ = sums.behind(added[len(smaller) :])
     dtype = accumulation_dtype(tensor.dtype)
     found = {kept: behind.mean(total, kept).to(dtype) for kept, total in zip(smaller, added, strict=False)}

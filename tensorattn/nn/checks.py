@@ -100,9 +100,6 @@ def check_sharding(layer: Any, sharding: Any, *, context: Any, prefix: Any) -> P
             raise OptionError(f"{name} has no meaning with sharding, which is that of x.", hint=hint)
     record, part = get_operator(layer.operator), sharding.part(layer.modes)
     check_parts(record, layer.options, layer.modes.order, layer.causal, what="sharding", gathers=True)
-    if layer.causal is not None and part.lengths[layer.causal] != part.sizes[layer.causal]:
-        label = layer.modes.label(layer.causal)
-        raise OptionError(f"sharding cuts mode {label}, which is causal.", hint="Cut another mode.")
     if layer.training and layer.dropout > 0 and record.query == "grid":
         raise OptionError(
             f"sharding has no meaning with dropout in training for operator {record.name!r}: each process would drop "

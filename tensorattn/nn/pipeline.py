@@ -366,7 +366,7 @@ class AttentionPipeline(nn.Module):
         length, width = first.shape[-2], math.prod(first.shape[:batch]) * self.num_heads * self.head_dim
         if attend_again is not attend:
             step = max(1, CHUNK // width)
-            parts = [attend_again(slice(start, start + step))[0] for start in range(0, length, step)]
+            parts = [attend_again(slice(start, start + step))[0] for start in range(0, max(1, length), step)]
             return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
         held = [*self.parameters(), *_tensors_of(summary), *(tokens or ())]
         output, *_ = in_chunks(attend, length, 4 * width, *flat.tensors, *held)
