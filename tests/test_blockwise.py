@@ -105,8 +105,9 @@ def test_layouts_and_types():
         sink = np.zeros(source.shape, ">f8")
         ta.attend_blockwise(layer, source, sink, chunks={"h": 2}, channel_mode=place)
         np.testing.assert_allclose(np.moveaxis(sink, place, -1), whole, rtol=1e-11, atol=1e-12)
+    torch.manual_seed(0)
     one = ta.TensorAttention(1, 1, modes="t h w", channels_first=True)
-    source, sink = numbers[..., 0], np.zeros(SIZES, np.float32)
+    source, sink = numbers[..., 0] // 50, np.zeros(SIZES, np.float32)
     ta.attend_blockwise(one, source, sink, chunks=2, channel_mode=None)
     with torch.no_grad():
         np.testing.assert_allclose(sink, one(torch.tensor(source)[None, None].float())[0, 0], rtol=1e-4, atol=1e-4)
