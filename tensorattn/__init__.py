@@ -1,6 +1,7 @@
 """Attention over tensors of any order, without flattening them."""
 
 from tensorattn.averages import Plan, additive_part, interaction_residual, mode_averages, outer_sum, plan
+from tensorattn.blockwise import attend_blockwise
 from tensorattn.cli.figures import draw_attention_maps
 from tensorattn.cli.view import show
 from tensorattn.diagnose import (
@@ -81,6 +82,7 @@ from tensorattn.nn import (
     TensorAttention,
     TensorTransformerBlock,
 )
+from tensorattn.sharding import Sharding
 
 __version__ = "0.2.0"
 
@@ -117,6 +119,7 @@ __all__ = [
     "ResidualAttention",
     "RotaryEmbedding",
     "ShapeError",
+    "Sharding",
     "SinCosPositions",
     "Summary",
     "SwapReport",
@@ -133,6 +136,7 @@ __all__ = [
     "additive_fraction",
     "additive_mean_law",
     "additive_part",
+    "attend_blockwise",
     "attention_map",
     "axial_attention",
     "choose_tokens",

@@ -8,9 +8,10 @@ values is read from the device at once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "GivenWeights",
     "Lengths",
     "Mask",
+    "Part",
     "Vector",
     "Vectors",
     "Weights",
@@ -56,6 +58,62 @@ Lengths = Tensor | Sequence[Any] | Mapping[Any, Any] | None
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """Where a tensor stands in a larger one, of which each process or each step holds a part: a box of its grid.
+
+    Attributes:
+        sizes: Sizes of the modes of the whole.
+        start: The first index of the part in each mode.
+        lengths: Number of indices of the part in each mode.
+        total: From what makes sums over the positions of the part to the sums over all parts; or, told a mode, over
+            those that differ in others alone.
+        gather: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode;
+            None where no part sees another.
+    """
+
+    sizes: tuple[int, ...]
+    start: tuple[int, ...]
+    lengths: tuple[int, ...]
+    total: Callable[[Callable[[], list[Tensor]], int | None], list[Tensor]]
+    gather: Callable[[Tensor, int, int], Tensor] | None = None
+
+    def without(self, mode: int) -> Part:
+        """Return the same part of the other modes, where the indices of one are a batch dimension."""
+        others = [k for k in range(len(self.sizes)) if k != mode]
+        sizes, start, lengths = (tuple([each[k] for k in others]) for each in (self.sizes, self.start, self.lengths))
+        total, gather = self.total, self.gather
+        return Part(
+            sizes,
+            start,
+            lengths,
+            lambda make, _: total(make, mode),
+            gather and (lambda tensor, k, dim: gather(tensor, others[k], dim)),
+        )
+
+    def every(self, tensor: Tensor, mode: int, dim: int) -> Tensor:
+        """Return a tensor of the part with the indices of all parts along a mode."""
+        return tensor if self.gather is None else self.gather(tensor, mode, dim)
+
+    def whole(self, tensor: Tensor, batch: int) -> Tensor:
+        """Gather a tensor of the part ``(*batch, l_1, …, l_N, D)``."""
+        assert self.gather is not None  # what needs every position is refused before
+        for mode in range(len(self.sizes)):
+            tensor = self.gather(tensor, mode, batch + mode)
+        return tensor
+
+    def own(self, tensor: Tensor, mode: int, dim: int) -> Tensor:
+        """Return what of a tensor over all indices of a mode is of the part; what is of it already as it is."""
+        length = self.lengths[mode]
+        return tensor if length == tensor.shape[dim] else tensor.narrow(dim, self.start[mode], length)
+
+    def box(self, tensor: Tensor, first: int = 0) -> Tensor:
+        """Return what of a tensor over the whole grid, whose dimensions start at one of its own, is of the part."""
+        for mode in range(len(self.sizes)):
+            tensor = self.own(tensor, mode, first + mode)
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Weights:
     """How often each position of a grid counts.
 
@@ -67,6 +125,7 @@ class Weights:
             nor lengths were given.
         binary: Whether each weight is known to be 0 or 1.
         indices: Whether they tell how often the indices of each mode count, not those of positions alone.
+        part: Where the grid stands in a larger one, of which it is a part; None where it is the whole.
     """
 
     vectors: Vectors
@@ -74,6 +133,7 @@ class Weights:
     present: Tensor | None = None
     binary: bool = True
     indices: bool = True
+    part: Part | None = None
 
     @property
     def order(self) -> int:
@@ -116,9 +176,8 @@ class Weights:
             return tensor if tensor is None or tensor.dim() == modes else tensor.unsqueeze(dim - modes)
 
         vectors = tuple(widened(vector, 1) for vector in self.vectors)
-        return Weights(
-            vectors, widened(self.grid, self.order), widened(self.present, self.order), self.binary, self.indices
-        )
+        grid, present = widened(self.grid, self.order), widened(self.present, self.order)
+        return dataclasses.replace(self, vectors=vectors, grid=grid, present=present)
 
 
 def read_weights(
@@ -130,7 +189,8 @@ def read_weights(
     modes: ModeSpec | None = None,
     *,
     of: str = "key",
-    part_of: int | None = None,
+    part_of: Collection[int] = (),
+    part: Part | None = None,
 ) -> Weights:
     """Check weights, a mask and lengths, and bring them together.
 
@@ -143,7 +203,10 @@ def read_weights(
         like: A tensor of the type and device wanted.
         modes: What the modes are called.
         of: Name of that tensor, for messages.
-        part_of: A mode of which the tensor is a part, whose weights may all be zero here.
+        part_of: Modes of which the tensor is a part, whose weights may all be zero here. A mask stays whole then, as
+            whether it is a product is for all parts to tell.
+        part: Where the tensor stands in a larger one, all modes of which it is a part of; lengths are those of the
+            larger one then.
 
     Returns:
         What they say together.
@@ -156,16 +219,17 @@ def read_weights(
     """
     order = len(grid.sizes)
     if weights is None and mask is None and lengths is None:
-        return Weights((None,) * order)
+        return Weights((None,) * order, part=part)
     reader = _Reader(grid, like, ModeSpec.parse(order) if modes is None else modes, of)
+    part_of = part_of if part is None else range(order)
     dtype = accumulation_dtype(like.dtype)
     shown = None if mask is None else reader.mask(mask)
-    seen = (None,) * order if lengths is None else reader.lengths(lengths)
-    whole = reader.whole(weights) if isinstance(weights, Tensor) or hasattr(weights, "ndim") else None
+    seen = (None,) * order if lengths is None else reader.lengths(lengths, part)
+    whole = reader.whole(weights, bool(part_of)) if isinstance(weights, Tensor) or hasattr(weights, "ndim") else None
     vectors: Vectors = (None,) * order
     if whole is None and weights is not None:
         vectors = reader.vectors(weights, part_of)
-    projections = None if shown is None else reader.projections(shown)
+    projections = None if shown is None or (part_of and order > 1) else reader.projections(shown)
     is_product = reader.answers()
     indices = whole is None
     if shown is not None:
@@ -190,6 +254,7 @@ def read_weights(
         functools.reduce(torch.logical_and, present) if present else None,
         weights is None,
         indices,
+        part,
     )
 
 
@@ -220,11 +285,11 @@ class _Reader:
         if readable(tensor) and tensor.numel():
             self.asked.append((tensor, judge))
 
-    def vectors(self, given: Any, part_of: int | None) -> Vectors:
+    def vectors(self, given: Any, part_of: Collection[int]) -> Vectors:
         """Check one vector of weights a mode."""
         parts = mode_parts(given, self.order, "weights", "vectors", WeightsError)
         return tuple(
-            None if part is None else self._vector(part, mode, mode == part_of) for mode, part in enumerate(parts)
+            None if part is None else self._vector(part, mode, mode in part_of) for mode, part in enumerate(parts)
         )
 
     def _vector(self, given: Any, mode: int, may_vanish: bool) -> Tensor:
@@ -238,11 +303,11 @@ class _Reader:
         self.ask(vector, functools.partial(_judge_weights, what, "index", may_vanish))
         return vector.to(accumulation_dtype(self.like.dtype))
 
-    def whole(self, given: Any) -> Tensor:
+    def whole(self, given: Any, may_vanish: bool) -> Tensor:
         """Check weights given as one tensor over the grid."""
         tensor = real_tensor(given, "weights", self.like, WeightsError)
         self._check_over_grid(tensor, "weights", WeightsError)
-        self.ask(tensor, functools.partial(_judge_weights, "weights", "position", False))
+        self.ask(tensor, functools.partial(_judge_weights, "weights", "position", may_vanish))
         return tensor.to(accumulation_dtype(self.like.dtype))
 
     def mask(self, mask: Any) -> Tensor:
@@ -272,8 +337,8 @@ class _Reader:
         self.product = (product == mask).all()
         return tuple(parts)
 
-    def lengths(self, lengths: Any) -> Vectors:
-        """Check lengths, and turn them into a mask a mode."""
+    def lengths(self, lengths: Any, part: Part | None) -> Vectors:
+        """Check lengths, and turn them into a mask a mode; those of a larger grid into that of its part."""
         if isinstance(lengths, Mapping):
             lengths = one_a_mode(self.modes, lengths, "lengths")
         if getattr(lengths, "ndim", 0):
@@ -281,11 +346,17 @@ class _Reader:
                 raise ShapeError(f"lengths has {lengths.shape[-1]} columns, but order {self.order} needs one a mode.")
             lengths = [lengths[..., mode] for mode in range(self.order)]
         parts = mode_parts(lengths, self.order, "lengths", "entries", ShapeError)
-        return tuple(None if given is None else self._length(given, mode) for mode, given in enumerate(parts))
+        found = [
+            None if given is None else self._length(given, mode, (self.grid if part is None else part).sizes[mode])
+            for mode, given in enumerate(parts)
+        ]
+        if part is not None:
+            found = [None if v is None else part.own(v, mode, -1) for mode, v in enumerate(found)]
+        return tuple(found)
 
-    def _length(self, given: Any, mode: int) -> Tensor:
+    def _length(self, given: Any, mode: int, size: int) -> Tensor:
         """Check the lengths of one mode."""
-        what, size = f"lengths of mode {self.modes.label(mode)}", self.grid.sizes[mode]
+        what = f"lengths of mode {self.modes.label(mode)}"
         length = _as_tensor(given, f"{what} must be integers", DtypeError)
         if length.dtype == torch.bool or length.is_floating_point() or length.is_complex():
             raise DtypeError(f"{what} must be integers, but have the type {length.dtype}.")

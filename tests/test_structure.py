@@ -22,7 +22,9 @@ import tensorattn
 PACKAGE = Path(tensorattn.__file__).parent
 PROJECT = PACKAGE.parent / "pyproject.toml"
 
-LIBRARY = ("errors", "modes", "masks", "averages", "functional", "nn", "models")  # each imports those before it
+LIBRARY = (  # each imports those before it
+    *("errors", "modes", "masks", "averages", "functional", "sharding", "nn", "models", "blockwise"),
+)
 DOORS = "integrations"  # a room of the library that measures what it does, so it lies behind diagnose
 TOOLS = ("testing", "cli", "__main__")
 ROOMS = (*LIBRARY, "diagnose", DOORS, *TOOLS)

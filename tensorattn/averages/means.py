@@ -240,7 +240,7 @@ def broadcast_sum(
         The tensor, of the type of the parts and with memory of its own.
     """
     shape, memory = tuple(shape), tuple(range(len(shape)) if memory is None else memory)
-    if is_recorded() or not is_transformed(*parts):
+    if is_recorded() or 0 in shape or not is_transformed(*parts):  # a part of a grid may be empty: no means of nothing
         return _add_up(parts, family, shape, memory)
     return _BroadcastSum.apply(family, shape, memory, *parts)
 

@@ -43,6 +43,7 @@ from tensorattn.cli.common import (
 from tensorattn.cli.gain import GRIDS, cells_found, measure_grid, table
 from tensorattn.cli.gain import OPERATORS as GAINING
 from tensorattn.cli.plain import PLAIN, PlainLayer, PooledLayer
+from tensorattn.cli.traffic import traffic
 from tensorattn.diagnose.cost import DTYPES, LAYOUTS, cost, count
 from tensorattn.errors import OptionError
 from tensorattn.functional import OPERATORS
@@ -103,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=positive, default=5, help="samples of each time (default 5)")
     add("--cubes", default=CUBES, metavar="SIZES", help=f"cubes of the scaling plot, or none (default {CUBES})")
     add("--gain", action="store_true", help="what full attention takes longer than operators, on grids of known models")
+    add("--world", type=positive, default=1, help="processes that share each tensor out: count what they send")
     add("--out", type=Path, default=Path("bench-out"), help="directory of the files (bench-out)")
 
 
@@ -732,6 +734,13 @@ def _everyone(rows: Sequence[Row]) -> list[str]:
     return aligned(cells)
 
 
+def _sent(work: Work, choices: Sequence[Choice], world: int) -> list[str]:
+    """What each operator sends where processes share a tensor out."""
+    layers = [(choice.label, choice.record.name, dict(choice.options)) for choice in choices]
+    headings, *rows = traffic(work.batch, work.sizes, work.dim, work.heads, DTYPES[work.dtype], layers, world)
+    return aligned([headings, (str(work),), *rows])
+
+
 def _time(phase: Phase | None) -> tuple[str, str]:
     """Write a time and its spread."""
     if phase is None:
@@ -807,8 +816,9 @@ def _works(arguments: argparse.Namespace) -> list[Work]:
 def _command(arguments: argparse.Namespace) -> str:
     """Write the command with all its arguments."""
     words = ["python", "-m", "tensorattn", "bench"]
-    for name in ("shape", "operator", "peers", "heads", "dtype", "layout", "compile", "repeats", "cubes"):
+    for name in ("shape", "operator", "peers", "heads", "dtype", "layout", "compile", "repeats", "cubes", "world"):
         value = getattr(arguments, name)
+        value = None if name == "world" and value == 1 else value
         for each in value if isinstance(value, list) else [value] if value else []:
             words += [f"--{name}"] if each is True else [f"--{name}", str(each)]
     return shlex.join(words)
@@ -846,6 +856,7 @@ def run(arguments: argparse.Namespace) -> int:
     heading = [*(f"{name}: {words}" for name, words in where.items()), ""]
     heading += [textwrap.fill(note, 110, subsequent_indent="  ") for note in NOTES]
     parts = [heading, _against_plain(rows), _everyone(rows), *([aligned(exponents)] if found else [])]
+    parts += [_sent(work, choices, arguments.world) for work in works if arguments.world > 1]
     text = "\n\n".join("\n".join(part) for part in parts)
     records = [_record(row) for row in (*rows, *growing)]
     shown = {"machine": where, "rows": records, "scaling": {name: curve._asdict() for name, curve in found.items()}}

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorattn.functional.parts import summary_of_parts
 from tensorattn.functional.summary import Means, Moments, Needs, Summary, Sums, make_summary
 from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype, without_absent
 from tensorattn.modes import Family, Kept
@@ -117,9 +118,10 @@ def causal_summary(
     frames = key.movedim(batch + mode, batch)
     frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
-    per_frame = make_summary(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
+    per_frame = summary_of_parts(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
+    per_frame, weights = _of_all_frames(per_frame, weights, mode, batch)
     time = _Time(per_frame, weights, mode, batch, past, window)
-    sizes = tuple([time.seen if k == mode else size for k, size in enumerate(key.shape[batch:-1])])
+    sizes = (*per_frame.sizes[:mode], time.seen, *per_frame.sizes[mode:])
 
     def put_together(wanted: Family, running: dict[Kept, Tensor], tokens: dict[Kept, Tensor]) -> Means:
         """Put what runs over the frames behind each other, and behind it what is known of each frame."""
@@ -146,9 +148,8 @@ def causal_summary(
         {kept: count for kept, count in counted.items() if mode in kept},
     )
     vectors: Vectors | None = None
-    if weights.grid is None:
-        wide = [None if v is None else v[(None,) * (batch + 1 - v.dim())].unsqueeze(-2) for v in weights.vectors]
-        vectors = tuple([time.visible if k == mode else v for k, v in enumerate(wide)])
+    if per_frame.mode_weights is not None:
+        vectors = (*per_frame.mode_weights[:mode], time.visible, *per_frame.mode_weights[mode:])
     covariance = key_covariance = None
     if per_frame.covariance is not None and per_frame.key_covariance is not None:
         dtype = per_frame.key_covariance.dtype
@@ -156,7 +157,7 @@ def causal_summary(
         if not same:
             covariance = time.running_moments(of_keys=False).covariance(dtype)
     found = Summary(sizes, family, keys, values, counts, vectors, covariance, key_covariance, weights.indices)
-    return found, functools.partial(time.past, family, within)
+    return _of_own_frames(found, weights, mode, batch), functools.partial(time.past, family, within)
 
 
 def frames_beside(
@@ -199,13 +200,61 @@ def _within(needs: Needs, within: Mapping[Kept, Kept]) -> Needs:
     return Needs(kept, needs.second_moment, inner(needs.keys), inner(needs.values))
 
 
+def _of_all_frames(per_frame: Summary, weights: Weights, mode: int, batch: int) -> tuple[Summary, Weights]:
+    """Put the frames that other parts hold beside those of a part."""
+    part, vector = weights.part, weights.vectors[mode]
+    if part is None or part.gather is None:
+        return per_frame, weights
+    if vector is not None:
+        vector = part.every(vector, mode, -1)
+        weights = dataclasses.replace(weights, vectors=(*weights.vectors[:mode], vector, *weights.vectors[mode + 1 :]))
+    counts = per_frame.counts
+    found = _each(per_frame, lambda tensor: part.every(tensor, mode, batch))
+    return (found if weights.grid is not None else dataclasses.replace(found, counts=counts)), weights
+
+
+def _of_own_frames(summary: Summary, weights: Weights, mode: int, batch: int) -> Summary:
+    """Return what the frames of a part know of all frames."""
+    part = weights.part
+    if part is None or part.gather is None:
+        return summary
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[batch] == 1 else part.own(tensor, mode, batch)
+
+    found = _each(summary, own)
+    if found.mode_weights is None:
+        return found
+    vectors = [v if v is None or k != mode else own(v) for k, v in enumerate(found.mode_weights)]
+    return dataclasses.replace(found, mode_weights=tuple(vectors))
+
+
+def _each(summary: Summary, function: Callable[[Tensor], Tensor]) -> Summary:
+    """Return a summary whose frames, the last batch dimension, are other ones; weights of modes are left."""
+    keys, same = summary.key_means.map(function), summary.value_means is summary.key_means
+    covariance = None if summary.covariance is None else function(summary.covariance)
+    key_covariance = covariance
+    if summary.covariance is not summary.key_covariance and summary.key_covariance is not None:
+        key_covariance = function(summary.key_covariance)
+    return dataclasses.replace(
+        summary,
+        key_means=keys,
+        value_means=keys if same else summary.value_means.map(function),
+        counts=None if summary.counts is None else summary.counts.map(function),
+        covariance=covariance,
+        key_covariance=key_covariance,
+    )
+
+
 def _of_others(weights: Weights, mode: int, batch: int) -> Weights:
     """Return the weights of the positions of each frame, with the frames as last batch dimension."""
+    part = None if weights.part is None else weights.part.without(mode)
     if weights.grid is not None:
         grid = weights.grid.movedim(weights.grid.dim() - weights.order + mode, weights.grid.dim() - weights.order)
-        return Weights((None,) * (weights.order - 1), grid, None, weights.binary, weights.indices)
+        return Weights((None,) * (weights.order - 1), grid, None, weights.binary, weights.indices, part)
     vectors = [vector for k, vector in enumerate(weights.vectors) if k != mode]
-    return Weights(tuple([v if v is None or v.dim() == 1 else v.unsqueeze(-2) for v in vectors]))
+    vectors = [v if v is None or v.dim() == 1 else v.unsqueeze(-2) for v in vectors]
+    return Weights(tuple(vectors), part=part)
 
 
 class _Time:

@@ -45,7 +45,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens, in_chunks
 from tensorattn.functional.summary import Needs, Summary
-from tensorattn.masks import accumulation_dtype, beside, counting_dtype, without_autocast
+from tensorattn.masks import Part, accumulation_dtype, beside, counting_dtype, without_autocast
 from tensorattn.modes import check_order, main_effects
 
 __all__ = ["CLUSTERED", "Clusters", "clustered_attention"]
@@ -217,6 +217,7 @@ def _condense(
     causal: int | None = None,
     past: Past | None = None,
     window: int | None = None,
+    part: Part | None = None,
 ) -> tuple[Any, Callable[[], Past] | None]:
     """Put all positions into cells, and add them up.
 
@@ -231,6 +232,7 @@ def _condense(
         causal: The causal mode.
         past: The frames before.
         window: How many frames are seen.
+        part: Where the positions stand in a larger grid, all of which is added up; with blocks or cells found before.
 
     Returns:
         Clusters, with the frames as last batch dimension for a causal mode, or the summary itself where each position
@@ -257,8 +259,10 @@ def _condense(
                 found, spread = search(key, weight, metric, tokens)
             count = tokens
         else:
-            cut = block_counts(sizes, tokens, blocks, causal)
-            found, count = block_labels(sizes, cut, key.device), math.prod(cut)
+            whole = sizes if part is None else part.sizes
+            cut = block_counts(whole, tokens, blocks, causal)
+            found, count = block_labels(whole, cut, key.device), math.prod(cut)
+            found = found if part is None else part.box(found.reshape(whole)).reshape(-1)
         if causal is not None:
             key, value = (_frames_first(tensor, sizes, causal, 1) for tensor in (key, value))
             weight = None if weight is None else _frames_first(weight, sizes, causal, 0)
@@ -268,8 +272,15 @@ def _condense(
         else:
             factor = torch.eye(key.shape[-1], dtype=counting_dtype(key.device), device=key.device)
         label = functools.partial(_labels, found, key)
-        sums, after = CellSums.of(key, value, weight, label, count, None if spread is not None else factor), None
-        if causal is not None:
+        after = None
+        if part is None:
+            sums = CellSums.of(key, value, weight, label, count, None if spread is not None else factor)
+        else:
+            sums = _of_all_parts(part, key, value, weight, found, count, factor, causal)
+        if causal is not None and part is not None:  # each frame sees those of other parts
+            frames = sums.map(functools.partial(part.every, mode=causal, dim=batch))
+            sums = _seen(frames, batch, past, window)[0].map(functools.partial(part.own, mode=causal, dim=batch))
+        elif causal is not None:
             sums, after = _seen(sums.about_zero(factor), batch, past, window)
         grid = functools.partial(_on_grid, label, key.shape[:-1], sizes, causal)
         dtype, masked = accumulation_dtype(key.dtype), weight is not None
@@ -277,6 +288,30 @@ def _condense(
         if additive_control:
             clusters = _controlled(clusters, moments, summary, label(slice(None)), weight, factor)
     return clusters, after
+
+
+def _of_all_parts(
+    part: Part,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    found: Cells | Tensor,
+    count: int,
+    factor: Tensor,
+    causal: int | None,
+) -> CellSums:
+    """Add up the positions of all parts, or of each frame of all; one that does not count stands in for none."""
+
+    def make() -> list[Tensor]:
+        own_key, own_value, label, spoken = key, value, found, weight
+        if key.shape[-2] == 0:
+            own_key, own_value = (F.pad(each, (0, 0, 0, 1)) for each in (key, value))
+            label = found if isinstance(found, Cells) else F.pad(found, (0, 1))
+            spoken = key.new_zeros(1)
+        labels = functools.partial(_labels, label, own_key)
+        return list(CellSums.of(own_key, own_value, spoken, labels, count, factor).about_zero(factor).tensors)
+
+    return CellSums.from_tensors(part.total(make, causal))
 
 
 def _frames_first(tensor: Tensor, sizes: Sequence[int], mode: int, channels: int) -> Tensor:

@@ -35,7 +35,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens
 from tensorattn.functional.summary import Means, Needs, Summary
-from tensorattn.masks import accumulation_dtype, matmul
+from tensorattn.masks import Part, accumulation_dtype, matmul
 from tensorattn.modes import Family, check_order, main_effects
 
 __all__ = ["KAO_KV", "KAO_QKV", "kao_kv", "kao_qkv"]
@@ -229,9 +229,10 @@ def _attend_from_averages(
     scale: float,
     return_attention: bool = False,
     gain: Tensor | None = None,
+    part: Part | None = None,
     **settings: Any,
 ) -> AttentionResult:
-    """Attend from the mean queries of each mode: one part a mode, for an outer sum."""
+    """Attend from the mean queries of each mode: one part a mode, for an outer sum, or where it stands in a whole."""
     order, sizes = summary.order, summary.sizes
     counts = counting_numbers(main_effects(order)) if centered else {}
     tokens = summary.tokens(counts) if centered else summary.mode_tokens()
@@ -253,14 +254,21 @@ def _attend_from_averages(
     result = AttentionResult(tuple(outputs), lses, weights)
     if interaction is None:
         return result
-    whole = queries.get(tuple(range(order)))
-    result = spread_parts(result, (*summary.batch, *sizes), accumulation_dtype(whole.dtype), None)
-    output = result.output + _correction(whole, queries, summary, scale, saturation, gain)
+    each, dim = queries.rows(tuple(range(order))), len(summary.batch)
+    means, own = [queries.get((mode,)) for mode in range(order)], sizes
+    if part is not None:
+        own = part.lengths
+        means = [part.own(mean, mode, dim) for mode, mean in enumerate(means)]
+        result = result._replace(output=[part.own(mean, mode, dim) for mode, mean in enumerate(outputs)])
+        each = each if order > 1 else part.own(each, 0, dim)
+    each = each.unflatten(-2, own)
+    result = spread_parts(result, (*summary.batch, *own), accumulation_dtype(each.dtype), None)
+    output = result.output + _correction(each, [*means, queries.rows(())], summary, scale, saturation, gain)
     if summary.counts is not None:  # where no position is present there is nothing to correct
         grand = summary.count(())
         assert grand is not None
         output = torch.where((grand > 0)[(..., *(None,) * (order + 1))], output, 0.0)
-    return result._replace(output=output.to(whole.dtype))
+    return result._replace(output=output.to(each.dtype))
 
 
 def _less_grand_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -270,17 +278,22 @@ def _less_grand_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _correction(
-    query: Tensor, means: Means, summary: Summary, scale: float, saturation: float | None, gain: Tensor | None
+    query: Tensor,
+    means: Sequence[Tensor],
+    summary: Summary,
+    scale: float,
+    saturation: float | None,
+    gain: Tensor | None,
 ) -> Tensor:
     """First order of what is missing: all of the covariance for the interaction of the query, part for the rest."""
     order, batch, dtype = summary.order, len(summary.batch), accumulation_dtype(query.dtype)
     counts = counting_numbers(main_effects(order))
-    vectors = _less_grand_mean([*[means.get((mode,)).to(dtype) for mode in range(order)], means.rows(()).to(dtype)])
+    vectors = _less_grand_mean([mean.to(dtype) for mean in means])
     additive = broadcast_sum(vectors, main_effects(order), query.shape)
     own = query.to(dtype) - additive
 
     def applied(to: Tensor, matrix: Tensor) -> Tensor:
-        return matmul(to.flatten(batch, -2), matrix.to(dtype).mT).unflatten(-2, summary.sizes)
+        return matmul(to.flatten(batch, -2), matrix.to(dtype).mT).unflatten(-2, query.shape[batch:-1])
 
     assert summary.covariance is not None and summary.key_covariance is not None
     rest = missing_covariance(summary, counts, of_keys=False)

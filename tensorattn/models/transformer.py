@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from tensorattn.averages.means import marginal_means
 from tensorattn.errors import OptionError, check, retells
-from tensorattn.masks import read_weights
+from tensorattn.masks import Part, read_weights
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
 from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
 from tensorattn.nn.layout import channels_last, check_input
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.patches import Patch, grid_of
+from tensorattn.sharding import call_shared_out, is_shared_out
 
 __all__ = ["TensorTransformer", "TensorTransformerConfig"]
 
@@ -265,12 +266,23 @@ class TensorTransformer(nn.Module):
         if coordinates is not None and self.positions is None:
             raise OptionError("coordinates has no meaning without positions.").retold("TensorTransformer")
         first = self.channels_first
-        x = self._without_absent_patches(x, attention)
+        if self.head is not None and (is_shared_out(x) or attention.get("sharding") is not None):
+            raise OptionError(
+                "sharding has no meaning with num_classes: a mean over all patches is not that of a part.",
+                hint="Average the output of a model without num_classes over all processes.",
+            ).retold("TensorTransformer")
+        if is_shared_out(x):
+            told = {**attention, **({} if coordinates is None else {"coordinates": coordinates})}
+            return call_shared_out(
+                self, x, told.pop("sharding", None), told, channels_first=first, shape=self._shape_of(x)
+            )
+        part, attention = self._shared_out(attention)
+        x = self._without_absent_patches(x, attention, part)
         y = channels_last(self.embedding(x), first)
         parameter = parameter_of(self)
         y = y if parameter is None else y.to(parameter.dtype)  # autocast leaves the skip connections in full precision
         if self.positions is not None:
-            y = self.positions(y, coordinates=coordinates)
+            y = self.positions(y, coordinates=coordinates, **({} if part is None else {"part": part}))
         for block in self.blocks:
             y = block(y, **attention)
         y = self.norm(y)
@@ -288,8 +300,23 @@ class TensorTransformer(nn.Module):
         (mean,) = marginal_means(y, ((),), read)
         return mean.reshape(y.shape[0], y.shape[-1]).to(y.dtype)
 
+    def _shape_of(self, x: Tensor) -> tuple[int, ...]:
+        """Return the shape of the output for an input of all processes."""
+        sizes, channels = tuple(x.shape[2:] if self.channels_first else x.shape[1:-1]), self.config.out_channels
+        if channels is None:
+            sizes, channels = grid_of(sizes, self.embedding.patch), self.config.embed_dim
+        return (x.shape[0], channels, *sizes) if self.channels_first else (x.shape[0], *sizes, channels)
+
     @retells
-    def _without_absent_patches(self, x: Tensor, attention: Mapping[str, Any]) -> Tensor:
+    def _shared_out(self, attention: dict[str, Any]) -> tuple[Part | None, dict[str, Any]]:
+        """Return where the patches of this process stand, and what attention is told of how they are shared out."""
+        if attention.get("sharding") is None:
+            return None, attention
+        sharding = attention["sharding"].patched(self.modes, self.embedding.patch, self.config.pad)
+        return sharding.part(self.modes), {**attention, "sharding": sharding}
+
+    @retells
+    def _without_absent_patches(self, x: Tensor, attention: Mapping[str, Any], part: Part | None) -> Tensor:
         """Return the input with zeros in the patches that a mask or lengths leave out."""
         spoken = {name: attention[name] for name in ("mask", "lengths") if attention.get(name) is not None}
         if not spoken:
@@ -298,14 +325,13 @@ class TensorTransformer(nn.Module):
         grid = check_input(x, self.modes, self.config.in_channels, channels_first=first, called="in_channels")
         last = channels_last(x, first)
         patches = GridShape(grid.batch, grid_of(grid.sizes, patch), grid.dim)
-        present = read_weights(
-            None, spoken.get("mask"), spoken.get("lengths"), patches, last, self.modes, of="the grid of patches"
-        ).present
+        told = (None, spoken.get("mask"), spoken.get("lengths"), patches, last, self.modes)
+        present = read_weights(*told, of="the grid of patches", part=part).present
         assert present is not None
-        for mode, (size, part) in enumerate(zip(grid.sizes, patch, strict=True)):
+        for mode, (size, side) in enumerate(zip(grid.sizes, patch, strict=True)):
             dim = present.dim() - self.modes.order + mode
             if present.shape[dim] != 1 or patches.sizes[mode] == 1:
-                present = present.repeat_interleave(part, dim).narrow(dim, 0, size)
+                present = present.repeat_interleave(side, dim).narrow(dim, 0, size)
         last = torch.where(present.unsqueeze(-1), last, 0)
         return last.movedim(-1, 1) if first else last
 

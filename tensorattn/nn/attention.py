@@ -15,10 +15,10 @@ from tensorattn.functional.cells import Cells, find_cells
 from tensorattn.functional.maps import base_of, indices_of, place_on
 from tensorattn.functional.operator import check_indices, get_operator
 from tensorattn.functional.summary import Summary
-from tensorattn.masks import GivenWeights, Lengths, Mask, Weights, beside, read_weights, without_absent
+from tensorattn.masks import GivenWeights, Lengths, Mask, Part, Weights, beside, read_weights, without_absent
 from tensorattn.modes import ModeSpec, mode_subsets
 from tensorattn.nn.bias import PositionBias
-from tensorattn.nn.checks import check_heads, check_meaning, check_position_bias, check_rotary
+from tensorattn.nn.checks import check_heads, check_meaning, check_position_bias, check_rotary, check_sharding
 from tensorattn.nn.context import Context, ContextReader, check_crossing
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
@@ -26,6 +26,7 @@ from tensorattn.nn.pipeline import AttentionPipeline
 from tensorattn.nn.prefix import check_prefix, check_prefix_meaning
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.nn.weights import settings_of, unpack
+from tensorattn.sharding import Sharding, call_shared_out, is_shared_out
 
 __all__ = ["TensorAttention"]
 
@@ -288,6 +289,7 @@ class TensorAttention(AttentionPipeline):
         lengths: Lengths | Mapping[Any, Any] = None,
         skip: Tensor | None = None,
         prefix: Tensor | None = None,
+        sharding: Sharding | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend: from each position of the input to the input itself, or to a context.
 
@@ -312,6 +314,10 @@ class TensorAttention(AttentionPipeline):
           tokens see themselves and all positions by full attention, for which all of these are projected; the grid
           sees the grid, and not the tokens.
 
+        With a ``sharding`` the input is the box of this process, and keys and values are those of all: their averages,
+        which take one all-reduce, or with ``flattened`` themselves, which are gathered. A DTensor tells its sharding
+        itself, and the output is one with the same placements.
+
         Args:
             x: Input, channels last or first as the module was told.
             context: What keys and values are made of, in the same layout, on another grid or even of another order; or
@@ -327,6 +333,7 @@ class TensorAttention(AttentionPipeline):
             skip: A tensor of the shape of the input that is added to the output, as for a skip connection; ``x`` itself
                 or another one.
             prefix: Tokens beside the input ``(B, R, C)``, in either layout.
+            sharding: How the whole is shared out, of which the input is the box of this process; None for no whole.
 
         Returns:
             The output, of the shape of the input; with ``prefix`` that of the tokens too, ``(B, R, C)``.
@@ -355,7 +362,12 @@ class TensorAttention(AttentionPipeline):
             >>> y.shape, class_token.shape
             (torch.Size([2, 5, 6, 8]), torch.Size([2, 1, 8]))
         """
-        weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
+        if is_shared_out(x):
+            spoken = {"context": context, "weights": weights, "mask": mask, "lengths": lengths, "skip": skip}
+            spoken = {name: each for name, each in {**spoken, "prefix": prefix}.items() if each is not None}
+            return call_shared_out(self, x, sharding, spoken, channels_first=self.channels_first)
+        part = None if sharding is None else check_sharding(self, sharding, context=context, prefix=prefix)
+        weights_of_x, summary = self._read(x, context, part, weights=weights, mask=mask, lengths=lengths)
         last, present = channels_last(x, self.channels_first), weights_of_x.present
         if prefix is not None:
             check_prefix_meaning(context=context, causal=self.causal, mode_projections=self.mode_projections)
@@ -378,6 +390,7 @@ class TensorAttention(AttentionPipeline):
         weights: GivenWeights = None,
         mask: Mask = None,
         lengths: Lengths | Mapping[Any, Any] = None,
+        sharding: Sharding | None = None,
     ) -> Summary:
         """Summarise a context once, to attend to it often.
 
@@ -389,6 +402,7 @@ class TensorAttention(AttentionPipeline):
             weights: Weights of the context, as in `forward`.
             mask: Mask of the context.
             lengths: Lengths of the context.
+            sharding: How the context is shared out, of which each process gives its box; all get the same summary.
 
         Returns:
             What `forward` takes as its context.
@@ -407,7 +421,7 @@ class TensorAttention(AttentionPipeline):
             >>> layer.summarize(volume).sizes
             (3, 4, 5)
         """
-        spoken = {"weights": weights, "mask": mask, "lengths": lengths}
+        spoken = {"weights": weights, "mask": mask, "lengths": lengths, "sharding": sharding}
         return self._context_reader().summarize(context, parameter_of(self.k_proj), **spoken)
 
     @retells
@@ -574,9 +588,11 @@ class TensorAttention(AttentionPipeline):
 
     # ------------------------------------------------------------------------------------------------------------ read
 
-    def _read(self, x: Tensor, context: Context | None, **spoken: Any) -> tuple[Weights, Summary | None]:
+    def _read(
+        self, x: Tensor, context: Context | None, part: Part | None = None, **spoken: Any
+    ) -> tuple[Weights, Summary | None]:
         """Check the input and what was said of its positions, or of those of a context, and summarise that."""
-        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first, part=part)
         parameter = parameter_of(self.q_proj)
         if parameter is not None:
             check_parameters(x, parameter)
@@ -591,7 +607,8 @@ class TensorAttention(AttentionPipeline):
                 f"context is missing: keys are made of {self.kdim} channels and values of {self.vdim}, but x has "
                 f"{self.embed_dim}."
             )
-        weights = read_weights(spoken["weights"], spoken["mask"], spoken["lengths"], grid, x, self.modes, of="x")
+        told = (spoken["weights"], spoken["mask"], spoken["lengths"])
+        weights = read_weights(*told, grid, x, self.modes, of="x", part=part)
         check_indices(self._needs(), weights)
         return weights, None
 

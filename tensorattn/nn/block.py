@@ -16,10 +16,12 @@ from tensorattn.errors import OptionError, check, retells
 from tensorattn.masks import read_weights
 from tensorattn.modes import ModeSpec
 from tensorattn.nn.attention import TensorAttention
+from tensorattn.nn.checks import check_sharding
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.mixers import make_mixer
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.prefix import check_prefix
+from tensorattn.sharding import call_shared_out, is_shared_out
 
 __all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
 
@@ -271,6 +273,9 @@ class TensorTransformerBlock(nn.Module):
                 negative or longer than its mode.
             OptionError: If one of them has no meaning for the operator.
         """
+        if is_shared_out(x):
+            told = {**attention, **({} if prefix is None else {"prefix": prefix})}
+            return call_shared_out(self, x, told.pop("sharding", None), told, channels_first=self.channels_first)
         last = self._checked(x, prefix, attention)
         if self.checkpoint and torch.is_grad_enabled():
             y, *tokens = recompute(self._run, last, prefix, attention, use_reentrant=False)
@@ -282,7 +287,13 @@ class TensorTransformerBlock(nn.Module):
     @retells
     def _checked(self, x: Tensor, prefix: Tensor | None, attention: Mapping[str, Any]) -> Tensor:
         """Check the input, and return it with its channels last and zeros where positions are absent."""
-        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
+        sharding, part = attention.get("sharding"), None
+        if sharding is not None:
+            part = check_sharding(self.attention, sharding, context=attention.get("context"), prefix=prefix)
+            if self.training and self.drop_path.p > 0:
+                told = "each process would drop samples of its own"
+                raise OptionError(f"sharding has no meaning with drop_path in training: {told}.")
+        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first, part=part)
         parameter = parameter_of(self)
         if parameter is not None:
             check_parameters(x, parameter)
@@ -292,7 +303,8 @@ class TensorTransformerBlock(nn.Module):
         if attention.get("context") is not None:
             return last
         spoken: dict[str, Any] = {name: attention.get(name) for name in ("mask", "lengths")}
-        present = read_weights(None, spoken["mask"], spoken["lengths"], grid, last, self.modes, of="x").present
+        spoken.update(of="x", part=part)
+        present = read_weights(None, grid=grid, like=last, modes=self.modes, **spoken).present
         return last if present is None else torch.where(present.unsqueeze(-1), last, 0)
 
     def _run(self, x: Tensor, prefix: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, ...]:

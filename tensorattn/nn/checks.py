@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensorattn.errors import OptionError, check
-from tensorattn.functional.operator import Operator
+from tensorattn.functional.operator import Operator, get_operator
+from tensorattn.functional.summary import Summary
+from tensorattn.masks import Part
 from tensorattn.modes import ModeSpec
 from tensorattn.nn.bias import PositionBias
 from tensorattn.nn.rotary import RotaryEmbedding
+from tensorattn.sharding import Sharding
 
-__all__ = ["check_heads", "check_meaning", "check_position_bias", "check_rotary"]
+__all__ = ["check_heads", "check_meaning", "check_parts", "check_position_bias", "check_rotary", "check_sharding"]
 
 
 def check_meaning(record: Operator, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -39,6 +42,70 @@ def check_meaning(record: Operator, options: Mapping[str, Any], given: Mapping[s
     for name, lacked in (("causal", "causal"), ("dropout", "dropout_p")):
         if given[name] and lacked in lacking:
             raise OptionError(f"{name} has no meaning for operator {record.name!r}: {lacking[lacked]}.")
+
+
+def check_parts(
+    record: Operator, options: Mapping[str, Any], order: int, causal: int | None, *, what: str, gathers: bool = False
+) -> None:
+    """Check that an operator can work on a tensor that is there in parts: on sums over their positions.
+
+    Args:
+        record: The operator.
+        options: All its options.
+        order: Number of modes N.
+        causal: The causal mode, or None.
+        what: What has the parts, for messages.
+        gathers: Whether all positions of the keys may be gathered, for queries that stand anywhere.
+
+    Raises:
+        OptionError: If it cannot.
+    """
+    rule = hint = ""
+    if record.condense is not None:
+        if options.get("additive_control"):
+            rule = "additive_control needs the cells of all positions at once"
+        elif options.get("cells") == "keys":
+            rule = "its search needs the keys of all positions at once"
+            hint = "Take cells='blocks', or find cells once and hold them: layer.hold_cells(layer.find_cells(sample))."
+    elif not gathers or record.query == "grid":
+        held = record.needs(order, **options).held
+        if any([len({*kept, *(() if causal is None else (causal,))}) == order for kept in held]):
+            rule = "it needs all positions at once"
+    if rule:
+        raise OptionError(f"{what} has no meaning for operator {record.name!r}: {rule}.", hint=hint)
+
+
+def check_sharding(layer: Any, sharding: Any, *, context: Any, prefix: Any) -> Part:
+    """Check that a layer can attend over what is shared out, from what all processes know.
+
+    Args:
+        layer: The layer.
+        sharding: How its input is shared out.
+        context: Its context, or None.
+        prefix: Tokens beside the input, or None.
+
+    Returns:
+        Where the input of this process stands.
+
+    Raises:
+        OptionError: If it cannot.
+        ShapeError: If splits do not add up.
+        ModesError: If a mode does not exist.
+    """
+    if not isinstance(sharding, Sharding):
+        raise OptionError(f"sharding must be a Sharding, got {type(sharding).__name__}.")
+    for name, given in (("context", context), ("prefix", prefix)):
+        if given is not None and not isinstance(given, Summary):
+            hint = "Give its sharding to summarize, and the summary as context." if name == "context" else ""
+            raise OptionError(f"{name} has no meaning with sharding, which is that of x.", hint=hint)
+    record, part = get_operator(layer.operator), sharding.part(layer.modes)
+    check_parts(record, layer.options, layer.modes.order, layer.causal, what="sharding", gathers=True)
+    if layer.training and layer.dropout > 0 and record.query == "grid":
+        raise OptionError(
+            f"sharding has no meaning with dropout in training for operator {record.name!r}: each process would drop "
+            "weights of its own from what all share."
+        )
+    return part
 
 
 def check_heads(embed_dim: int, num_heads: int, head_dim: int | None, num_kv_heads: int | None) -> tuple[int, int]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tensorattn.errors import DtypeError, OptionError, ShapeError
 from tensorattn.functional.operator import Operator, check_indices
-from tensorattn.functional.summary import Needs, Summary, make_summary
-from tensorattn.masks import accumulation_dtype, in_autocast, read_weights, without_absent
+from tensorattn.functional.parts import summary_of_parts
+from tensorattn.functional.summary import Needs, Summary
+from tensorattn.masks import Part, accumulation_dtype, in_autocast, read_weights, without_absent
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
+from tensorattn.sharding import Sharding
 
 __all__ = ["Context", "ContextReader", "check_crossing"]
 
@@ -69,7 +71,7 @@ class ContextReader:
         Args:
             context: The context.
             parameter: A parameter of the layer, if it has any.
-            **spoken: Weights, mask and lengths of the context.
+            **spoken: Weights, mask, lengths and sharding of the context.
 
         Raises:
             DtypeError: If a tensor is not floating point, or not of the type of the parameters.
@@ -78,18 +80,17 @@ class ContextReader:
                 values have different channels and there is only one tensor.
         """
         check_crossing(self.operator, self.options, self.causal, "context")
-        key, value, grid, modes = self._check_tensors(context, parameter)
+        key, value, grid, modes, part = self._check_tensors(context, parameter, spoken.get("sharding"))
         needs = self._needs(modes.order)
-        weights = read_weights(
-            spoken.get("weights"), spoken.get("mask"), spoken.get("lengths"), grid, key, modes, of="context"
-        )
+        told: dict[str, Any] = {name: spoken.get(name) for name in ("weights", "mask", "lengths")}
+        weights = read_weights(**told, grid=grid, like=key, modes=modes, of="context", part=part)
         check_indices(needs, weights)
         shown = weights.shown()
         if shown is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
             alone = value is key
             key = without_absent(key, shown)
             value = key if alone else without_absent(value, shown)
-        return make_summary(key, value, needs, weights)
+        return summary_of_parts(key, value, needs, weights)
 
     def read(self, context: Any, x: Tensor, parameter: Tensor | None, **spoken: Any) -> Summary:
         """Return the summary of a context, made here or before, checked against the input.
@@ -123,8 +124,10 @@ class ContextReader:
             raise OptionError(f"kept names modes of order {self.modes.order}, but context has order {order}.")
         return self.operator.needs(order, **self.options)
 
-    def _check_tensors(self, context: Any, parameter: Tensor | None) -> tuple[Tensor, Tensor, GridShape, ModeSpec]:
-        """Check tensors; return what keys and values are made of, channels last, their shape and their modes."""
+    def _check_tensors(
+        self, context: Any, parameter: Tensor | None, sharding: Sharding | None
+    ) -> tuple[Tensor, Tensor, GridShape, ModeSpec, Part | None]:
+        """Check tensors; return what keys and values are made of, channels last, shape, modes and place in a whole."""
         pair = isinstance(context, (tuple, list))
         parts = tuple(context) if pair else (context,)
         if pair and len(parts) != 2:
@@ -140,10 +143,12 @@ class ContextReader:
             raise ShapeError(f"{names[0]} has {first.dim()} dimensions, but one mode needs at least 3.")
         order = first.dim() - 2 if isinstance(first, Tensor) else self.modes.order
         modes = self.modes if order == self.modes.order else ModeSpec.parse(order)
+        own = None if sharding is None else sharding.part(modes)
         grids = []
         for part, name, dim, called in zip(parts, names, self.dims, ("kdim", "vdim"), strict=False):
             channels_first = self.channels_first
-            grids.append(check_input(part, modes, dim, channels_first=channels_first, called=called, argument=name))
+            told: dict[str, Any] = {"called": called, "argument": name, "part": own}
+            grids.append(check_input(part, modes, dim, channels_first=channels_first, **told))
             if parameter is not None:
                 check_parameters(part, parameter, name)
         if grids[0].batch != grids[-1].batch:
@@ -152,7 +157,7 @@ class ContextReader:
             if one != two:
                 raise ShapeError(f"mode {modes.label(mode)} has size {one} in context[0] but {two} in context[1].")
         last = [channels_last(part, self.channels_first) for part in parts]
-        return last[0], last[-1], grids[0], modes
+        return last[0], last[-1], grids[0], modes, own
 
     def _check_summary(self, summary: Summary, x: Tensor) -> None:
         """Check that a summary holds what the layer needs of a context."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tensorattn.errors import DtypeError, ShapeError
-from tensorattn.masks import check_floating, in_autocast
+from tensorattn.masks import Part, check_floating, in_autocast
 from tensorattn.modes import GridShape, ModeSpec, grid_shape
 
 __all__ = ["channels_last", "check_grid", "check_input", "check_parameters", "show_modes"]
@@ -19,6 +19,7 @@ def check_input(
     channels_first: bool,
     called: str = "embed_dim",
     argument: str = "x",
+    part: Part | None = None,
 ) -> GridShape:
     """Check the input of a module and read its shape.
 
@@ -29,13 +30,14 @@ def check_input(
         channels_first: Which of the layouts.
         called: Name of the argument that set the channels.
         argument: Name of the input, for messages.
+        part: Where it stands in a larger input, or None; a part may be empty.
 
     Returns:
         The shape, read.
 
     Raises:
         DtypeError: If the input is not a floating-point tensor.
-        ShapeError: If it has the wrong number of dimensions or channels, or an empty mode.
+        ShapeError: If it has the wrong number of dimensions or channels, an empty mode, or another size than its part.
     """
     check_floating(**{argument: x})
     if x.dim() != modes.order + 2:
@@ -44,7 +46,14 @@ def check_input(
     shape = (x.shape[0], *x.shape[2:], x.shape[1]) if channels_first else tuple(x.shape)
     if shape[-1] != channels:
         raise ShapeError(f"{argument} has {shape[-1]} channels, but {called} is {channels}.")
-    return grid_shape(shape, modes, argument)
+    if part is None:
+        return grid_shape(shape, modes, argument)
+    grid = GridShape(shape[:1], shape[1:-1], shape[-1])
+    for mode, (size, own, whole) in enumerate(zip(grid.sizes, part.lengths, part.sizes, strict=True)):
+        if size != own:
+            label = modes.label(mode)
+            raise ShapeError(f"mode {label} has size {size} in {argument}, but this process holds {own} of {whole}.")
+    return grid
 
 
 def check_grid(tensor: Tensor, modes: ModeSpec, argument: str) -> GridShape:

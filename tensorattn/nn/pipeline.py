@@ -30,7 +30,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Needs, Summary, make_summary
-from tensorattn.masks import Weights, accumulation_dtype, is_recorded, without_absent
+from tensorattn.masks import Part, Weights, accumulation_dtype, is_recorded, without_absent
 from tensorattn.modes import ModeSpec
 from tensorattn.nn.bias import PositionBias
 from tensorattn.nn.layout import channels_last
@@ -124,14 +124,14 @@ class AttentionPipeline(nn.Module):
         """Tell whether queries and keys are turned before the operator sees them."""
         return self.rotary is not None and not get_operator(self.operator).pools
 
-    def _projected(self, x: Tensor) -> Sources:
+    def _projected(self, x: Tensor, part: Part | None = None) -> Sources:
         """Make queries, keys and values of an input at all its positions, and turn them by their places."""
         given = self._given(x)
         tensors = [to(x) for to in given.maps]
         norms = given.norms
         if self.rotary is not None and self._turns_positions():
             for place, (norm, heads) in enumerate(zip(given.norms, given.heads, strict=True)):
-                turned = self.rotary(normed(norm, split_heads(tensors[place], heads, 1)))
+                turned = self.rotary.turned(normed(norm, split_heads(tensors[place], heads, 1)), part)
                 tensors[place] = join_heads(turned, 1)
             norms = (None, None)
         return dataclasses.replace(
@@ -139,6 +139,40 @@ class AttentionPipeline(nn.Module):
         )
 
     # ---------------------------------------------------------------------------------------------------------- attend
+
+    def add_up(self, x: Tensor, weights: Weights) -> None:
+        """Make the sums that are known of a part of an input, for its ``total`` to see, and nothing else, unchecked.
+
+        Args:
+            x: The part, channels last.
+            weights: Checked weights of its positions, with the part.
+        """
+        record, needs = get_operator(self.operator), self._needs()
+        early = self.project == "positions" or self._turns_positions()
+        sources = self._projected(x, weights.part) if early else self._given(x)
+        if self.causal is not None and record.condense is not None:
+            summary = self._found(sources, weights, needs)
+            record.condense(None, summary, None, causal=self.causal, part=weights.part, **self.options)
+        elif self.causal is not None:
+            causal_summary(*sources.tensors[1:], needs, weights, self.causal)
+        elif record.condense is not None:
+            self._condensed(sources, self._found(sources, weights, needs), True, part=weights.part)
+        else:
+            summary = sources.summarise(needs, weights)
+            if needs.queries is not None:
+                sources.project_queries(summary, needs.queries, weights)
+
+    def attended(self, x: Tensor, weights: Weights) -> Tensor:
+        """Attend from a part of an input to all of it, unchecked.
+
+        Args:
+            x: The part, channels last.
+            weights: Checked weights of its positions, with the part.
+        """
+        present = weights.present
+        x = x if present is None else without_absent(x, present)
+        y = self._attend(x, weights, None)[0].output
+        return y if present is None else without_absent(y, present)
 
     def _attend(
         self,
@@ -186,12 +220,12 @@ class AttentionPipeline(nn.Module):
         record, needs = get_operator(self.operator), self._needs()
         settings = self._settings(return_attention=return_attention)
         early = context is None and (self.project == "positions" or self._turns_positions())
-        sources = self._projected(x) if early else self._given(x)
+        sources = self._projected(x, weights.part) if early else self._given(x)
         frames = self.causal if record.query == "positions" else None
         if frames is None and self.causal is not None:
             settings["causal"] = self.causal
         if self.position_bias is not None and context is None:
-            settings["bias"] = self._bias(self.position_bias, x, frames)
+            settings["bias"] = self._bias(self.position_bias, x, frames, weights.part)
         tokens = None if prefix is None else self._tokens(prefix)
         found: Any = None
         if needs.queries is not None:
@@ -202,8 +236,9 @@ class AttentionPipeline(nn.Module):
             summary, _ = causal_summary(*sources.tensors[1:], needs, weights, frames)
             result = self._from_frames(sources, sources.project(summary), frames, settings, again)
         else:
-            found = sources.project(sources.summarise(needs, weights) if context is None else context)
-            found = found if record.condense is None else self._condensed(sources, found, context is None)
+            found = self._found(sources, weights, needs) if context is None else sources.project(context)
+            if record.condense is not None:
+                found = self._condensed(sources, found, context is None, **self._beside(weights))
             joined = tokens if record.query == "positions" else None
             result = self._from_positions(sources, found, settings, again, joined)
         if tokens is None:
@@ -215,6 +250,16 @@ class AttentionPipeline(nn.Module):
             found = found if needs == self._everything() else self._all_positions(x, weights)
         output = self._answer(record, tokens.query, found, told, 1, tokens).output
         return result, self.out_proj(join_heads(output, 1))
+
+    def _found(self, sources: Sources, weights: Weights, needs: Needs) -> Summary:
+        """Summarise keys and values, and project: of all parts, but what is condensed, whose cells add up instead."""
+        condensed = get_operator(self.operator).condense is not None
+        own = dataclasses.replace(weights, part=None) if condensed else weights
+        return sources.project(sources.summarise(needs, own))
+
+    def _beside(self, weights: Weights) -> dict[str, Any]:
+        """What is condensed is told of other parts, where there are any."""
+        return {} if weights.part is None else {"part": weights.part}
 
     def _tokens(self, prefix: Tensor) -> Prefix:
         """Project tokens beside the input; they have no place to be turned by."""
@@ -250,8 +295,11 @@ class AttentionPipeline(nn.Module):
             result = attend_beside(record, query, found, tokens.key, tokens.value, **settings)
         return self._ungrouped(result, batch) if grouped else result
 
-    def _condensed(self, sources: Sources, summary: Summary, of_x: bool) -> Any:
-        """Condense a projected summary by some queries of an input."""
+    def _condensed(self, sources: Sources, summary: Summary, of_x: bool, **beside: Any) -> Any:
+        """Condense a projected summary by some queries of an input; by none where it is of a part, for all to agree."""
+        condense: Any = get_operator(self.operator).condense
+        if beside:
+            return condense(None, summary, None, **beside, **self.options)[0]
         shown = summary.count(tuple(range(summary.order))) if of_x else None
         with torch.no_grad():
             rows = sources.tensors[0].flatten(1, -2)
@@ -261,7 +309,7 @@ class AttentionPipeline(nn.Module):
                 seen = seen.unsqueeze(1)
                 seen = seen.repeat(1, 1, query.shape[2]) if query.dim() > 4 else seen
             query = query.flatten(2, -2)
-        return get_operator(self.operator).condense(query, summary, seen, **self.options)[0]  # type: ignore[misc]
+        return condense(query, summary, seen, **self.options)[0]
 
     def _by_group(self, query: Tensor, batch: int) -> Tensor:
         """Give queries the heads of the keys, those of a group as one more dimension of positions."""
@@ -318,7 +366,7 @@ class AttentionPipeline(nn.Module):
         length, width = first.shape[-2], math.prod(first.shape[:batch]) * self.num_heads * self.head_dim
         if attend_again is not attend:
             step = max(1, CHUNK // width)
-            parts = [attend_again(slice(start, start + step))[0] for start in range(0, length, step)]
+            parts = [attend_again(slice(start, start + step))[0] for start in range(0, max(1, length), step)]
             return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
         held = [*self.parameters(), *_tensors_of(summary), *(tokens or ())]
         output, *_ = in_chunks(attend, length, 4 * width, *flat.tensors, *held)
@@ -343,9 +391,9 @@ class AttentionPipeline(nn.Module):
         """Attend from each frame to what those up to its own are condensed to; and what returns what to keep."""
         mode = self.causal
         assert mode is not None
-        summary = sources.project(sources.summarise(needs, weights))
+        summary = self._found(sources, weights, needs)
         query = self._by_group(sources.query(sources.tensors[0], 1), 1)
-        record = get_operator(self.operator)
+        record, before = get_operator(self.operator), {**before, **self._beside(weights)}
         result, after = attend_condensed(record, query, summary, self.options, mode, settings, **before)
         result = self._ungrouped(result, 1)
         return AttentionResult(self.out_proj(join_heads(result.output, 1)), None, result.attention), after
@@ -355,15 +403,19 @@ class AttentionPipeline(nn.Module):
     ) -> AttentionResult:
         """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
         record, (x, *_), order = get_operator(self.operator), sources.tensors, self.modes.order
-        sizes = tuple(x.shape[1:-1])
+        sizes, part = tuple(x.shape[1:-1]), weights.part
         summary = sources.summarise(needs, weights)
         queries = sources.project_queries(summary, needs.queries or (), weights)
         if record.pools and (self.q_norm is not None or self.rotary is not None):
             settings.update(query_norm=self._prepared(self.q_norm), key_norm=self._prepared(self.k_norm))
+        if part is not None and tuple(range(order)) in (needs.queries or ()):
+            settings["part"] = part
         result = record.attend(queries, sources.project(summary), **settings)
         if isinstance(result.output, Tensor):
             return result._replace(output=self.out_proj(join_heads(result.output, 1)))
-        parts = [join_heads(part, 1) for part in result.output]
+        parts = [join_heads(rows, 1) for rows in result.output]
+        if part is not None:
+            parts = [part.own(rows, mode, 1) for mode, rows in enumerate(parts)]
         memory, attention = None if is_recorded() else memory_order(x.stride()), result.attention
         shape = (x.shape[0], *sizes)
         if self.project == "positions":
@@ -428,9 +480,9 @@ class AttentionPipeline(nn.Module):
         assert past is not None
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 + mode), past
 
-    def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None) -> Bias:
+    def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None, own: Part | None = None) -> Bias:
         """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
-        dtype, sizes = accumulation_dtype(x.dtype), tuple(x.shape[1:-1])
+        dtype, sizes = accumulation_dtype(x.dtype), tuple(x.shape[1:-1]) if own is None else own.sizes
         found: list[Tensor | None] = []
         for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
             if part is not None:
@@ -440,7 +492,7 @@ class AttentionPipeline(nn.Module):
                         f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in {kind}, but needs "
                         f"{needed}."
                     )
-                part = part.to(dtype)
+                part = part.to(dtype) if own is None else own.own(part.to(dtype), mode, 1)
                 if frames is not None:
                     part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)
                 part = part.unsqueeze(0)

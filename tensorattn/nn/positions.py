@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tensorattn.averages import outer_sum
 from tensorattn.errors import ModesError, ShapeError, check, retells
+from tensorattn.masks import Part
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn.coordinates import Coordinates, ModeCoordinates, Periodic, Spacing, pairs_a_mode
 from tensorattn.nn.layout import check_input, check_parameters, show_modes
@@ -31,13 +32,14 @@ class _Positions(nn.Module):
         self.embed_dim, self.axes, self.modes, self.channels_first = embed_dim, axes, axes.modes, channels_first
 
     @retells
-    def forward(self, x: Tensor, *, coordinates: Coordinates | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, coordinates: Coordinates | None = None, part: Part | None = None) -> Tensor:
         """Add the embedding of its positions to an input.
 
         Args:
             x: Input, channels last or first as the module was told.
             coordinates: Where the indices lie: one vector ``(n_m,)`` or ``(B, n_m)`` a mode, or None for evenly spaced
                 ones; or a mapping from names or indices of modes to vectors. None for evenly spaced ones everywhere.
+            part: Where the input stands in a larger one, whose coordinates are given; None where it is whole.
 
         Returns:
             The sum, of the shape and type of the input.
@@ -49,8 +51,10 @@ class _Positions(nn.Module):
             ModesError: If coordinates are not one a mode, or name a mode that does not exist.
             OptionError: If coordinates are not finite, or those of a circle are given without its period.
         """
-        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first)
-        vectors = self._vectors(grid, coordinates, x)
+        grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first, part=part)
+        vectors = self._vectors(grid if part is None else grid._replace(sizes=part.sizes), coordinates, x)
+        if part is not None:
+            vectors = tuple([part.own(vector, mode, -2) for mode, vector in enumerate(vectors)])
         batch = torch.broadcast_shapes(*(vector.shape[:-2] for vector in vectors))
         embedding = outer_sum([vector.to(x.dtype).expand(*batch, *vector.shape[-2:]) for vector in vectors])
         return x + (embedding.movedim(-1, -1 - self.modes.order) if self.channels_first else embedding)

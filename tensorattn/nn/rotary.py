@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.functional import get_operator
+from tensorattn.masks import Part
 from tensorattn.nn.coordinates import Coordinates, ModeCoordinates, Periodic, Spacing, pairs_a_mode
 from tensorattn.nn.layout import check_grid, show_modes
 
@@ -107,13 +108,30 @@ class RotaryEmbedding(nn.Module):
             ModesError: If coordinates are not one a mode, or name a mode that does not exist.
             OptionError: If coordinates are not finite, or those of a circle are given without its period.
         """
-        grid, order = check_grid(tensor, self.modes, "tensor"), self.modes.order
+        grid = check_grid(tensor, self.modes, "tensor")
         self._check_channels(grid.dim)
+        return self.turned(tensor, None, self.axes.check(coordinates, grid, tensor))
+
+    def turned(self, tensor: Tensor, part: Part | None, coordinates: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Turn queries or keys, unchecked: over a grid, or over a part of one.
+
+        Args:
+            tensor: Queries or keys ``(*batch, n_1, …, n_N, D)``.
+            part: Where it stands in a larger grid, or None.
+            coordinates: One checked vector or None a mode; None for none.
+
+        Returns:
+            The turned tensor.
+        """
+        order = self.modes.order
+        sizes = tuple(tensor.shape[-order - 1 : -1])
         *shares, odd = tensor.tensor_split([2 * sum(self.pairs[: mode + 1]) for mode in range(order)], -1)
         turned = []
-        for mode, places in enumerate(self.axes.check(coordinates, grid, tensor)):
-            angles = self.axes.angles(mode, grid.sizes[mode], places, tensor, self.pairs[mode], self.base)
-            beside = (grid.sizes[mode] if k == mode else 1 for k in range(order))
+        for mode, places in enumerate(coordinates or (None,) * order):
+            whole = sizes[mode] if part is None else part.sizes[mode]
+            angles = self.axes.angles(mode, whole, places, tensor, self.pairs[mode], self.base)
+            angles = angles if part is None else part.own(angles, mode, -2)
+            beside = (sizes[mode] if k == mode else 1 for k in range(order))
             turned.append(_turn(shares[mode], angles.reshape(*angles.shape[:-2], *beside, angles.shape[-1])))
         return torch.cat([*turned, odd], -1)
 

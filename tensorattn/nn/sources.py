@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorattn.averages.means import marginal_means
-from tensorattn.functional.summary import Means, Needs, Summary, make_summary
+from tensorattn.functional.parts import means_of_parts, summary_of_parts
+from tensorattn.functional.summary import Means, Needs, Summary
 from tensorattn.masks import Weights, matmul
 from tensorattn.modes import Family
 from tensorattn.nn.parameters import parameter_of
@@ -87,8 +87,8 @@ class Sources:
         return self._repeated(key, batch), self._repeated(value, batch)
 
     def summarise(self, needs: Needs, weights: Weights) -> Summary:
-        """Summarise what keys and values are made of."""
-        return make_summary(self.tensors[1], self.tensors[2], needs, weights)
+        """Summarise what keys and values are made of: of all parts, where it is one."""
+        return summary_of_parts(self.tensors[1], self.tensors[2], needs, weights)
 
     def project(self, summary: Summary) -> Summary:
         """Call the maps with a summary; return that of keys and values, with heads as last batch dimension."""
@@ -156,6 +156,6 @@ def _means_of(x: Tensor, summary: Summary | None, family: Sequence[tuple[int, ..
         blocks: list[Any] = [(small, summary.key_means.joined(small))]
         if len(small) < len(family):
             blocks.append(((tuple(range(order)),), x.flatten(batch, -2)))
-        return Means(tuple(x.shape[batch:-1]), tuple(blocks))
-    found = dict(zip(family, marginal_means(x, tuple(family), weights), strict=True))
-    return Means.of(x.shape[batch:-1], found, batch)
+        return Means(summary.sizes, tuple(blocks))
+    found = dict(zip(family, means_of_parts(x, tuple(family), weights), strict=True))
+    return Means.of(x.shape[batch:-1] if weights.part is None else weights.part.sizes, found, batch)

@@ -160,10 +160,11 @@ class AttentionStream:
         lengths: Lengths = None,
         skip: Tensor | None = None,
         prefix: Any = None,
+        sharding: Any = None,
     ) -> tuple[Tensor, StreamState]:
         """Return the output and the state after these frames; the present one stays as it is."""
         layer, state = self.layer, self._state
-        refused = {"context": context, "mask": mask, "prefix": prefix}
+        refused = {"context": context, "mask": mask, "prefix": prefix, "sharding": sharding}
         spoken = self._checked(x, weights=weights, lengths=lengths, skip=skip, refused=refused)
         last, present = channels_last(x, layer.channels_first), spoken.present
         last = last if present is None else without_absent(last, present)
@@ -192,7 +193,7 @@ class AttentionStream:
         if isinstance(weights, Tensor):
             order = layer.modes.order
             raise WeightsError(f"weights has a single tensor, but order {order} needs {order} vectors, one a mode.")
-        spoken = read_weights(weights, None, lengths, grid, x, layer.modes, of="x", part_of=self._mode)
+        spoken = read_weights(weights, None, lengths, grid, x, layer.modes, of="x", part_of=(self._mode,))
         if self._state is not None:
             self._check_continued(x, grid.sizes, spoken, self._state)
         return spoken

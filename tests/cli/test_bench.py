@@ -53,6 +53,23 @@ def contender(name: str) -> Contender:
 # ---- what is printed and written -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
+def test_what_processes_send_is_counted(capsys: Any, tmp_path: Path) -> None:
+    words = (*SMALL, "--operator", "kao_kv", "--operator", "axial", "--cubes", "none", "--world", "2")
+    assert bench(*words, "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "--repeats 1 --cubes none --world 2\n" in printed
+    lines = [line.split() for line in printed.partition("2 processes, one sends")[2].splitlines()]
+    found = {line[0]: line[1:3] for line in lines if line[-1:] == ["counted"]}
+    assert found == {"kao_kv": ["576", "(1)"]}  # B S C numbers, each way around a ring of two
+    told = [" ".join(line) for line in lines if line[-1:] == ["formula"]]
+    assert told == [
+        "full attention by gathering 640 (1) - formula",
+        "full attention by Ulysses 1,280 (4) - formula",
+        "full attention by ring attention 1,280 (1) - formula",
+    ]
+
+
 def test_a_run_from_end_to_end(capsys: Any, tmp_path: Path) -> None:
     words = (*SMALL, "--operator", "kao_kv", "--operator", "kao_qkv:centered=True", "--cubes", "2,3,4")
     assert bench(*words, "--out", tmp_path / "a/b") == 0

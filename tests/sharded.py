@@ -1,0 +1,389 @@
+"""What processes do that share a tensor out, for the tests of sharding: many cases in one process group.
+
+Each case is a function of the world that raises where something is wrong; what it raised is saved, by rank and case.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import functools
+import traceback
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from modules import draw
+from torch.distributed.device_mesh import init_device_mesh
+
+import tensorattn as ta
+
+SIZES = (5, 4, 6)
+CLOSE = {"rtol": 1e-10, "atol": 1e-11}
+WAIT = datetime.timedelta(seconds=20)
+LAYERS = {
+    "additive": {},
+    "additive interaction": {"interaction": "linear"},
+    "additive include_self": {"include_self": True},
+    "additive bias": {"position_bias": lambda: ta.RelativePositionBias(2, modes="t h w", max_distance=3)},
+    "additive grouped": {"num_kv_heads": 1, "qk_norm": True, "head_dim": 4},
+    "additive checkpoint": {"checkpoint": True},
+    "additive positions": {"project": "positions"},
+    "additive causal": {"causal": "h", "interaction": "linear"},
+    "truncated": {"interaction": "linear"},
+    "truncated causal": {"kept": (("t",), ("w",), ("t", "h")), "causal": "h"},
+    "kao_kv": {},
+    "kao_kv causal": {"causal": "h"},
+    "kao_qkv": {},
+    "kao_qkv interaction": {"centered": True, "interaction": "linear"},
+    "kao_qkv positions": {"centered": True, "project": "positions", "qk_norm": True},
+    "clustered blocks": {"cells": "blocks", "tokens": 8},
+    "clustered causal": {"cells": "blocks", "tokens": 8, "causal": "h"},
+    "clustered rotary": {"cells": "blocks", "tokens": 8, "rotary": lambda: ta.RotaryEmbedding(6, modes="t h w")},
+    "clustered held": {"tokens": 5},
+    "flattened": {},
+    "flattened rotary": {"rotary": lambda: ta.RotaryEmbedding(6, modes="t h w", periodic=("w",)), "qk_norm": True},
+    "flattened causal": {"causal": "h", "position_bias": lambda: ta.AlibiBias(2, modes="t h w")},
+}
+
+
+def make(name, modes="t h w", channels=12, **settings):
+    """A layer whose maps have biases, the same on every process."""
+    torch.manual_seed(0)
+    options = {key: value() if callable(value) else value for key, value in LAYERS.get(name, {}).items()}
+    layer = ta.TensorAttention(channels, 2, modes=modes, operator=name.split()[0], **options, **settings).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.add_(0.2 * draw(*parameter.shape, seed=seed))
+    if "held" in name:
+        layer.hold_cells(layer.find_cells(draw(1, 3, 4, 5, 12, seed=9)))
+    return layer
+
+
+def added_up(module):
+    """Gradients of the parameters, added up over all processes."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+    for grad in grads:
+        dist.all_reduce(grad)
+    return grads
+
+
+def compare(module, sharding, x, whole, own, modes="t h w"):
+    """Compare outputs and all gradients of a module with those of the whole, which every process makes by itself."""
+    alone = x.clone().requires_grad_()
+    y = module(alone, **whole)
+    loss = draw(*y.shape, seed=7)
+    (y * loss).sum().backward()
+    expected = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    part = sharding.own(x, modes=modes).clone().requires_grad_()
+    found = module(part, sharding=sharding, **own)
+    box = sharding.own if y.shape[1:-1] == x.shape[1:-1] else None
+    torch.testing.assert_close(found, box(y, modes=modes), **CLOSE)
+    (found * box(loss, modes=modes)).sum().backward()
+    torch.testing.assert_close(part.grad, box(alone.grad, modes=modes), **CLOSE)
+    for one, other in zip(added_up(module), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    module.zero_grad()
+
+
+def spoken(kind, sharding):
+    """What is said of the whole, and of the own box."""
+    part = sharding.part(ta.ModeSpec.parse("t h w"))
+
+    def box(tensor, batch):
+        return part.box(tensor, batch)
+
+    if kind == "nothing":
+        return {}, {}
+    if kind == "any mask":
+        mask = draw(2, *SIZES, seed=3) > -0.3
+        return {"mask": mask}, {"mask": box(mask, 1)}
+    if kind == "mask of products":  # a product on each process, but not in the whole
+        mask = torch.ones(SIZES, dtype=torch.bool)
+        mask[:3, :, :2] = False
+        mask[3:, :2] = False
+        return {"mask": mask}, {"mask": box(mask, 0)}
+    if kind == "lengths":
+        lengths = torch.tensor([[5, 3, 2], [2, 4, 6]])
+        return {"lengths": lengths}, {"lengths": lengths}
+    if kind == "lengths and mask":
+        mask, lengths = draw(2, *SIZES, seed=3) > -0.3, {"t": torch.tensor([1, 5])}
+        return {"mask": mask, "lengths": lengths}, {"mask": box(mask, 1), "lengths": lengths}
+    if kind == "weights":  # zero on some processes
+        weights = [torch.tensor([0.0, 0.0, 0.0, 2.0, 1.0]), None, draw(2, 6, seed=4).abs()]
+        own = [None if v is None else part.own(v, mode, -1) for mode, v in enumerate(weights)]
+        return {"weights": weights}, {"weights": own}
+    weights = draw(2, *SIZES, seed=5).abs()
+    weights[:, :3] = 0
+    return {"weights": weights}, {"weights": box(weights, 1)}
+
+
+KINDS = ("nothing", "any mask", "mask of products", "lengths", "lengths and mask", "weights", "weights of positions")
+
+
+def run(rank, world, file, cases, results):
+    """Join the group, and run all cases."""
+    faulthandler.dump_traceback_later(250, exit=True)
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", UserWarning)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=WAIT)
+    found = {}
+    for case in cases:
+        name, function, *arguments = case
+        try:
+            function(world, *arguments)
+            found[name] = ""
+        except BaseException:
+            found[name] = traceback.format_exc()
+        torch.save(found, f"{results}.{rank}")
+        if found[name]:  # the others wait in vain, and stop too
+            break
+    dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def spawn(world, cases, folder):
+    """Run cases in as many processes; return what each raised, by case."""
+    mp.spawn(run, (world, str(folder / f"rendezvous{world}"), cases, str(folder / f"results{world}")), world)
+    found = [torch.load(folder / f"results{world}.{rank}") for rank in range(world)]
+    return {name: [each.get(name, "did not run") for each in found] for name, *_ in cases}
+
+
+@functools.cache
+def mesh_of(world, cut):
+    """A mesh for some cut modes."""
+    shape = (world,) if len(cut) == 1 else (world // 2, 2)
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple(f"of_{mode}" for mode in cut))
+
+
+def layer_case(world, name, cut, splits, kinds):
+    """A layer, as the whole, whatever is said of positions."""
+    layer, mesh = make(name), mesh_of(world, cut)
+    sharding = ta.Sharding(mesh, {mode: f"of_{mode}" for mode in cut}, sizes=SIZES, splits=splits)
+    x = draw(2, *SIZES, 12, seed=1) + 0.3
+    for kind in kinds:
+        if name.startswith(("kao_kv", "kao_qkv")) and "centered" not in LAYERS[name] and kind == "weights of positions":
+            continue  # which count no indices
+        try:
+            compare(layer, sharding, x, *spoken(kind, sharding))
+        except Exception as error:
+            raise AssertionError(f"{name} cut along {cut} {splits}, {kind}") from error
+
+
+def model_of(**settings):
+    """A model with checkpointing, patches and positions."""
+    torch.manual_seed(0)
+    told = {"patch": (1, 2, 2), "embed_dim": 12, "depth": 2, "num_heads": 2, "out_channels": 3, "checkpoint": True}
+    config = ta.TensorTransformerConfig(modes="t h w", in_channels=3, **{**told, **settings})
+    return ta.TensorTransformer(config).double()
+
+
+def model_case(world, settings):
+    """A model, with masks of patches."""
+    mesh = mesh_of(world, ("t", "w") if world == 4 else ("t",))
+    cut = {"t": "of_t", "w": "of_w"} if world == 4 else {"t": "of_t"}
+    sizes = (5, 6, 8)
+    sharding = ta.Sharding(
+        mesh, cut, sizes=sizes, splits={"w": (2, 6)} if world == 4 else {"t": (*(1,) * (world - 1), 6 - world)}
+    )
+    model, x = model_of(**settings), draw(2, *sizes, 3, seed=2)
+    mask = draw(2, 5, 3, 4, seed=3) > -0.5
+    patches = sharding.patched(ta.ModeSpec.parse("t h w"), (1, 2, 2), False)
+    for whole, own in (({}, {}), ({"mask": mask}, {"mask": patches.own(mask, modes="t h w")})):
+        compare(model, sharding, x, whole, own)
+
+
+def block_case(world):
+    """A block, channels first."""
+    torch.manual_seed(0)
+    block = ta.TensorTransformerBlock(12, 2, modes="t h w", layer_scale=0.5, interaction="linear").double()
+    sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES)
+    compare(block, sharding, draw(2, *SIZES, 12), {"lengths": {"w": 4}}, {"lengths": {"w": 4}})
+
+
+def dtensor_case(world):
+    """DTensors tell how they are cut; what comes out is cut in the same way, and so are gradients."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(world, ("t",))
+    block = ta.TensorTransformerBlock(12, 2, modes="t h w").double()
+    for parameter in block.parameters():
+        dist.broadcast(parameter.data, 0)
+    for module, first in (
+        (make("kao_qkv interaction"), False),
+        (make("additive", channels_first=True), True),
+        (make("flattened"), False),
+        (block, False),
+        (model_of(pad=True), False),
+        (model_of(pad=True, out_channels=None, channels_first=True), True),
+    ):
+        x = draw(2, *SIZES, 3 if isinstance(module, ta.TensorTransformer) else 12)
+        x = x.movedim(-1, 1) if first else x
+        mask = None if isinstance(module, ta.TensorTransformer) else draw(2, *SIZES, seed=1) > -0.5
+        for placement in (Shard(2 if first else 1), Shard(0), Replicate()):
+            alone = x.clone().requires_grad_()
+            whole = module(alone, mask=mask)
+            loss = draw(*whole.shape, seed=5)
+            (whole * loss).sum().backward()
+            spread = [placement]
+            own = distribute_tensor(x.clone(), mesh, spread).requires_grad_()
+            cut = mask if mask is None or placement != Shard(1) else distribute_tensor(mask, mesh, spread)
+            if placement == Shard(0):
+                cut = None if mask is None else distribute_tensor(mask, mesh, spread)
+            if placement == Shard(2) and mask is not None:
+                cut = distribute_tensor(mask, mesh, [Shard(1)])
+            y = module(own, mask=cut)
+            assert isinstance(y, DTensor) and tuple(y.placements) == (placement,) and y.shape == whole.shape
+            torch.testing.assert_close(y.full_tensor(), whole, **CLOSE)
+            (y.to_local() * distribute_tensor(loss, mesh, spread).to_local()).sum().backward()
+            assert tuple(own.grad.placements) == (placement,)
+            if placement != Replicate():
+                torch.testing.assert_close(own.grad.full_tensor(), alone.grad, **CLOSE)
+
+
+def context_case(world):
+    """Every process gets the summary of a whole context, in the same bits."""
+    for name in ("additive interaction", "truncated", "flattened", "clustered"):
+        layer, context = make(name), draw(2, *SIZES, 12, seed=2)
+        sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES)
+        summary = layer.summarize(sharding.own(context, modes="t h w"), sharding=sharding)
+        query = draw(2, 2, 3, 4, 12, seed=6)
+        torch.testing.assert_close(layer(query, summary), layer(query, context), **CLOSE)
+        for _, rows in summary.key_means.blocks:
+            others = [torch.empty_like(rows.contiguous()) for _ in range(world)]
+            dist.all_gather(others, rows.contiguous())
+            assert all(torch.equal(other, rows) for other in others)
+
+
+def fsdp_case(world):
+    """FSDP2 and checkpointing: losses are added, and so are gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(world, ("t",))
+    sizes = (5, 4, 6)
+    sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=sizes)
+    model, x = model_of(), draw(2, *sizes, 3, seed=2)
+    y = model(x)
+    loss = draw(*y.shape, seed=7)
+    (y * loss).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for block in (*model.blocks, model):
+        fully_shard(block, mesh=mesh)
+        block.set_gradient_divide_factor(1.0)
+    own = sharding.own(x, modes="t h w")
+    found = model(own, sharding=sharding)
+    torch.testing.assert_close(found, sharding.own(y, modes="t h w"), **CLOSE)
+    (found * sharding.own(loss, modes="t h w")).sum().backward()
+    for one, other in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other, rtol=1e-9, atol=1e-9)
+
+
+def traffic_case(world):
+    """One collective forwards and one backwards, of S rows."""
+    from tensorattn.diagnose.traffic import CollectiveCounter, Sent
+
+    mesh, share = mesh_of(world, ("t",)), (world - 1) / world
+    sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES)
+    rows, own = sum(SIZES), -(-SIZES[0] // world) * SIZES[1] * SIZES[2]
+    sizes = {
+        "kao_kv": 4 * rows * 12,
+        "kao_qkv": 4 * rows * 12,
+        "additive": 4 * (rows + 1) * 12,
+        "additive interaction": 8 * ((rows + 1) * 12 + 144),
+        "truncated": 8 * ((74 + rows + 1) * 12 + 144),
+    }
+    for name, size in sizes.items():
+        layer = make(name).float()
+        part = sharding.own(draw(1, *SIZES, 12, dtype=torch.float32), modes="t h w").clone().requires_grad_()
+        with CollectiveCounter() as counter:
+            y = layer(part, sharding=sharding)
+        expected = Sent(1, 2 * share * size)
+        assert counter.sent == {"all_reduce": expected}, (name, counter.sent, expected)
+        with CollectiveCounter() as counter:
+            y.sum().backward()
+        assert counter.sent == {"all_reduce": expected}, (name, counter.sent, expected)
+    with CollectiveCounter() as counter:
+        make("flattened").float()(part, sharding=sharding).sum().backward()
+    one = Sent(1, 4 * own * 12 * (world - 1))
+    assert counter.sent == {"all_gather_into_tensor": one, "reduce_scatter_tensor": one}, counter.sent
+
+
+def compile_case(world):
+    """One graph."""
+    sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES)
+    for name in ("kao_kv", "additive", "kao_qkv"):
+        layer = make(name)
+        x = sharding.own(draw(2, *SIZES, 12), modes="t h w").clone().requires_grad_()
+        y = layer(x, sharding=sharding)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)(x, sharding=sharding)
+        torch.testing.assert_close(found, y, **CLOSE)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad, **CLOSE)
+
+
+def refusals_case(world):
+    """Every process refuses, before any of them waits for another."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, bare = mesh_of(world, ("t",)), init_device_mesh("cpu", (world,))
+    square = mesh_of(world, ("t", "w")) if world == 4 else None
+    sharding, x = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES), draw(2, *SIZES, 12)
+    own, half = sharding.own(x, modes="t h w"), make("additive")
+    names = ("of_t",)
+    once = "it needs all positions at once."
+    drop = ta.TensorTransformerBlock(12, 2, modes="t h w", drop_path=0.1).double()
+
+    def cut(splits):
+        return ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES, splits=splits)
+
+    calls = [
+        (lambda: ta.Sharding(mesh, "t", sizes=SIZES), "modes must be a mapping from modes, got 't'."),
+        (lambda: ta.Sharding(mesh, {"t": "rows"}, sizes=SIZES), f"the mesh has no dimension 'rows' among {names}."),
+        (lambda: ta.Sharding(mesh, {"t": "of_t", "h": 0}, sizes=SIZES), "dimension 'of_t' of the mesh cuts 2 modes."),
+        (lambda: ta.Sharding(mesh, {}, sizes=(5, 0)), "sizes of mode 1 must be at least 1, got 0."),
+        (lambda: half(own, sharding=ta.Sharding(mesh, {"z": 0}, sizes=SIZES)), "there is no mode 'z' among 't h w' (order 3)."),
+        (lambda: half(own, sharding=ta.Sharding(mesh, {"t": 0}, sizes=(5, 4))), "sharding has sizes for 2 modes, but there are 3."),
+        (lambda: half(own, sharding=cut({"t": (4,) * world})), f"splits of mode 't' add up to {4 * world}, but its size is 5."),
+        (lambda: half(own, sharding=cut({"t": (5,) * (world + 1)})), f"splits of mode 't' has {world + 1} lengths, but {world} processes cut it."),
+        (lambda: half(own, sharding=cut({"h": (4,)})), "splits names mode 'h', which is not cut."),
+        (lambda: half(own, sharding=cut({"t": (-1,) * world})), "splits of mode 't' must be at least 0, got -1."),
+        (lambda: half(own, sharding=mesh), "sharding must be a Sharding, got DeviceMesh."),
+        (lambda: make("axial")(own, sharding=sharding), f"sharding has no meaning for operator 'axial': {once}"),
+        (lambda: make("kronecker_product")(own, sharding=sharding), f"sharding has no meaning for operator 'kronecker_product': {once}"),
+        (lambda: make("clustered")(own, sharding=sharding), "sharding has no meaning for operator 'clustered': its search needs the keys of all positions at once."),
+        (lambda: make("kao_qkv", dropout=0.1)(own, sharding=sharding), "sharding has no meaning with dropout in training for operator 'kao_qkv': each process would drop weights of its own from what all share."),
+        (lambda: half(own, own, sharding=sharding), "context has no meaning with sharding, which is that of x."),
+        (lambda: half(own, prefix=own[:, 0, 0], sharding=sharding), "prefix has no meaning with sharding, which is that of x."),
+        (lambda: drop(own, sharding=sharding), "sharding has no meaning with drop_path in training: each process would drop samples of its own."),
+        (lambda: half(torch.cat([own, own, own[:, :1].new_zeros(2, 1, 4, 6, 12)], 1), sharding=sharding), f"mode 't' has size {2 * own.shape[1] + 1} in x, but this process holds {own.shape[1]} of 5."),
+        (lambda: model_of()(draw(1, 5, 3, 8, 3), sharding=ta.Sharding(mesh, {"h": 0}, sizes=(5, 6, 8), splits={"h": (3, 3, *(0,) * (world - 2))})), "process 0 along mode 'h' has 3 indices, which patches of 2 do not divide."),
+        (lambda: model_of()(draw(1, 5, 3, 8, 3), sharding=ta.Sharding(mesh, {"t": 0}, sizes=(5, 6, 8), splits={"t": (0, 5, *(0,) * (world - 2))})), "process 0 along mode 't' has no index, but a model needs a patch."),
+        (lambda: half(distribute_tensor(x, mesh, [Shard(1)]), sharding=sharding), "sharding has no meaning with a DTensor, which tells its own."),
+        (lambda: half(distribute_tensor(x, mesh, [Shard(4)])), "tensor has its channels cut along dimension 0 of the mesh."),
+        (lambda: half(distribute_tensor(x, mesh, [Shard(1)]).sum(1, keepdim=True)), "tensor holds partial sums along dimension 0 of the mesh."),
+    ]  # fmt: skip
+    if square is not None:
+        calls.append((
+            lambda: half(distribute_tensor(x, square, [Shard(1), Shard(1)])),
+            "mode 0 is cut along two dimensions of the mesh, 0 and 1.",
+        ))  # fmt: skip
+        calls.append((
+            lambda: ta.Sharding(init_device_mesh("cpu", (2, 2)), {"t": 0, "h": 1}, sizes=SIZES),
+            "mesh has no mesh_dim_names, which cutting more than one mode needs.",
+        ))  # fmt: skip
+    for place, (call, message) in enumerate(calls):
+        try:
+            call()
+        except ta.TensorAttentionError as error:
+            assert error.rule == message, (place, error.rule, message)
+        else:
+            raise AssertionError(f"not refused: {message}")
+    assert repr(sharding) == "Sharding({'t': 'of_t'}, sizes=(5, 4, 6))"
+    assert (
+        repr(ta.Sharding(bare, {0: 0}, sizes=SIZES, splits={0: (5,)}))
+        == "Sharding({0: 0}, sizes=(5, 4, 6), splits={0: (5,)})"
+    )
