@@ -174,7 +174,7 @@ def _choice(text: str) -> Choice:
 
 @contextlib.contextmanager
 def progress(count: int, *, unit: str) -> Iterator[Callable[[str], None]]:
-    """Show how far work is: a bar where tqdm is installed, else a line for each kind of work.
+    """Show how far work is: a bar on a terminal, where tqdm is installed, else a line for each kind of work.
 
     Args:
         count: Number of pieces of work.
@@ -184,8 +184,10 @@ def progress(count: int, *, unit: str) -> Iterator[Callable[[str], None]]:
         A function to call with the words for a piece when it starts.
     """
     try:
-        tqdm = require("tqdm", extra="examples", purpose="the progress bar")
+        tqdm = require("tqdm", extra="examples", purpose="the progress bar") if sys.stderr.isatty() else None
     except MissingPackageError:
+        tqdm = None
+    if tqdm is None:
         told = ""
 
         def tell(words: str) -> None:

@@ -42,7 +42,7 @@ from tensorattn.nn.mixers import MIXERS, mixer_names
 __all__ = ["ALL", "Job", "add_arguments", "run"]
 
 DEFAULT_TASK = "gps"
-DEFAULT_MIXERS = ("pointwise", "kronecker_product", "flattened")
+DEFAULT_MIXERS = ("pointwise", "additive", "flattened")
 ALL = (  # what --mixers all stands for: controls, operators, full attention
     "pointwise",
     "mean",

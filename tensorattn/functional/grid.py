@@ -93,7 +93,7 @@ def grid_attention(
         torch.Size([2, 4, 43, 8])
         >>> ta.grid_attention(q, k, v, grid=(6, 6), prefix=1, operator="clustered")
         Traceback (most recent call last):
-        tensorattn.errors.ShapeError: grid_attention: grid (6, 6) has 36 positions, but query has 42 behind the prefix.
+        tensorattn.errors.ShapeError: ...36 positions, but query has 42 tokens behind a prefix of 1.
     """
     asked: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "key_mask": key_mask}
     return attend_grid(query, key, value, grid=grid, prefix=prefix, operator=operator, **asked, **options).output
@@ -293,7 +293,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, 
         raise ShapeError(f"query has head size {query.shape[-1]}, but key has {key.shape[-1]}.")
     length, positions = query.shape[2], math.prod(sizes)
     if positions != length - prefix:
-        raise ShapeError(f"grid {sizes} has {positions} positions, but query has {length - prefix} behind the prefix.")
+        more, behind = length - prefix - positions, f" behind a prefix of {prefix}" if prefix else ""
+        hint = f"Class and register tokens are a prefix: prefix={prefix + more}." if 0 < more < positions / 8 else ""
+        raise ShapeError(
+            f"grid {sizes} has {positions} positions, but query has {length - prefix} tokens{behind}.", hint=hint
+        )
 
 
 def _split_mask(mask: Any, query: Tensor, sizes: tuple[int, ...], prefix: int) -> tuple[Tensor | None, Tensor | None]:

@@ -121,6 +121,8 @@ class SwapReport:
         if self.difference is not None:
             lines.append(f"output changed by {100 * self.difference:.1f} %")
         if self.before is not None and self.after is not None:
+            if self.after.seconds > self.before.seconds:
+                lines.append("slower: with so few tokens full attention is as fast; restore_attention undoes the swap")
             lines.append(f"time {self.before.seconds:.3f} s before, {self.after.seconds:.3f} s after")
             if self.before.peak_bytes is not None and self.after.peak_bytes is not None:
                 before, after = (each / 1e6 for each in (self.before.peak_bytes, self.after.peak_bytes))
@@ -319,7 +321,10 @@ def _plan(
             plans.append(_decide(site, own, dropout, verified))
     if not sites:
         hosts = ", ".join(HOSTS)
-        raise AdapterError(f"{type(model).__name__} has no attention layer that is known; hosts are: {hosts}.")
+        raise AdapterError(
+            f"{type(model).__name__} has no attention layer that is known; hosts are: {hosts}.",
+            hint="To add attention to a network of convolutions, put ResidualAttention behind a level.",
+        )
     return plans, kept
 
 

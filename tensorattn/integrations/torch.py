@@ -20,7 +20,7 @@ from tensorattn.masks import is_recorded
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
 
-PACKAGE, TESTED = "torch", ((2, 13, 0), (2, 13))
+PACKAGE, TESTED = "torch", ((2, 13, 0), (2, 14))
 
 
 def sites(model: nn.Module) -> Iterator[Site]:

@@ -46,7 +46,8 @@ def test_a_missing_package_is_told_with_the_extra_that_installs_it() -> None:
 def test_progress_is_told_line_by_line_without_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for missing in (False, True):
+    for terminal, missing in ((True, False), (False, False), (True, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         if missing:
             monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
         with progress(3, unit="step") as step:
@@ -54,7 +55,7 @@ def test_progress_is_told_line_by_line_without_a_bar(
                 step(words)
         printed = capsys.readouterr()
         assert printed.out == ""
-        if missing:
+        if missing or not terminal:
             assert printed.err == "trying: one\ntrying: two\n"
         else:
             assert "two" in printed.err and "2/3" in printed.err

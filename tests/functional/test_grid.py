@@ -217,8 +217,8 @@ CALL = {"grid": GRID, "prefix": PREFIX, "operator": "kao_kv"}
 @pytest.mark.parametrize(
     "change, kind, message",
     [
-        ({"grid": (3, 4)}, ShapeError, "grid (3, 4) has 12 positions, but query has 24 behind the prefix."),
-        ({"prefix": 2}, ShapeError, "grid (3, 4, 2) has 24 positions, but query has 25 behind the prefix."),
+        ({"grid": (3, 4)}, ShapeError, "grid (3, 4) has 12 positions, but query has 24 tokens behind a prefix of 3."),
+        ({"prefix": 2}, ShapeError, "grid (3, 4, 2) has 24 positions, but query has 25 tokens behind a prefix of 2.\n  Class and register tokens are a prefix: prefix=3."),
         ({"prefix": -1}, OptionError, "prefix must be at least 0, got -1."),
         ({"prefix": 1.0}, OptionError, "prefix must be an integer, got 1.0."),
         ({"grid": 24}, OptionError, "grid must be one size a mode, got 24."),

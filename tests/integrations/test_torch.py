@@ -95,7 +95,7 @@ NO = "which has no meaning for operators over a grid."
         ({"is_causal": True}, f"attn was called with is_causal, {NO}"),
         ({"key": torch.zeros(26, 2, 16)}, f"attn was called with keys of another sequence, {NO}"),
         ({"key_padding_mask": torch.ones(2, 26)}, "attn was called with a key_padding_mask that is neither 0 nor minus infinity."),
-        ({"query": torch.zeros(25, 2, 16)}, "in attn, grid (5, 5) has 25 positions, but query has 24 behind the prefix."),
+        ({"query": torch.zeros(25, 2, 16)}, "in attn, grid (5, 5) has 25 positions, but query has 24 tokens behind a prefix of 1."),
     ],
 )  # fmt: skip
 def test_what_a_call_may_not_ask(asked, message):
@@ -141,7 +141,8 @@ def test_refusals_of_models():
     )
     refused(
         nn.Linear(3, 3),
-        "Linear has no attention layer that is known; hosts are: timm, transformers, monai, diffusers, torch.",
+        "Linear has no attention layer that is known; hosts are: timm, transformers, monai, diffusers, torch.\n"
+        "  To add attention to a network of convolutions, put ResidualAttention behind a level.",
     )
     refused(
         encoder(),
@@ -183,7 +184,8 @@ def test_refusals_of_models():
         ({"verify": torch.zeros(2, P, 16)}, "verify must be a tuple or a dictionary of inputs, got Tensor."),
         (
             {"verify": (torch.zeros(2, P + 1, 16),)},
-            "in layers.0.self_attn, grid (2, 3, 4) has 24 positions, but query has 25 behind the prefix.",
+            "in layers.0.self_attn, grid (2, 3, 4) has 24 positions, but query has 25 tokens.\n"
+            "  Class and register tokens are a prefix: prefix=1.",
         ),
     ],
 )
@@ -276,7 +278,7 @@ def test_another_version_must_be_verified(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     refused(
         encoder(),
-        "torch 2.99.0 is not a version that was tested: 2.13.0 to 2.13.\n  Give verify= to prove each layer.",
+        "torch 2.99.0 is not a version that was tested: 2.13.0 to 2.14.\n  Give verify= to prove each layer.",
         "kao_kv",
         grid=GRID,
     )

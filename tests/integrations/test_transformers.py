@@ -175,7 +175,7 @@ def test_a_mask_of_keys_is_one():
         AdapterError, match=r"layers\.0\.attention was called with output_attentions, which has no meaning"
     ):
         attention(x, output_attentions=True)
-    with pytest.raises(AdapterError, match=r"grid \(4, 4\) has 16 positions, but query has 4 behind the prefix"):
+    with pytest.raises(AdapterError, match=r"grid \(4, 4\) has 16 positions, but query has 4 tokens"):
         net(torch.randn(1, 3, 16, 16), interpolate_pos_encoding=True)
 
 
