@@ -200,10 +200,10 @@ def draw(length: int, most: int, weight: Tensor | None, device: torch.device) ->
     if exported:  # one graph whatever the size: what is too much does not count
         weight = step.new_ones(1, length) if weight is None else weight
     elif weight is None or length <= most:
-        return Drawn((place * (length / count)).long().clamp(max=length - 1), weight)
+        return Drawn((place * (length / torch.sym_max(count, 1))).long().clamp(max=length - 1), weight)
     running = weight.to(place.dtype).cumsum(-1)
     total = running[..., -1:]
-    index = torch.searchsorted(running, place * (total / count), right=True).clamp(max=length - 1)
+    index = torch.searchsorted(running, place * (total / torch.sym_max(count, 1)), right=True).clamp(max=length - 1)
     each = (total > 0).expand(index.shape).to(weight.dtype)
     if exported:
         few = torch.full_like(step, length) <= most
@@ -242,12 +242,12 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     """
     drawn = draw(key.shape[-2], CANDIDATES * max(tokens, 32), weight, key.device)
     rows = drawn.of(key).to(accumulation_dtype(key.dtype))
-    batch, count = rows.shape[:-2], rows.shape[-2]
+    (*batch, count, dim), entries = rows.shape, math.prod(rows.shape[:-2])
     share = rows.new_ones(count) if drawn.weight is None else drawn.weight.to(rows.dtype)
-    share = share.expand(*batch, count).reshape(-1, count)
+    share = share.expand(*batch, count).reshape(entries, count)
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    rows = rows.reshape(-1, count, rows.shape[-1])
-    wide = metric.expand(*batch, *metric.shape[-2:]).reshape(-1, *metric.shape[-2:])
+    rows = rows.reshape(entries, count, dim)
+    wide = metric.expand(*batch, dim, dim).reshape(entries, dim, dim)
     factor = torch.linalg.cholesky_ex(wide)[0].to(rows.dtype)
     middle = share.unsqueeze(-2) @ rows
     points = (rows - middle) @ factor
@@ -288,7 +288,7 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     spread, _ = _per_cell(label, 2 * (half - high).unsqueeze(-1), share, tokens)
     centres, spread = centres[..., :-1], spread.clamp_min(0)
     found_at = middle + torch.linalg.solve_triangular(factor, centres, upper=False, left=False)
-    cells = Cells(found_at.reshape(*batch, tokens, -1), metric)
+    cells = Cells(found_at.reshape(*batch, tokens, dim), metric)
     return cells, spread.reshape(*batch, tokens)
 
 
