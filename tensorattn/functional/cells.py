@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, ShapeError, check, retells
+from tensorattn.errors import DtypeError, OptionError, ShapeError, check, retells
 from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Sums
 from tensorattn.masks import (
@@ -53,6 +53,10 @@ class Cells:
         centres: ``(*batch, n, D)``, with batch dimensions that broadcast to those of the keys.
         metric: Positive definite matrix of the distances ``(*batch, D, D)``.
 
+    Raises:
+        ShapeError: If there are no centres, or the metric is no matrix of their channels.
+        DtypeError: If one of both is no tensor, or not floating point.
+
     Examples:
         >>> import torch, tensorattn as ta
         >>> video = torch.randn(2, 6, 8, 8, 16)
@@ -63,6 +67,21 @@ class Cells:
 
     centres: Tensor
     metric: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that they are centres and a metric."""
+        for name, tensor in (("centres", self.centres), ("metric", self.metric)):
+            if not isinstance(tensor, Tensor):
+                raise DtypeError(f"{name} of cells must be a torch.Tensor, got {type(tensor).__name__}.")
+            if not tensor.is_floating_point():
+                raise DtypeError(f"{name} of cells must be floating point, got {tensor.dtype}.")
+            if tensor.dim() < 2:
+                raise ShapeError(f"{name} of cells has {tensor.dim()} dimensions, but needs at least 2.")
+        if self.tokens < 1:
+            raise ShapeError("centres of cells has 0 rows, but needs at least 1.")
+        dim, shape = self.centres.shape[-1], tuple(self.metric.shape)
+        if shape[-2:] != (dim, dim):
+            raise ShapeError(f"metric of cells has shape {shape}, but centres of {dim} channels need {(dim, dim)}.")
 
     @property
     def tokens(self) -> int:

@@ -189,6 +189,27 @@ class TestSearch:
             ta.find_cells(drawn(2, 6, 4), key, order=2)
 
 
+class TestCells:
+    @pytest.mark.parametrize(
+        ("centres", "metric", "kind", "message"),
+        [
+            ([1.0], torch.eye(3), DtypeError, "centres of cells must be a torch.Tensor, got list."),
+            (torch.zeros(2, 3), None, DtypeError, "metric of cells must be a torch.Tensor, got NoneType."),
+            (torch.zeros(2, 3).long(), torch.eye(3), DtypeError, "centres of cells must be floating point, got torch.int64."),
+            (torch.zeros(3), torch.eye(3), ShapeError, "centres of cells has 1 dimensions, but needs at least 2."),
+            (torch.zeros(0, 3), torch.eye(3), ShapeError, "centres of cells has 0 rows, but needs at least 1."),
+            (
+                torch.zeros(2, 3),
+                torch.eye(4),
+                ShapeError,
+                "metric of cells has shape (4, 4), but centres of 3 channels need (3, 3).",
+            ),
+        ],
+    )  # fmt: skip
+    def test_of_bad_input(self, centres, metric, kind, message):
+        refused(kind, message, ta.Cells, centres, metric)
+
+
 class TestBlocks:
     @pytest.mark.parametrize(
         ("sizes", "tokens", "causal", "counts"),
