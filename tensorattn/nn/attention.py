@@ -147,6 +147,9 @@ class TensorAttention(AttentionPipeline):
         for name, switch in (("qkv_bias", qkv_bias), ("out_bias", out_bias)):
             if switch is not None:
                 check(switch, name, "switch")
+        if isinstance(qk_norm, nn.Module):
+            kind = type(qk_norm).__name__
+            raise OptionError(f"qk_norm must be what makes a norm of the head size, got a module: {kind}.")
         if not callable(qk_norm):
             check(qk_norm, "qk_norm", "switch")
         check_scale(scale)
