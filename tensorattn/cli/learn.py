@@ -275,6 +275,15 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _check_file(path: Path) -> None:
+    """Open the file of results, and make its folder: before any work, as a run that cannot be written is lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as cause:
+        raise OptionError(f"--out {path.parent}: {path.name}: {cause.strerror or cause}") from cause
+
+
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record in one piece, on a line of its own."""
     try:
@@ -467,6 +476,8 @@ def run(arguments: argparse.Namespace) -> int:
         task.constant()  # which loads the data, or tells which package is missing
     known = {_key(record) for record in records}
     todo = [job for job in jobs if job.key not in known]
+    if todo:
+        _check_file(path)
     threads, stopped = torch.get_num_threads(), False
     torch.set_num_threads(arguments.threads)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensorattn.cli.tasks.task import Batch, Task, drawn
 from tensorattn.diagnose.cost import cost
-from tensorattn.errors import OptionError
+from tensorattn.errors import ModesError, OptionError
 
 __all__ = ["RECIPE", "Mixer", "attention_flops", "make_network", "train"]
 
@@ -55,7 +55,7 @@ def make_network(task: Task, mixer: Mixer, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         try:
             network = task.network(mixer.name, mixer.options)
-        except OptionError as cause:
+        except (ModesError, OptionError) as cause:
             raise OptionError(f"--mixers {mixer.label!r}: {cause.rule}") from None
     network.load_state_dict(shared, strict=False)
     return network

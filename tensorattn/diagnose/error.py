@@ -20,6 +20,7 @@ from torch import Tensor
 from tensorattn.diagnose.effects import Effects, precise, scaled_queries, shares_of, split
 from tensorattn.errors import OptionError, ShapeError, check, retells
 from tensorattn.functional import AttentionResult, Operator, get_operator
+from tensorattn.functional.cells import Cells
 from tensorattn.functional.summary import summarize
 from tensorattn.masks import check_floating
 from tensorattn.modes import attention_shapes, is_integer
@@ -221,8 +222,9 @@ def choose_tokens(
         The number of tokens, None if no number tried is enough, and the estimate of each.
 
     Raises:
-        OptionError: If there is no such option, ``tokens`` is among them, ``error`` is negative, ``most`` is less
-            than 8, ``n_queries`` is less than 2, or something is asked for that has no meaning for sampled queries.
+        OptionError: If there is no such option, ``tokens`` is among them or fixed by another one, ``error`` is
+            negative, ``most`` is less than 8, ``n_queries`` is less than 2, or something is asked for that has no
+            meaning for sampled queries.
         ShapeError: If shapes disagree.
         DtypeError: If a tensor is not floating point, or the types differ.
         WeightsError: If weights do not fit the modes.
@@ -246,6 +248,9 @@ def choose_tokens(
     _refuse_meaningless(options)
     if "tokens" in options:
         raise OptionError("tokens is what is chosen; most tells how many may be tried.")
+    for name, fixed in (("cells", isinstance(options.get("cells"), Cells)), ("blocks", options.get("blocks"))):
+        if fixed:
+            raise OptionError(f"{name} says how many tokens there are, so that there is no number to choose.")
     record = get_operator("clustered")
     record.with_defaults(options)
     present = _present(order, weights, mask, lengths)
@@ -316,6 +321,8 @@ def _truth(
     check_floating(query=query, key=key, value=value)
     batch = attention_shapes(query.shape, key.shape, value.shape, present["order"])[0].batch
     count = math.prod(query.shape[len(batch) : -1])
+    if count == 0:
+        raise ShapeError("query has 0 positions, but an estimate needs at least 1.")
     positions = sample_positions(count, n_queries, generator).to(query.device)
     sampled = query.reshape(*batch, count, query.shape[-1])[..., positions, :]
     exact = get_operator("flattened").function(sampled, key, value, scale=scale, **present)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, ShapeError, check, retells
+from tensorattn.errors import DtypeError, OptionError, ShapeError, check, retells
 from tensorattn.functional.softmax import CHUNK, in_chunks
 from tensorattn.functional.summary import Sums
 from tensorattn.masks import (
@@ -53,6 +53,10 @@ class Cells:
         centres: ``(*batch, n, D)``, with batch dimensions that broadcast to those of the keys.
         metric: Positive definite matrix of the distances ``(*batch, D, D)``.
 
+    Raises:
+        ShapeError: If there are no centres, or the metric is no matrix of their channels.
+        DtypeError: If one of both is no tensor, or not floating point.
+
     Examples:
         >>> import torch, tensorattn as ta
         >>> video = torch.randn(2, 6, 8, 8, 16)
@@ -63,6 +67,21 @@ class Cells:
 
     centres: Tensor
     metric: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that they are centres and a metric."""
+        for name, tensor in (("centres", self.centres), ("metric", self.metric)):
+            if not isinstance(tensor, Tensor):
+                raise DtypeError(f"{name} of cells must be a torch.Tensor, got {type(tensor).__name__}.")
+            if not tensor.is_floating_point():
+                raise DtypeError(f"{name} of cells must be floating point, got {tensor.dtype}.")
+            if tensor.dim() < 2:
+                raise ShapeError(f"{name} of cells has {tensor.dim()} dimensions, but needs at least 2.")
+        if self.tokens < 1:
+            raise ShapeError("centres of cells has 0 rows, but needs at least 1.")
+        dim, shape = self.centres.shape[-1], tuple(self.metric.shape)
+        if shape[-2:] != (dim, dim):
+            raise ShapeError(f"metric of cells has shape {shape}, but centres of {dim} channels need {(dim, dim)}.")
 
     @property
     def tokens(self) -> int:
@@ -200,10 +219,10 @@ def draw(length: int, most: int, weight: Tensor | None, device: torch.device) ->
     if exported:  # one graph whatever the size: what is too much does not count
         weight = step.new_ones(1, length) if weight is None else weight
     elif weight is None or length <= most:
-        return Drawn((place * (length / count)).long().clamp(max=length - 1), weight)
+        return Drawn((place * (length / torch.sym_max(count, 1))).long().clamp(max=length - 1), weight)
     running = weight.to(place.dtype).cumsum(-1)
     total = running[..., -1:]
-    index = torch.searchsorted(running, place * (total / count), right=True).clamp(max=length - 1)
+    index = torch.searchsorted(running, place * (total / torch.sym_max(count, 1)), right=True).clamp(max=length - 1)
     each = (total > 0).expand(index.shape).to(weight.dtype)
     if exported:
         few = torch.full_like(step, length) <= most
@@ -242,16 +261,16 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     """
     drawn = draw(key.shape[-2], CANDIDATES * max(tokens, 32), weight, key.device)
     rows = drawn.of(key).to(accumulation_dtype(key.dtype))
-    batch, count = rows.shape[:-2], rows.shape[-2]
+    (*batch, count, dim), entries = rows.shape, math.prod(rows.shape[:-2])
     if drawn.weight is None:
         share = rows.new_ones(count)
     else:  # relative to the largest, in its own type
         top = drawn.weight.amax(-1, keepdim=True)
         share = torch.where(top > 0, drawn.weight / torch.where(top > 0, top, 1.0), 0.0).to(rows.dtype)
-    share = share.expand(*batch, count).reshape(-1, count)
+    share = share.expand(*batch, count).reshape(entries, count)
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    rows = rows.reshape(-1, count, rows.shape[-1])
-    wide = metric.expand(*batch, *metric.shape[-2:]).reshape(-1, *metric.shape[-2:])
+    rows = rows.reshape(entries, count, dim)
+    wide = metric.expand(*batch, dim, dim).reshape(entries, dim, dim)
     factor = torch.linalg.cholesky_ex(wide)[0].to(rows.dtype)
     middle = share.unsqueeze(-2) @ rows
     points = (rows - middle) @ factor
@@ -292,7 +311,7 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
     spread, _ = _per_cell(label, 2 * (half - high).unsqueeze(-1), share, tokens)
     centres, spread = centres[..., :-1], spread.clamp_min(0)
     found_at = middle + torch.linalg.solve_triangular(factor, centres, upper=False, left=False)
-    cells = Cells(found_at.reshape(*batch, tokens, -1), metric)
+    cells = Cells(found_at.reshape(*batch, tokens, dim), metric)
     return cells, spread.reshape(*batch, tokens)
 
 

@@ -95,6 +95,7 @@ def grid_attention(
         Traceback (most recent call last):
         tensorattn.errors.ShapeError: ...36 positions, but query has 42 tokens behind a prefix of 1.
     """
+    get_operator(operator).with_defaults(options)  # refuses what is an argument of `attend_grid` alone
     asked: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "key_mask": key_mask}
     return attend_grid(query, key, value, grid=grid, prefix=prefix, operator=operator, **asked, **options).output
 

@@ -191,6 +191,9 @@ def swap_attention(
         (['layers.0.self_attn', 'layers.1.self_attn'], True, True)
         >>> ta.restore_attention(model)
     """
+    _check_model(model)
+    if layers is not None and not callable(layers):
+        raise OptionError(f"layers must be a function of a name and a module, got {type(layers).__name__}.")
     if attention_dropout is not None:
         check(attention_dropout, "attention_dropout", "probability")
     if verify is not None and not isinstance(verify, (tuple, Mapping)):
@@ -233,6 +236,7 @@ def restore_attention(model: nn.Module) -> None:
 
     Raises:
         AdapterError: If nothing in it is swapped.
+        OptionError: If it is no module.
 
     Examples:
         >>> import torch, tensorattn as ta
@@ -242,6 +246,7 @@ def restore_attention(model: nn.Module) -> None:
         >>> type(model.self_attn).__name__
         'MultiheadAttention'
     """
+    _check_model(model)
     if not leave(model):
         raise AdapterError("the attention of the model is not swapped.")
 
@@ -279,6 +284,11 @@ def _swapped(model: nn.Module, operator: str, **asked: Any) -> Iterator[SwapRepo
         yield report
     finally:
         leave(model)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be an nn.Module, got {type(model).__name__}.")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tensorattn.models.convolution import ChannelNorm, InvertedResidual, WindowE
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import TensorTransformerBlock
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
+from tensorattn.nn.mixers import check_mixer
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 
 __all__ = ["KANet", "check_widths"]
@@ -88,6 +89,7 @@ class KANet(nn.Module):
         check(in_channels, "in_channels", "integer", least=1)
         check(num_classes, "num_classes", "integer", least=1)
         check(channels_first, "channels_first", "switch")
+        check_mixer(mixer)
         check_expansion(expansion)
         self.in_channels, self.channels_first = in_channels, channels_first
         self.widths = check_widths(widths, "widths")
@@ -173,7 +175,7 @@ def check_widths(given: Sequence[int], called: str) -> tuple[int, ...]:
     Raises:
         OptionError: If there are none, or one is not a whole number of at least one.
     """
-    if isinstance(given, (int, str)) or not given:
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise OptionError(f"{called} must be one number a stage, got {given!r}.")
     for number in given:
         check(number, f"every one of {called}", "integer", least=1)

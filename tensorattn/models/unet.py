@@ -16,6 +16,7 @@ from tensorattn.models.kanet import check_expansion, check_widths
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import PatchEmbedding, PatchUnembedding, TensorTransformerBlock
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
+from tensorattn.nn.mixers import check_mixer
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 
 __all__ = ["TensorUNet"]
@@ -87,6 +88,7 @@ class TensorUNet(nn.Module):
         check(in_channels, "in_channels", "integer", least=1)
         check(out_channels, "out_channels", "integer", least=1)
         check(channels_first, "channels_first", "switch")
+        check_mixer(mixer)
         check_expansion(expansion)
         self.in_channels, self.channels_first = in_channels, channels_first
         self.widths = check_widths(widths, "widths")

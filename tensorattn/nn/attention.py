@@ -148,6 +148,9 @@ class TensorAttention(AttentionPipeline):
         for name, switch in (("qkv_bias", qkv_bias), ("out_bias", out_bias)):
             if switch is not None:
                 check(switch, name, "switch")
+        if isinstance(qk_norm, nn.Module):
+            kind = type(qk_norm).__name__
+            raise OptionError(f"qk_norm must be what makes a norm of the head size, got a module: {kind}.")
         if not callable(qk_norm):
             check(qk_norm, "qk_norm", "switch")
         check_scale(scale)
@@ -576,15 +579,23 @@ class TensorAttention(AttentionPipeline):
             cells: The cells of each head, or some for all heads.
 
         Raises:
-            OptionError: If the operator takes no cells, or they do not fit the heads.
+            OptionError: If the operator takes no cells, or they do not fit the heads or the other options.
         """
         if "cells" not in self._options:
             raise OptionError(f"operator {self.operator!r} takes no cells.")
-        shape, needed = tuple(cells.centres.shape), (self.num_kv_heads, cells.tokens, self.head_dim)
-        if shape != needed:
-            raise OptionError(f"cells have centres of shape {shape}, but the heads need {needed}.")
-        self.register_buffer("cell_centres", cells.centres)
-        self.register_buffer("cell_metric", cells.metric)
+        if not isinstance(cells, Cells):
+            raise OptionError(f"cells must be Cells, got {type(cells).__name__}.")
+        held = {}
+        for name, rows in (("centres", cells.tokens), ("metric", self.head_dim)):
+            part, needed = getattr(cells, name), (self.num_kv_heads, rows, self.head_dim)
+            shape = tuple(part.shape)
+            if shape[-2:] != needed[-2:] or shape[:-2] not in ((), (1,), needed[:1]):
+                raise OptionError(f"cells have {name} of shape {shape}, but the heads need {needed}.")
+            held[f"cell_{name}"] = part.detach().expand(needed).clone()
+        record = get_operator(self.operator)
+        record.needs(self.modes.order, **{**self._options, "cells": cells})  # refuses what does not go with them
+        for name, buffer in held.items():
+            self.register_buffer(name, buffer)
 
     # ------------------------------------------------------------------------------------------------------------ read
 

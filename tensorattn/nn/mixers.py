@@ -25,6 +25,7 @@ __all__ = [
     "LocalMixer",
     "MeanMixer",
     "PointwiseMixer",
+    "check_mixer",
     "make_mixer",
     "mixer_names",
 ]
@@ -241,6 +242,19 @@ def mixer_names() -> tuple[str, ...]:
     return (*MIXERS, *OPERATORS)
 
 
+def check_mixer(mixer: Any) -> None:
+    """Check the name of a mixer.
+
+    Args:
+        mixer: What was given.
+
+    Raises:
+        OptionError: If there is no such mixer.
+    """
+    if not isinstance(mixer, str) or mixer not in mixer_names():
+        raise OptionError(f"there is no mixer {mixer!r}; there are: {', '.join(mixer_names())}.")
+
+
 def make_mixer(
     mixer: str,
     embed_dim: int,
@@ -280,8 +294,7 @@ def make_mixer(
     common: dict[str, Any] = {"modes": modes, "bias": bias, "device": device, "dtype": dtype}
     if mixer in OPERATORS:
         return TensorAttention(embed_dim, num_heads, operator=mixer, **common, **options)
-    if mixer not in MIXERS:
-        raise OptionError(f"there is no mixer {mixer!r}; there are: {', '.join(mixer_names())}.")
+    check_mixer(mixer)
     if options:
         raise OptionError(f"mixer {mixer!r} has no option {min(options)!r}; it has none.")
     return MIXERS[mixer](embed_dim, **common)

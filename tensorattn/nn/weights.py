@@ -14,11 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorattn.errors import OptionError
+from tensorattn.errors import OptionError, TensorAttentionError
+from tensorattn.functional.cells import Cells
+from tensorattn.nn.parameters import parameter_of
 
 __all__ = ["settings_of", "unpack"]
 
 PACKED = {"in_proj_weight": "weight", "in_proj_bias": "bias", "qkv.weight": "weight", "qkv.bias": "bias"}
+CELLS = ("cell_centres", "cell_metric")
 RENAMED = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "proj": "out_proj"}
 MAPS = (("qkv",), ("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 OUTPUTS = ("proj", "out_proj")
@@ -35,7 +38,9 @@ FLAGS = ("causal", "is_causal", "save_attn", "attention_dtype")
 
 
 def unpack(layer: Any, state_dict: dict[str, Any], prefix: str, *told: Any) -> None:
-    """Read packed weights and those of other names, before a state dict is loaded: a hook of a `TensorAttention`.
+    """Read packed weights, those of other names, and held cells, before a state dict is loaded: a hook of the layer.
+
+    A layer that holds no cells takes those of a layer that did.
 
     Args:
         layer: The layer.
@@ -59,6 +64,13 @@ def unpack(layer: Any, state_dict: dict[str, Any], prefix: str, *told: Any) -> N
     for old, new in renamed.items():
         if prefix + old in state_dict:
             state_dict[prefix + new] = state_dict.pop(prefix + old)
+    held = [part for name in CELLS if isinstance(part := state_dict.get(prefix + name), Tensor)]
+    if len(held) == len(CELLS) and "cells" in layer.options and CELLS[0] not in layer._buffers:
+        parameter = parameter_of(layer)
+        try:
+            layer.hold_cells(Cells(*held) if parameter is None else Cells(*held).to(parameter.device))
+        except TensorAttentionError as cause:
+            told[-1].append(f"{prefix}{CELLS[0]} does not fit: {cause.rule}")
 
 
 def settings_of(module: Any) -> dict[str, Any]:

@@ -244,6 +244,10 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
             "--mixers 'clustered:tokens=0': tokens must be at least 1, got 0.",
             ["gps", "--mixers", "clustered:tokens=0"],
         ),
+        (
+            "--mixers 'truncated:kept=x': kept must hold subsets of modes, got 'x'.",
+            ["gps:size=4", "--mixers", "truncated:kept=x"],
+        ),
         ("--budget must be short, long or a number of steps, got quick.", ["gps", "--budget", "quick"]),
     ):
         refused(capsys, message, *words, "--out", out)
@@ -252,6 +256,18 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
     refused(
         capsys, f"--out {tmp_path / 'file'}: {tmp_path / 'file'} is not a directory", "gps", "--out", tmp_path / "file"
     )
+
+
+def test_a_file_that_cannot_be_written_is_told_before_any_work(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("tensorattn.cli.learn.train", trained)
+    (tmp_path / RESULTS).symlink_to(tmp_path / "missing" / RESULTS)
+    message = f"--out {tmp_path}: {RESULTS}: No such file or directory"
+    refused(capsys, message, *SMALL, "pointwise", "--out", tmp_path)
 
 
 def test_missing_packages_are_told_before_any_work(

@@ -273,6 +273,14 @@ def test_no_more_tokens_than_positions_are_tried() -> None:
         ({"error": -1}, "error must be at least 0, got -1."),
         ({"most": 4}, "most must be at least 8, got 4."),
         ({"tokens": 16}, "tokens is what is chosen; most tells how many may be tried."),
+        (
+            {"blocks": (2, 2), "cells": "blocks"},
+            "blocks says how many tokens there are, so that there is no number to choose.",
+        ),
+        (
+            {"cells": ta.Cells(torch.zeros(3, 8), torch.eye(8))},
+            "cells says how many tokens there are, so that there is no number to choose.",
+        ),
         ({"kept": 1}, "operator 'clustered' has no option 'kept'; its options are: "),
         ({"causal": 0}, "causal has no meaning for an estimate: sampled queries have no frames."),
         ({"n_queries": 1}, "n_queries must be an integer of at least 2, got 1."),
@@ -281,6 +289,15 @@ def test_no_more_tokens_than_positions_are_tried() -> None:
 def test_what_tokens_cannot_be_chosen_by(options: dict[str, Any], rule: str) -> None:
     with pytest.raises(OptionError, match=f"^{re.escape('choose_tokens: ' + rule)}"):
         ta.choose_tokens(*tokens(4, 5, 8), order=2, **options)
+
+
+def test_no_queries_have_no_estimate() -> None:
+    q, k, v = tokens(4, 5, 8)
+    rule = re.escape("query has 0 positions, but an estimate needs at least 1.")
+    with pytest.raises(ShapeError, match=f"^choose_tokens: {rule}"):
+        ta.choose_tokens(q[:, :0], k, v, order=2)
+    with pytest.raises(ShapeError, match=f"^error_estimate: {rule}"):
+        error_estimate("kao_kv", q[:, :0], k, v, order=2)
 
 
 # ---- messages of the estimate --------------------------------------------------------------------------------

@@ -155,6 +155,17 @@ class TestSearch:
         cells = ta.find_cells(x, x, order=1, tokens=4)
         assert not cells.centres.requires_grad and not cells.metric.requires_grad
 
+    def test_of_no_queries_all_directions_count_alike(self):
+        key = drawn(2, 5, 6, 3)
+        found, expected = ta.find_cells(key[:, :0], key, order=2, tokens=4), ta.find_cells(None, key, order=2, tokens=4)
+        assert torch.equal(found.centres, expected.centres) and torch.equal(found.metric, expected.metric)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_of_an_empty_batch(self, masked):
+        key, mask = drawn(2, 5, 6, 3)[:0], holes(1, 5, 6)[0] if masked else None
+        found = ta.find_cells(key, key, order=2, tokens=4, mask=mask)
+        assert found.centres.shape == (0, 4, 3) and found.metric.shape == (0, 3, 3)
+
     def test_is_always_the_same(self):
         x = drawn(1, 5000, 3)
         one, other = (ta.find_cells(x, x, order=1, tokens=16) for _ in range(2))
@@ -176,6 +187,27 @@ class TestSearch:
             ta.find_cells(key.float(), key, order=2)
         with pytest.raises(ShapeError):
             ta.find_cells(drawn(2, 6, 4), key, order=2)
+
+
+class TestCells:
+    @pytest.mark.parametrize(
+        ("centres", "metric", "kind", "message"),
+        [
+            ([1.0], torch.eye(3), DtypeError, "centres of cells must be a torch.Tensor, got list."),
+            (torch.zeros(2, 3), None, DtypeError, "metric of cells must be a torch.Tensor, got NoneType."),
+            (torch.zeros(2, 3).long(), torch.eye(3), DtypeError, "centres of cells must be floating point, got torch.int64."),
+            (torch.zeros(3), torch.eye(3), ShapeError, "centres of cells has 1 dimensions, but needs at least 2."),
+            (torch.zeros(0, 3), torch.eye(3), ShapeError, "centres of cells has 0 rows, but needs at least 1."),
+            (
+                torch.zeros(2, 3),
+                torch.eye(4),
+                ShapeError,
+                "metric of cells has shape (4, 4), but centres of 3 channels need (3, 3).",
+            ),
+        ],
+    )  # fmt: skip
+    def test_of_bad_input(self, centres, metric, kind, message):
+        refused(kind, message, ta.Cells, centres, metric)
 
 
 class TestBlocks:

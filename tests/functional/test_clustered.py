@@ -381,6 +381,17 @@ class TestAbsence:
         close([output[1]], [expected[1]])
 
     @every_kind
+    def test_of_all_queries_or_of_the_whole_batch_gives_nothing(self, kind):
+        q, k, v = draw(2, 0, 4), draw(2, 5, 6, 4).requires_grad_(), draw(2, 5, 6, 3)
+        result = ta.clustered_attention(q, k, v, order=2, return_lse=True, **options(kind, k.detach(), 2))
+        assert result.output.shape == (2, 0, 3) and result.lse.shape == (2, 0) and result.rho.shape == (2,)
+        result.output.sum().backward()
+        assert k.grad.eq(0).all()
+        q, k, v = draw(2, 7, 4)[:0], k.detach()[:0], v[:0]
+        result = ta.clustered_attention(q, k, v, order=2, return_lse=True, **options(kind, k, 2))
+        assert result.output.shape == (0, 7, 3) and result.lse.shape == (0, 7) and result.rho.shape == (0,)
+
+    @every_kind
     def test_a_query_that_is_not_a_number_spoils_itself_alone(self, kind):
         query, key, value = drawn(2)
         given = options(kind, key, 2)

@@ -227,6 +227,7 @@ CALL = {"grid": GRID, "prefix": PREFIX, "operator": "kao_kv"}
         ({"grid": (24, 0)}, OptionError, "every mode needs at least 1 index, but grid has size 0 for mode 1."),
         ({"operator": "none"}, OptionError, "there is no operator 'none'; the operators are: " + ", ".join(ta.OPERATORS) + "."),
         ({"tokens": 3}, OptionError, "operator 'kao_kv' has no option 'tokens'; its options are: none."),
+        ({"return_rho": True}, OptionError, "operator 'kao_kv' has no option 'return_rho'; its options are: none."),
         ({"scale": math.inf}, OptionError, "scale must be finite, got inf."),
         ({"dropout_p": 2}, OptionError, "dropout_p must be between 0 and 1, got 2."),
         (

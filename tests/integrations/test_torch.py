@@ -12,7 +12,7 @@ from contract import Case, every_check, host, made, outputs, swap
 from torch import nn
 
 import tensorattn as ta
-from tensorattn.errors import AdapterError
+from tensorattn.errors import AdapterError, OptionError
 
 GRID = (2, 3, 4)
 P = math.prod(GRID)
@@ -180,6 +180,7 @@ def test_refusals_of_models():
             {"layers": lambda name, module: True},
             "layers must return None or a dictionary, got True for layers.0.self_attn.",
         ),
+        ({"layers": ["layers.0"]}, "layers must be a function of a name and a module, got list."),
         ({"attention_dropout": 2}, "attention_dropout must be between 0 and 1, got 2."),
         ({"verify": torch.zeros(2, P, 16)}, "verify must be a tuple or a dictionary of inputs, got Tensor."),
         (
@@ -191,6 +192,12 @@ def test_refusals_of_models():
 )
 def test_refusals_of_arguments(asked, message):
     refused(encoder().eval(), message, **{"grid": GRID, **asked})
+
+
+def test_refusals_of_what_is_no_model():
+    for function in (ta.swap_attention, ta.restore_attention):
+        with pytest.raises(OptionError, match=rf"^{function.__name__}: model must be an nn.Module, got NoneType\.$"):
+            function(None)
 
 
 def test_layers_say_what_differs():

@@ -135,10 +135,12 @@ class TestBoth:
         make_network, known = NETWORKS[name], ", ".join(mixer_names())
         for message, options in (
             (f"there is no mixer 'conv'; there are: {known}.", {"mixer": "conv"}),
+            (f"there is no mixer None; there are: {known}.", {"mixer": None}),
             ("mixer 'local' has no option 'tokens'; it has none.", {"mixer": "local", "tokens": 4}),
             ("embed_dim must be divisible by num_heads, got 16 and 3.", {"num_heads": 3}),
             ("widths must be one number a stage, got ().", {"widths": ()}),
             ("widths must be one number a stage, got 16.", {"widths": 16}),
+            ("widths must be one number a stage, got tensor([8, 8]).", {"widths": torch.tensor([8, 8])}),
             ("every one of widths must be at least 1, got 0.", {"widths": (16, 0)}),
             ("expansion must be a positive number, got 0.", {"expansion": 0}),
             ("channels_first must be True or False, got 'yes'.", {"channels_first": "yes"}),

@@ -645,6 +645,10 @@ CONSTRUCTION = {
     "checkpoint": ({"checkpoint": 1}, "checkpoint must be True or False, got 1."),
     "mode projections": ({"mode_projections": "no"}, "mode_projections must be True or False, got 'no'."),
     "norm": ({"qk_norm": "no"}, "qk_norm must be True or False, got 'no'."),
+    "norm that is made": (
+        {"qk_norm": torch.nn.LayerNorm(4)},
+        "qk_norm must be what makes a norm of the head size, got a module: LayerNorm.",
+    ),
     "project": ({"project": "all"}, "project must be 'averages' or 'positions', got 'all'."),
     "averages of modes": (
         {"project": "positions", "mode_projections": True, "operator": "kronecker_sum"},

@@ -13,7 +13,7 @@ from torch.export import Dim
 import tensorattn as ta
 from nn.layers import GRADIENTS, compare, heads_of, joined, make
 from tensorattn.diagnose.cost import count_calls
-from tensorattn.errors import OptionError, ShapeError
+from tensorattn.errors import OptionError
 from tensorattn.functional import cells
 
 thorough = pytest.mark.thorough
@@ -85,6 +85,30 @@ class TestLayer:
         twin.load_state_dict(torch.load(file))
         compare(twin(x), layer(x))
         assert layer.to(torch.float32).options["cells"].centres.dtype == torch.float32
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_reads_the_cells_of_another_layer(self, shared):
+        layer, twin, x = clustered("keys"), clustered("keys"), draw(2, 4, 5, 8)
+        if shared:
+            layer.hold_cells(ta.Cells(draw(4, 4), torch.eye(4).double()))
+        else:
+            layer.hold_cells(layer.find_cells(x))
+        twin.load_state_dict(layer.state_dict())
+        compare(twin(x), layer(x))
+        assert twin.cell_centres.data_ptr() != layer.cell_centres.data_ptr()
+        other = ta.TensorAttention(8, 2, modes=2, operator="clustered", tokens=3)
+        with pytest.raises(RuntimeError, match="cell_centres does not fit: tokens is 3, but cells has 4"):
+            other.load_state_dict(layer.state_dict())
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            ta.TensorAttention(8, 2, modes=2, operator="kao_kv").load_state_dict(layer.state_dict())
+
+    def test_cells_of_all_heads(self):
+        layer, x, cells = clustered("keys"), draw(2, 4, 5, 8), ta.Cells(draw(4, 4), torch.eye(4).double())
+        layer.hold_cells(cells)
+        compare(layer(x), joined(layer, ta.clustered_attention(*heads_of(layer, x), order=2, cells=cells)))
+        before = cells.centres.clone()
+        layer.cell_centres.zero_()
+        assert torch.equal(cells.centres, before)
 
     def test_holds_cells_anew(self):
         layer, x = clustered("Cells"), draw(2, 4, 5, 8)
@@ -312,7 +336,7 @@ class TestRefusals:
                 "cells": ta.Cells(draw(3, 4, 4), cells.metric)
             },
             "cells have centres of shape (2, 4, 5), but the heads need (2, 4, 4).": {
-                "cells": ta.Cells(draw(2, 4, 5), cells.metric)
+                "cells": ta.Cells(draw(2, 4, 5), torch.eye(5).double())
             },
         }.items():
             refused(OptionError, name + message, ta.TensorAttention, 8, 2, modes=2, operator="clustered", **given)
@@ -330,8 +354,26 @@ class TestRefusals:
         refused(OptionError, f"TensorAttention.find_cells: {message}", layer.find_cells, draw(2, 4, 4, 8))
         refused(OptionError, f"TensorAttention.hold_cells: {message}", layer.hold_cells, cells)
 
-    def test_of_a_metric_that_does_not_fit(self):
-        layer = make("clustered")
-        layer.hold_cells(ta.Cells(draw(2, 4, 4), draw(2, 5, 5)))
-        with pytest.raises(ShapeError, match="cells have metric of shape"):
-            layer(draw(2, 4, 4, 8))
+    def test_of_cells_that_do_not_fit(self):
+        eye = torch.eye(4).double()
+        for message, options, given in (
+            ("cells must be Cells, got NoneType.", {}, None),
+            ("cells have centres of shape (3, 4, 4), but the heads need (2, 4, 4).", {}, ta.Cells(draw(3, 4, 4), eye)),
+            (
+                "cells have metric of shape (3, 4, 4), but the heads need (2, 4, 4).",
+                {},
+                ta.Cells(draw(4, 4), draw(3, 4, 4)),
+            ),
+            ("cells have centres of shape (4, 5), but the heads need (2, 4, 4).", {}, ta.Cells(draw(4, 5), draw(5, 5))),
+            ("tokens is 7, but cells has 4.", {"tokens": 7}, ta.Cells(draw(4, 4), eye)),
+            (
+                "blocks has no meaning with cells=Cells(4 centres of 4 channels): it needs cells='blocks'.",
+                {"cells": "blocks", "blocks": (2, 2)},
+                ta.Cells(draw(4, 4), eye),
+            ),
+        ):
+            layer = ta.TensorAttention(8, 2, modes=2, operator="clustered", **options)
+            with pytest.raises(OptionError) as error:
+                layer.hold_cells(given)
+            assert str(error.value).startswith(f"TensorAttention.hold_cells: {message}")
+            assert not list(layer.buffers())
