@@ -38,7 +38,8 @@ def check(world, cases, folder):
     wrong = [
         f"{name}, process {rank}: {each}" for name, all_ in found.items() for rank, each in enumerate(all_) if each
     ]
-    assert "\n".join(wrong) == ""
+    if wrong:
+        pytest.fail("\n".join(wrong))
 
 
 def test_two_processes(tmp_path):

@@ -168,6 +168,8 @@ class Operator:
             Others are joined with such tokens by their log-sum-exp.
         by_place: From the options to whether it matters where a position stands among the others, as where a grid is
             cut into blocks: repeating, cropping and permuting indices then change more than counts.
+        gathers: Whether it takes a ``part``, where its grid is part of a larger one: it works along one mode at a time,
+            and gathers along that mode.
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.
@@ -202,6 +204,7 @@ class Operator:
     lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
     joins: bool = False
     by_place: Callable[..., bool] = lambda **options: False
+    gathers: bool = False
 
     def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the arguments without a meaning for some options, each with the reason.
