@@ -23,7 +23,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens
 from tensorattn.functional.summary import Needs, Summary
-from tensorattn.masks import accumulation_dtype, log_weights
+from tensorattn.masks import Part, accumulation_dtype, log_weights
 
 __all__ = ["AXIAL", "axial_attention"]
 
@@ -65,11 +65,17 @@ def axial_attention(query: Tensor, key: Tensor, value: Tensor, *, order: int, **
 
 
 def _attend(
-    query: Tensor, summary: Summary, *, bias: Bias | None = None, causal: int | None = None, **settings: Any
+    query: Tensor,
+    summary: Summary,
+    *,
+    bias: Bias | None = None,
+    causal: int | None = None,
+    part: Part | None = None,
+    **settings: Any,
 ) -> AttentionResult:
     """Attend along each mode with all other modes as batch, and take the mean over modes.
 
-    Along the causal mode the queries may be those of the last frames alone.
+    Along the causal mode the queries may be those of the last frames alone. Of a part, fibres are gathered.
     """
     order, batch, everything = summary.order, len(summary.batch), tuple(range(summary.order))
     whole = summary.key(everything), summary.value(everything), summary.count(everything)
@@ -80,10 +86,13 @@ def _attend(
         key, value = (t.narrow(dim, t.shape[dim] - frames, frames) for t in (key, value))
         own = key, value, None if count is None else count.narrow(dim, count.shape[dim] - frames, frames)
     outputs, attentions, lse = [], [], None
-    for mode, size in enumerate(summary.sizes):
+    for mode in range(order):
         dim = batch + mode
         key, value, count = whole if causal == mode else own
-        key, value = key.movedim(dim, -2), value.movedim(dim, -2)
+        if part is not None:
+            key, value = part.every(key, mode, dim), part.every(value, mode, dim)
+            count = None if count is None else part.every(count, mode, dim)
+        key, value, size = key.movedim(dim, -2), value.movedim(dim, -2), key.shape[dim]
         log_weight = None
         if count is not None:  # of each position, not of its index: a fibre of absent positions has no token at all
             count = count.movedim(dim, -1)
@@ -94,7 +103,9 @@ def _attend(
             added = added.reshape(*added.shape[:-2], *(1,) * (order - 1), *added.shape[-2:])
         lost = None
         if causal == mode:
-            key, value, ahead, lost = _without_the_future(key, value, query.shape[dim])
+            frames = query.shape[dim]
+            first = size - frames if part is None else part.start[mode]
+            key, value, ahead, lost = _without_the_future(key, value, frames, first)
             added = ahead if added is None else added + ahead
         rows = None if added is None else torch.arange(added.shape[-2], device=key.device)
         tokens = Tokens(key, value, log_weight, (TokenSet(size, bias=added, rows=rows),))
@@ -108,18 +119,18 @@ def _attend(
     return AttentionResult(mean.to(query.dtype), lse, tuple(attentions) or None)
 
 
-def _without_the_future(key: Tensor, value: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _without_the_future(key: Tensor, value: Tensor, frames: int, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return keys and values that are finite, a bias that hides later frames, and what is lost, as each frame sees it.
 
-    A later frame may hold what is not finite, which must not even meet a zero: what frames up to each of the last ones
-    hold of it is added to the output afterwards.
+    A later frame may hold what is not finite, which must not even meet a zero: what frames up to each of those from
+    the first on hold of it is added to the output afterwards.
     """
     size = key.shape[-2]
     ahead = torch.full((frames, size), -math.inf, device=key.device, dtype=accumulation_dtype(key.dtype))
-    ahead = ahead.triu(size - frames + 1)
+    ahead = ahead.triu(first + 1)
     finite = key.isfinite().all(-1, keepdim=True)
     lost = torch.where(value.isfinite(), 0.0, value) + torch.where(finite, 0.0, math.nan).to(value.dtype)
-    lost = lost.detach().cumsum(-2)[..., size - frames :, :]
+    lost = lost.detach().cumsum(-2)[..., first : first + frames, :]
     return torch.where(finite, key, 0.0), torch.where(value.isfinite(), value, 0.0), ahead, lost
 
 
@@ -138,4 +149,5 @@ AXIAL = Operator(
     query="grid",
     spread=_spread,
     lacks={"return_lse": "a mean of several softmaxes is not a softmax"},
+    gathers=True,
 )

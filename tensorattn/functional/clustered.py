@@ -318,7 +318,7 @@ def _frames_first(tensor: Tensor, sizes: Sequence[int], mode: int, channels: int
     """Bring ``(*, P, …)`` to ``(*, n_mode, P / n_mode, …)``."""
     batch = tensor.dim() - channels - 1
     moved = tensor.unflatten(batch, sizes).movedim(batch + mode, batch)
-    others = math.prod(sizes) // sizes[mode]
+    others = math.prod([size for place, size in enumerate(sizes) if place != mode])  # there may be no frame
     return moved.reshape(*tensor.shape[:batch], sizes[mode], others, *tensor.shape[batch + 1 :])
 
 

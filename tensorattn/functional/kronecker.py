@@ -27,7 +27,7 @@ from tensorattn.functional.operator import (
     run,
 )
 from tensorattn.functional.summary import Means, Needs, Summary
-from tensorattn.masks import accumulation_dtype, log_weights, matmul, relative
+from tensorattn.masks import Part, accumulation_dtype, log_weights, matmul, relative
 from tensorattn.modes import main_effects
 
 __all__ = ["KRONECKER_PRODUCT", "KRONECKER_SUM", "kronecker_product_attention", "kronecker_sum_attention"]
@@ -126,34 +126,53 @@ def _needs(order: int, *, pool: str) -> Needs:
     return Needs(kept, keys=effects, values=(everything,), queries=effects, indices=pool == "sum")
 
 
+Own = tuple[Part, Tensor, Tensor | None]  # where positions stand in the whole, their values, and weights of their own
+
+
 def _attend_by_product(
-    queries: Means, summary: Summary, *, return_lse: bool, return_attention: bool, dropout_p: float, **settings: Any
+    queries: Means,
+    summary: Summary,
+    *,
+    return_lse: bool,
+    return_attention: bool,
+    dropout_p: float,
+    own: Own | None = None,
+    **settings: Any,
 ) -> AttentionResult:
     """Apply the attention matrix of each mode in turn."""
     matrices, dropped, lse = _matrices(queries, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
-    value, column, batch = _values(summary), _position_column(summary), len(summary.batch)
+    part, value, column = (None, _values(summary), _position_column(summary)) if own is None else own
+    batch = len(summary.batch)
     if column is None:
-        output = _in_turn(dropped, value, batch)
+        output = _in_turn(dropped, value, batch, part)
     else:
-        output = _over_present(_in_turn(dropped, value * column, batch), _in_turn(matrices, column, batch))
+        weighed = _in_turn(dropped, value * column, batch, part)
+        output = _over_present(weighed, _in_turn(matrices, column, batch, part))
         output = output.to(value.dtype)
     return AttentionResult(output, lse, matrices if return_attention else None)
 
 
 def _attend_by_sum(
-    queries: Means, summary: Summary, *, return_lse: bool, return_attention: bool, dropout_p: float, **settings: Any
+    queries: Means,
+    summary: Summary,
+    *,
+    return_lse: bool,
+    return_attention: bool,
+    dropout_p: float,
+    own: Own | None = None,
+    **settings: Any,
 ) -> AttentionResult:
     """Apply the attention matrix of each mode to the values, and add up."""
     matrices, dropped, lse = _matrices(queries, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
-    value, column, batch = _values(summary), _position_column(summary), len(summary.batch)
-    parts = []
+    part, value, column = (None, _values(summary), _position_column(summary)) if own is None else own
+    batch, parts = len(summary.batch), []
     for mode in range(summary.order):
         if column is None:
-            parts.append(_along_mode(dropped[mode], value, mode, batch))
+            parts.append(_along_mode(dropped[mode], value, mode, batch, part))
         else:
-            weighed = _along_mode(dropped[mode], value * column, mode, batch)
-            part = _over_present(weighed, _along_mode(matrices[mode], column, mode, batch))
-            parts.append(part.to(value.dtype))
+            weighed = _along_mode(dropped[mode], value * column, mode, batch, part)
+            along = _over_present(weighed, _along_mode(matrices[mode], column, mode, batch, part))
+            parts.append(along.to(value.dtype))
     return AttentionResult(functools.reduce(torch.add, parts), lse, matrices if return_attention else None)
 
 
@@ -244,15 +263,20 @@ def _over_present(weighed: Tensor, share: Tensor) -> Tensor:
     return weighed / torch.where(share > 0, share, 1)
 
 
-def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int) -> Tensor:
+def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int, part: Part | None) -> Tensor:
     """Multiply a tensor by one matrix along each mode."""
     for mode, matrix in enumerate(matrices):
-        tensor = _along_mode(matrix, tensor, mode, batch)
+        tensor = _along_mode(matrix, tensor, mode, batch, part)
     return tensor
 
 
-def _along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int) -> Tensor:
-    """Multiply a tensor ``(*batch, n_1, …, n_N, D)`` by a matrix ``(*batch, n, n_mode)``: the mode-k product."""
+def _along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int, part: Part | None) -> Tensor:
+    """Multiply a tensor ``(*batch, n_1, …, n_N, D)`` by a matrix ``(*batch, n, n_mode)``: the mode-k product.
+
+    Of a part, the fibres are gathered, and the rows are its own.
+    """
+    if part is not None:
+        matrix, tensor = part.own(matrix, mode, -2), part.every(tensor, mode, batch + mode)
     moved = tensor.movedim(batch + mode, batch)
     product = matmul(matrix.to(tensor.dtype), moved.flatten(batch + 1))
     return product.unflatten(-1, moved.shape[batch + 1 :]).movedim(batch, batch + mode)
@@ -294,6 +318,7 @@ KRONECKER_PRODUCT = Operator(
     pools=True,
     options={"pool": "mean"},
     spread=_spread_product,
+    gathers=True,
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "its logits are sums over pooled queries"},
 )
 
@@ -307,5 +332,6 @@ KRONECKER_SUM = Operator(
     pools=True,
     options={"pool": "mean"},
     spread=_spread_sum,
+    gathers=True,
     lacks={"bias": POOLED, "causal": POOLED, "return_lse": "a sum of several softmaxes is not a softmax"},
 )

@@ -174,8 +174,13 @@ class Operator:
         lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
         by_place: From the options to whether it matters where a position stands among the others, as where a grid is
             cut into blocks: repeating, cropping and permuting indices then change more than counts.
+<<<<<<< HEAD
         joins: Whether it is one softmax, and takes a ``prefix`` into it: keys and values of tokens beside the grid.
             Others are joined with such tokens by their log-sum-exp.
+=======
+        gathers: Whether it takes a ``part``, where its grid is part of a larger one: it works along one mode at a time,
+            and gathers along that mode.
+>>>>>>> shard
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.
@@ -210,6 +215,7 @@ class Operator:
     lacks: Mapping[str, str] | Callable[..., Mapping[str, str]] = field(default_factory=dict)
     by_place: Callable[..., bool] = _nowhere
     joins: bool = False
+    gathers: bool = False
 
     def lacking(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the arguments without a meaning for some options, each with the reason.

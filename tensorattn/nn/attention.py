@@ -317,9 +317,10 @@ class TensorAttention(AttentionPipeline):
           tokens see themselves and all positions by full attention, for which all of these are projected; the grid
           sees the grid, and not the tokens.
 
-        With a ``sharding`` the input is the box of this process, and keys and values are those of all: their averages,
-        which take one all-reduce, or with ``flattened`` themselves, which are gathered. A DTensor tells its sharding
-        itself, and the output is one with the same placements.
+        With a ``sharding`` the input is the box of this process, and keys and values are those of all. Averages, and
+        cells that are fixed, take one all-reduce; ``axial`` and the Kronecker operators gather along each mode that is
+        cut, ``flattened`` gathers all, and ``causal`` along a cut mode the averages of all frames. ``clustered`` with a
+        search is refused. A DTensor tells its sharding itself, and the output is one with the same placements.
 
         Args:
             x: Input, channels last or first as the module was told.

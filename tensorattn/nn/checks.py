@@ -55,7 +55,7 @@ def check_parts(
         order: Number of modes N.
         causal: The causal mode, or None.
         what: What has the parts, for messages.
-        gathers: Whether all positions of the keys may be gathered, for queries that stand anywhere.
+        gathers: Whether positions of the keys may be gathered.
 
     Raises:
         OptionError: If it cannot.
@@ -67,7 +67,7 @@ def check_parts(
         elif options.get("cells") == "keys":
             rule = "its search needs the keys of all positions at once"
             hint = "Take cells='blocks', or find cells once and hold them: layer.hold_cells(layer.find_cells(sample))."
-    elif not gathers or record.query == "grid":
+    elif not gathers or not (record.gathers or record.query == "positions"):
         held = record.needs(order, **options).held
         if any([len({*kept, *(() if causal is None else (causal,))}) == order for kept in held]):
             rule = "it needs all positions at once"

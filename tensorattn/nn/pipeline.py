@@ -237,6 +237,8 @@ class AttentionPipeline(nn.Module):
             result = self._from_frames(sources, sources.project(summary), frames, settings, again)
         else:
             found = self._found(sources, weights, needs) if context is None else sources.project(context)
+            if record.gathers:
+                settings.update(self._beside(weights))
             if record.condense is not None:
                 found = self._condensed(sources, found, context is None, **self._beside(weights))
             joined = tokens if record.query == "positions" else None
@@ -252,13 +254,13 @@ class AttentionPipeline(nn.Module):
         return result, self.out_proj(join_heads(output, 1))
 
     def _found(self, sources: Sources, weights: Weights, needs: Needs) -> Summary:
-        """Summarise keys and values, and project: of all parts, but what is condensed, whose cells add up instead."""
-        condensed = get_operator(self.operator).condense is not None
-        own = dataclasses.replace(weights, part=None) if condensed else weights
+        """Summarise keys and values, and project: of all parts, but for operators that are told of their part."""
+        record = get_operator(self.operator)
+        own = dataclasses.replace(weights, part=None) if record.condense is not None or record.gathers else weights
         return sources.project(sources.summarise(needs, own))
 
     def _beside(self, weights: Weights) -> dict[str, Any]:
-        """What is condensed is told of other parts, where there are any."""
+        """What an operator is told of other parts, where there are any."""
         return {} if weights.part is None else {"part": weights.part}
 
     def _tokens(self, prefix: Tensor) -> Prefix:
@@ -404,6 +406,10 @@ class AttentionPipeline(nn.Module):
         """Attend from averages: queries are projected in S rows, what is an outer sum is projected back in S rows."""
         record, (x, *_), order = get_operator(self.operator), sources.tensors, self.modes.order
         sizes, part = tuple(x.shape[1:-1]), weights.part
+        if part is not None and record.gathers and order > 1:
+            settings["own"] = (part, *self._own_values(sources, weights))
+            small = tuple([kept for kept in needs.kept if len(kept) < order])
+            needs = needs._replace(kept=small, keys=small, values=small)
         summary = sources.summarise(needs, weights)
         queries = sources.project_queries(summary, needs.queries or (), weights)
         if record.pools and (self.q_norm is not None or self.rotary is not None):
@@ -412,7 +418,8 @@ class AttentionPipeline(nn.Module):
             settings["part"] = part
         result = record.attend(queries, sources.project(summary), **settings)
         if isinstance(result.output, Tensor):
-            return result._replace(output=self.out_proj(join_heads(result.output, 1)))
+            output = result.output if part is None or order > 1 else part.own(result.output, 0, 2)
+            return result._replace(output=self.out_proj(join_heads(output, 1)))
         parts = [join_heads(rows, 1) for rows in result.output]
         if part is not None:
             parts = [part.own(rows, mode, 1) for mode, rows in enumerate(parts)]
@@ -429,6 +436,16 @@ class AttentionPipeline(nn.Module):
             first = torch.sub(first, zero, alpha=order - 1)
         spread = AttentionResult((first, *others))
         return spread_parts(spread, shape, first.dtype, memory)._replace(attention=attention)
+
+    def _own_values(self, sources: Sources, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        """Project the values of a part, zero where none is; with weights of positions that are no product of modes."""
+        value, shown, grid = sources.value(sources.tensors[2], 1), weights.shown(), weights.grid
+        if shown is not None:
+            value = torch.where(shown[(None,) * (value.dim() - 2 - shown.dim())].unsqueeze(1).unsqueeze(-1), value, 0.0)
+        if grid is None:
+            return value, None
+        column = grid.to(accumulation_dtype(value.dtype)).unsqueeze(1).unsqueeze(-1)
+        return value, column.expand(*value.shape[:-1], 1)
 
     def _prepared(self, norm: nn.Module | None) -> Callable[[Tensor, int], Tensor]:
         """Return what is called with pooled queries or keys of a mode: a norm, then a turn by their places."""

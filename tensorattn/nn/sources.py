@@ -83,8 +83,11 @@ class Sources:
     def key_and_value(self, of_keys: Tensor, of_values: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Make a key and a value of each position ``(*batch, H, *, D)``."""
         key = normed(self.norms[1], split_heads(self.maps[1](of_keys), self.heads[1], batch))
-        value = split_heads(self.maps[2](of_values), self.heads[1], batch)
-        return self._repeated(key, batch), self._repeated(value, batch)
+        return self._repeated(key, batch), self.value(of_values, batch)
+
+    def value(self, of_values: Tensor, batch: int) -> Tensor:
+        """Make a value of each position ``(*batch, H, *, D)``."""
+        return self._repeated(split_heads(self.maps[2](of_values), self.heads[1], batch), batch)
 
     def summarise(self, needs: Needs, weights: Weights) -> Summary:
         """Summarise what keys and values are made of: of all parts, where it is one."""
