@@ -174,13 +174,10 @@ class Operator:
         lacks: Arguments without a meaning for it, each with the reason; or what returns them for its options.
         by_place: From the options to whether it matters where a position stands among the others, as where a grid is
             cut into blocks: repeating, cropping and permuting indices then change more than counts.
-<<<<<<< HEAD
         joins: Whether it is one softmax, and takes a ``prefix`` into it: keys and values of tokens beside the grid.
             Others are joined with such tokens by their log-sum-exp.
-=======
         gathers: Whether it takes a ``part``, where its grid is part of a larger one: it works along one mode at a time,
             and gathers along that mode.
->>>>>>> shard
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.

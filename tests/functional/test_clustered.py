@@ -692,6 +692,6 @@ class TestRefusals:
         refused(ShapeError, told, ta.clustered_attention, *drawn(2), order=2, cells=cells)
 
     def test_of_a_metric_of_another_width(self):
-        cells = ta.Cells(draw(4, 3), torch.eye(2).double())
-        with pytest.raises(ShapeError, match="cells have metric of shape"):
-            ta.clustered_attention(*drawn(2), order=2, cells=cells)
+        message = r"metric of cells has shape \(2, 2\), but centres of 3 channels need \(3, 3\)"
+        with pytest.raises(ShapeError, match=message):
+            ta.Cells(draw(4, 3), torch.eye(2).double())
