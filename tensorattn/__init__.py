@@ -1,4 +1,22 @@
-"""Attention over tensors of any order, without flattening them."""
+"""Attention over tensors of any order, without flattening them.
+
+The rooms of the package, each importing those above it alone, as a test says:
+
+    errors modes masks   every message; names and sizes of the modes; weights, masks and lengths as one object
+    averages             mode averages and outer sums, the adjoint pair, and the plan they go by
+    functional           operator.py: what a call passes through (read, summarise, attend); summary.py: sums over
+                         positions; causal.py; softmax.py: attention to sets of tokens; grid.py: tokens beside a grid;
+                         parts.py: parts of a grid; maps.py: attention weights; then one file an operator: additive.py,
+                         kao.py, kronecker.py, axial.py, clustered.py (its cells: cells.py), flattened.py
+    sharding             a tensor that is shared out over processes
+    nn                   attention.py: the layer, and pipeline.py: how it attends; mixers, bias, positions, blocks
+    models               networks made of blocks: an encoder, KANet, U-Net
+    blockwise            a file larger than memory
+    diagnose             cost, error against full attention, the tensor-normal law
+    integrations         swap.py, and one file for each host library
+    testing              the oracle in float64, laws, and strategies that draw cases
+    cli                  attend, bench, learn, verify
+"""
 
 from tensorattn.averages import Plan, additive_part, interaction_residual, mode_averages, outer_sum, plan
 from tensorattn.blockwise import attend_blockwise
