@@ -18,13 +18,8 @@ def cells(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == [
-        "01_video",
-        "02_volume",
-        "03_theorems",
-        "04_streaming_and_masks",
-        "05_swap",
-    ]
+    names = ["01_video", "02_volume", "03_theorems", "04_streaming_and_masks", "05_swap", "06_networks"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
