@@ -77,7 +77,11 @@ def added_up(module):
 
 
 def compare(module, sharding, x, whole, own, modes="t h w"):
-    """Compare outputs and all gradients of a module with those of the whole, which every process makes by itself."""
+    """Compare outputs and all gradients of a module with those of the whole, which every process makes by itself.
+
+    Returns the largest errors of the output, of the gradient of the input, and of those of the parameters, each as a
+    share of the largest entry.
+    """
     alone = x.clone().requires_grad_()
     y = module(alone, **whole)
     loss = draw(*y.shape, seed=7)
@@ -90,9 +94,22 @@ def compare(module, sharding, x, whole, own, modes="t h w"):
     torch.testing.assert_close(found, box(y, modes=modes), **CLOSE)
     (found * box(loss, modes=modes)).sum().backward()
     torch.testing.assert_close(part.grad, box(alone.grad, modes=modes), **CLOSE)
-    for one, other in zip(added_up(module), expected, strict=True):
+    summed = added_up(module)
+    for one, other in zip(summed, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     module.zero_grad()
+    pairs = [
+        [(found, box(y, modes=modes))],
+        [(part.grad, box(alone.grad, modes=modes))],
+        [*zip(summed, expected, strict=True)],
+    ]
+    return [max(map(share_of_largest, each), default=0.0) for each in pairs]
+
+
+def share_of_largest(pair):
+    """The largest difference as a share of the largest entry; none where there is nothing."""
+    found, expected = (tensor.detach() for tensor in pair)
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)) if found.numel() else 0.0
 
 
 def spoken(kind, sharding):
@@ -171,13 +188,19 @@ def layer_case(world, name, cut, splits, kinds):
     layer, mesh = make(name), mesh_of(world, cut)
     sharding = ta.Sharding(mesh, {mode: f"of_{mode}" for mode in cut}, sizes=SIZES, splits=splits)
     x = draw(2, *SIZES, 12, seed=1) + 0.3
+    worst = [0.0, 0.0, 0.0]
     for kind in kinds:
         if kind == "weights of positions" and layer._needs().indices:
             continue  # it counts indices, which they do not tell
         try:
-            compare(layer, sharding, x, *spoken(kind, sharding))
+            worst = [*map(max, worst, compare(layer, sharding, x, *spoken(kind, sharding)))]
         except Exception as error:
             raise AssertionError(f"{name} cut along {cut} {splits}, {kind}") from error
+    if dist.get_rank() == 0:  # shown by pytest -s
+        shares = " ".join(f"{each:.0e}" for each in worst)
+        print(
+            f"{name:25} cut {'×'.join(cut):3} {splits or 'evenly'!s:20} {world} processes, {len(kinds)} masks: {shares}"
+        )
 
 
 def model_of(**settings):
