@@ -98,12 +98,9 @@ def compare(module, sharding, x, whole, own, modes="t h w"):
     for one, other in zip(summed, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     module.zero_grad()
-    pairs = [
-        [(found, box(y, modes=modes))],
-        [(part.grad, box(alone.grad, modes=modes))],
-        [*zip(summed, expected, strict=True)],
-    ]
-    return [max(map(share_of_largest, each), default=0.0) for each in pairs]
+    parameters = [torch.cat([grad.flatten() for grad in grads]) for grads in (summed, expected)]
+    pairs = (found, box(y, modes=modes)), (part.grad, box(alone.grad, modes=modes)), parameters
+    return [share_of_largest(pair) for pair in pairs]
 
 
 def share_of_largest(pair):
