@@ -218,7 +218,7 @@ def _of_operator(choice: Choice, *, compiled: bool = False) -> Contender:
 def _defined(layer: TensorAttention, x: Tensor, places: Tensor) -> Tensor:
     """The definition of a layer, for the cells that it finds among keys in single precision, if it searches for any."""
     cells = None
-    if layer.options.get("cells") == "keys":
+    if layer.options.get("cells") == "keys" and layer.options["tokens"] < math.prod(x.shape[1:-1]):
         query, key = (_heads(to(x).detach(), layer.num_heads).float() for to in (layer.q_proj, layer.k_proj))
         labels, spread = cells_found(query.flatten(2, -2), key.flatten(2, -2), layer.options["tokens"])
         labels = labels.unflatten(-1, x.shape[1:-1])

@@ -609,7 +609,8 @@ def _clustered(
     weight = seen.counts.grid.expand(seen.key.shape[:-1]).flatten(seen.batch)
     there = weight > 0
     key, value = (torch.where(there[..., None], t, 0.0) for t in (key, value))
-    member = (label[..., None, :] == torch.arange(int(label.max()) + 1)[:, None]) * weight[..., None, :]
+    count = int(label.max()) + 1 if spread is None else spread.shape[-1]
+    member = (label[..., None, :] == torch.arange(count)[:, None]) * weight[..., None, :]
     found = _attend_cells(seen.query, key, value, member, spread)
     if not additive_control:
         return found[0]

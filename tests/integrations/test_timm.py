@@ -130,7 +130,10 @@ def test_masks_of_a_call_are_refused():
     swap(model, CASES["class token"])
     with pytest.raises(AdapterError, match=r"blocks\.0\.attn was called with attn_mask, which has no meaning"):
         model.blocks[0].attn(torch.randn(1, 17, 24), attn_mask=torch.zeros(17, 17))
-    with pytest.raises(AdapterError, match=r"in blocks.0.attn, grid \(4, 4\) has 16 positions, but query has 4 tokens behind a prefix of 1"):
+    with pytest.raises(
+        AdapterError,
+        match=r"in blocks.0.attn, grid \(4, 4\) has 16 positions, but query has 4 tokens behind a prefix of 1",
+    ):
         model.blocks[0].attn(torch.randn(1, 5, 24))
 
 
