@@ -21,7 +21,7 @@ import tensorattn as ta
 
 SIZES = (5, 4, 6)
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
-WAIT = datetime.timedelta(seconds=20)
+WAIT = datetime.timedelta(seconds=100)  # of a process for the others, on a busy machine
 LAYERS = {
     "additive": {},
     "additive interaction": {"interaction": "linear"},
@@ -162,6 +162,8 @@ def run(rank, world, file, cases, results):
         torch.save(found, f"{results}.{rank}")
         if found[name]:  # the others wait in vain, and stop too
             break
+    else:
+        dist.barrier()  # nobody goes while another still talks
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()
 
