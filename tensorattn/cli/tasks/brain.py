@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -127,6 +128,29 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
     return 2 * torch.rand(shape, generator=generator) - 1
 
 
+def network_of_patches(modes: str, patch: int, outputs: int, mixer: str, options: Mapping[str, Any]) -> nn.Module:
+    """Make a transformer of two blocks, and a linear map of every patch.
+
+    Args:
+        modes: Names of the modes.
+        patch: Size of a patch along each mode.
+        outputs: Numbers that are said of each patch.
+        mixer: Where patches meet.
+        options: Options of the mixer.
+    """
+    config = TensorTransformerConfig(
+        modes=modes,
+        in_channels=1,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        patch=patch,
+        mixer=mixer,
+        options=dict(options),
+    )
+    return nn.Sequential(TensorTransformer(config), nn.Linear(32, outputs))
+
+
 @dataclass(frozen=True)
 class OfTemplate(Task):
     """What both tasks share: crops whose middles in training and in tests lie in different blocks of the brain."""
@@ -149,6 +173,7 @@ class OfTemplate(Task):
         """Return the brain to train on."""
         return packaged_template()
 
+    @abstractmethod
     def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
         """Draw crops.
 
@@ -157,7 +182,6 @@ class OfTemplate(Task):
             generator: Where the randomness comes from.
             tested: Whether they are to test on.
         """
-        raise NotImplementedError
 
     def middles(self, template: Template, generator: torch.Generator, tested: bool) -> Tensor:
         """Draw middles of crops ``(B, 3)``."""
@@ -199,17 +223,7 @@ class Gps(OfTemplate):
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
-        config = TensorTransformerConfig(
-            modes="x y z",
-            in_channels=1,
-            embed_dim=32,
-            depth=2,
-            num_heads=4,
-            patch=self.patch,
-            mixer=mixer,
-            options=dict(options),
-        )
-        return nn.Sequential(TensorTransformer(config), nn.Linear(32, 3))
+        return network_of_patches("x y z", self.patch, 3, mixer, options)
 
     def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
         """Draw crops."""
@@ -263,17 +277,7 @@ class Drift(OfTemplate):
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
-        config = TensorTransformerConfig(
-            modes="t x y z",
-            in_channels=1,
-            embed_dim=32,
-            depth=2,
-            num_heads=4,
-            patch=self.patch,
-            mixer=mixer,
-            options=dict(options),
-        )
-        return nn.Sequential(TensorTransformer(config), nn.Linear(32, 6))
+        return network_of_patches("t x y z", self.patch, 6, mixer, options)
 
     def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
         """Draw clips: 1.5 voxels and 0.04 radians a frame along and about each axis at most."""

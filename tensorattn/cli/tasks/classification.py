@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -44,9 +45,9 @@ class _Classification(Task):
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy"),)
 
+    @abstractmethod
     def sets(self) -> tuple[Labelled, Labelled]:
         """Return what to train and what to test on."""
-        raise NotImplementedError
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw samples to train on."""
