@@ -64,7 +64,10 @@ MARKERS = "os^Dv<>PX*dph"
 DESCRIPTION = """\
 Train networks that differ in nothing but their mixer, and tell how well they do on data that training never sees.
 
-A TASK may have options: gps:size=26. A mixer is an operator of attention with its options, kao_qkv:centered=True, or
+A TASK may have options: gps:size=26. With validate=True a part of its training data is left out and measured on in
+place of test data, to choose rates: gps:validate=True:rate=4e-3.
+
+A mixer is an operator of attention with its options, kao_qkv:centered=True, or
 one of the controls: pointwise (no mixing, as many weights as attention), identity (no mixing at all), mean, local.
 """
 EPILOG = """\
@@ -190,16 +193,17 @@ def parse_task(text: str) -> Task:
 
     Examples:
         >>> parse_task("gps:size=26")
-        Gps(size=26, patch=2)
+        Gps(rate=0.008, validate=False, size=26, patch=2)
     """
     name, *settings = text.split(":")
     if name not in TASKS:
         raise OptionError(f"there is no task {name!r}; there are: {', '.join(TASKS)}, all.")
-    known, options = [field.name for field in dataclasses.fields(TASKS[name])], {}
+    known = [field.name for field in dataclasses.fields(TASKS[name])]
+    options: dict[str, Any] = {}
     for setting in settings:
         option, equals, value = setting.partition("=")
         if not equals or option not in known:
-            shown = ", ".join(f"{each}=" for each in known) or "none"
+            shown = ", ".join(f"{each}=" for each in known)
             raise OptionError(f"task {text!r}: there is no option {setting!r}; its options are: {shown}.")
         options[option] = value
         with contextlib.suppress(ValueError, SyntaxError):  # no number: a word
@@ -425,7 +429,7 @@ def _figures(lines: Sequence[Line]) -> dict[str, bytes]:
     files = {}
     for (label, steps), group in itertools.groupby(lines, key=lambda line: (line.task, line.steps)):
         rows, task = list(group), parse_task(label)
-        metric, split = task.metrics[0], next(iter(task.splits))
+        metric, split = task.metrics[0], next(name for name in task.splits if name in rows[0].first("metrics"))
         colours = [f"C{place % 10}" for place in range(len(rows))]
         figure = module.Figure(figsize=(13, 4.8), layout="constrained", dpi=110)
         left, right = figure.subplots(1, 2)

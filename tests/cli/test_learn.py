@@ -215,7 +215,7 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
     for message, words in (
         (f"there is no task 'brain'; there are: {', '.join(TASKS)}, all.", ["brain"]),
         (
-            "task 'gps:sizes=8': there is no option 'sizes=8'; its options are: size=, patch=.",
+            "task 'gps:sizes=8': there is no option 'sizes=8'; its options are: rate=, validate=, size=, patch=.",
             ["gps:sizes=8"],
         ),
         ("task 'gps:size=9': size must be divisible by patch, got 9 and 2.", ["gps:size=9"]),
@@ -248,6 +248,8 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
             "--mixers 'truncated:kept=x': kept must hold subsets of modes, got 'x'.",
             ["gps:size=4", "--mixers", "truncated:kept=x"],
         ),
+        ("task 'gps:rate=0': rate must be a positive number, got 0.", ["gps:rate=0"]),
+        ("task 'gps:validate=1': validate must be True or False, got 1.", ["gps:validate=1"]),
         ("--budget must be short, long or a number of steps, got quick.", ["gps", "--budget", "quick"]),
     ):
         refused(capsys, message, *words, "--out", out)
@@ -287,9 +289,9 @@ def test_results_of_another_recipe_are_not_mixed(capsys: Any, tmp_path: Path, mo
     assert run(*SMALL, "pointwise", "--out", tmp_path) == 0
     capsys.readouterr()
     before = (tmp_path / RESULTS).read_bytes()
-    monkeypatch.setattr(TASKS["gps"], "rate", 0.5)
+    monkeypatch.setattr(TASKS["gps"], "batch", 2)
     told = (
-        f"--out {tmp_path}: {RESULTS} holds results of gps:size=4 by another recipe (rate 0.008 not 0.5): "
+        f"--out {tmp_path}: {RESULTS} holds results of gps:size=4 by another recipe (batch 16 not 2): "
         "choose another folder"
     )
     refused(capsys, told, *SMALL, "mean", "--out", tmp_path)
@@ -305,7 +307,14 @@ def test_a_file_that_is_not_ours_is_left_alone(capsys: Any, tmp_path: Path) -> N
 
 
 def test_options_are_told_to_the_task() -> None:
-    assert dataclasses.asdict(parse_task("gps:size=26")) == {"size": 26, "patch": 2}
+    settings = {"rate": 0.008, "validate": False, "size": 26, "patch": 2}
+    assert dataclasses.asdict(parse_task("gps:size=26")) == settings
+    assert dataclasses.asdict(parse_task("gps:validate=True:rate=4e-3")) == {
+        **settings,
+        "size": 16,
+        "validate": True,
+        "rate": 0.004,
+    }
     assert sum(1 for _ in parse_task("gps:size=4").network("mean", {}).parameters()) > 10
     with pytest.raises(OptionError):
         parse_task("gps:patch=True")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import sys
@@ -14,7 +15,17 @@ import pytest
 import torch
 
 from tensorattn.cli.tasks import TASKS, Task, classification
-from tensorattn.cli.tasks.brain import Drift, Gps, Template, offsets, packaged_template, rotations
+from tensorattn.cli.tasks.brain import (
+    TEST,
+    TRAINING,
+    VALIDATION,
+    Drift,
+    Gps,
+    Template,
+    offsets,
+    packaged_template,
+    rotations,
+)
 from tensorattn.cli.tasks.classification import Digits, Vowels
 from tensorattn.cli.tasks.parcellation import CLASSES, Parcellation
 from tensorattn.cli.tasks.task import drawn
@@ -35,7 +46,7 @@ def plain(monkeypatch: pytest.MonkeyPatch, template: Template) -> None:
     for name in ("GAIN", "NOISE", "TURN", "ZOOM"):
         monkeypatch.setattr(f"tensorattn.cli.tasks.brain.{name}", 0.0)
     middle = torch.tensor([[20, 20, 20]])
-    object.__setattr__(template, "middles", (middle, middle))
+    object.__setattr__(template, "middles", lambda blocks: middle)
 
 
 class TestBrain:
@@ -69,7 +80,7 @@ class TestBrain:
         """The brightness that a patch sees is the place that is asked for."""
         template = line_template()
         plain(monkeypatch, template)
-        batch = Gps(size=8).sample(template, generator(), False)
+        batch = Gps(size=8).sample(template, generator(), TEST)
         bright = 0.3 * batch.x.unflatten(1, (4, 2)).mean((2, 3, 4, 5)) + 0.5
         torch.testing.assert_close(40 * 4 * bright / 50, batch.target[:, :, 0, 0, 0], atol=1e-4, rtol=0)
         assert batch.x.shape == (16, 8, 8, 8, 1) and batch.target.shape == (16, 4, 4, 4, 3)
@@ -84,7 +95,7 @@ class TestBrain:
             "tensorattn.cli.tasks.brain.rotations", lambda angles: torch.eye(3).expand(*angles.shape, 3)
         )
         task = Drift(frames=4, size=4)
-        drawn_twice = [task.sample(template, generator(5), False) for _ in range(2)]
+        drawn_twice = [task.sample(template, generator(5), TEST) for _ in range(2)]
         assert torch.equal(drawn_twice[0].x, drawn_twice[1].x)
         batch = drawn_twice[0]
         gains = 0.3 * batch.x + 0.5  # gains of 3 % a frame are left: compare the sizes of both
@@ -95,10 +106,23 @@ class TestBrain:
         assert 0.75 < slope < 1.25
 
     def test_crops_to_test_on_have_their_middles_elsewhere(self) -> None:
-        known, tested = packaged_template().middles
+        known, tested = (packaged_template().middles(blocks) for blocks in (TRAINING, TEST))
         blocks = [{tuple(block) for block in (part // 6).tolist()} for part in (known, tested)]
         assert blocks[0].isdisjoint(blocks[1])
         assert 0.15 < len(tested) / (len(known) + len(tested)) < 0.35
+
+    @pytest.mark.parametrize("task", [Gps(size=4, validate=True), Drift(frames=2, size=4, validate=True)])
+    def test_rates_are_chosen_without_test_data(self, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In training, validation and tests crops are of blocks of different kinds."""
+        asked: list[tuple[int, ...]] = []
+        real = Template.middles
+        monkeypatch.setattr(Template, "middles", lambda self, blocks: asked.append(tuple(blocks)) or real(self, blocks))
+        list(drawn(task, 1, 0))
+        assert asked == [(1, 3)]
+        asked.clear()
+        assert set(task.tests()) == {"validation"} and set(asked) == {VALIDATION}
+        asked.clear()
+        assert "unseen" in dataclasses.replace(task, validate=False).tests() and set(asked) == {TEST}
 
     @pytest.mark.parametrize("task", [Gps(size=4), Drift(frames=2, size=4)], ids=["gps", "drift"])
     def test_drawn_by_seed(self, task: Task) -> None:
@@ -160,6 +184,8 @@ class TestMadeUp:
         numbers = [(255 * (0.31 * part.x[:, 0, 0, 0] + 0.13)).round().int().tolist() for part in (known, unseen)]
         assert numbers[1] == [4, 9, 14, 19] and sorted(numbers[0] + numbers[1]) == list(range(20))
         assert unseen.labels.tolist() == [2, 4, 7, 9]
+        left, validation = Digits(validate=True).sets()
+        assert torch.equal(validation.x, known.x[4::5]) and len(left.x) == 13
         for net in ("transformer", "kanet"):
             task = Digits(net=net)
             (batch,) = drawn(task, 1, 0)
@@ -211,5 +237,7 @@ class TestParcellation:
 def test_what_tasks_tell() -> None:
     for name, task in TASKS.items():
         made = task()
-        assert made.about and made.metrics and "unseen" in made.splits and set(made.budgets) == {"short", "long"}
+        assert made.about and made.metrics and set(made.budgets) == {"short", "long"}
+        assert {"unseen", "validation"} <= set(made.splits)
         assert made.recipe()["rate"] == made.rate, name
+        assert "validate" not in made.recipe() and task(validate=True).recipe()["validate"] is True

