@@ -43,6 +43,7 @@ MEANINGLESS = {  # arguments of operators, and why an estimate takes none of the
     "return_attention": "only outputs are compared",
 }
 FEWEST_TOKENS = 8  # that are tried
+ROUNDING = 4  # units in the last place by which outputs that are equal may differ
 CHUNK = 1 << 20  # logits that the bound holds at a time: 8 MB in float64
 
 
@@ -344,7 +345,8 @@ def centred_error(output: Tensor, exact: Tensor, mean: Tensor, *, population: in
         population: Number of queries that the L were drawn from; without it, infinitely many.
 
     Returns:
-        The estimate. Where full attention is the mean itself, the error is 0 if the outputs agree, else infinite.
+        The estimate. Where full attention is the mean itself, up to rounding, the error is 0 if the outputs agree, else
+        infinite.
 
     Raises:
         ShapeError: If output and exact differ in shape.
@@ -359,10 +361,12 @@ def centred_error(output: Tensor, exact: Tensor, mean: Tensor, *, population: in
         raise ShapeError(f"output has shape {tuple(output.shape)}, but exact has {tuple(exact.shape)}.")
     n_queries = exact.shape[-2]
     missed, signal = _energy(output - exact), _energy(exact - mean.unsqueeze(-2))
-    error = float(_root_ratio(missed.sum(), signal.sum()))
+    rounding = ROUNDING * torch.finfo(torch.promote_types(output.dtype, exact.dtype)).eps
+    noise = rounding**2 * _energy(exact).sum()
+    error = float(_root_ratio(missed.sum(), signal.sum(), noise))
     if n_queries < 2:
         return ErrorEstimate(error, math.nan, n_queries)
-    left_out = _root_ratio(missed.sum() - missed, signal.sum() - signal)
+    left_out = _root_ratio(missed.sum() - missed, signal.sum() - signal, noise)
     unseen = 1.0 if population is None else 1 - n_queries / population
     variance = left_out.var(correction=0) * (n_queries - 1) * unseen
     return ErrorEstimate(error, float(variance.sqrt()), n_queries)
@@ -374,9 +378,9 @@ def _energy(difference: Tensor) -> Tensor:
     return energy.reshape(-1, energy.shape[-1]).sum(dim=0)
 
 
-def _root_ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Root of a ratio of sums of squares: 0 where both are 0, NaN where one is no number."""
-    above, below = above.clamp(min=0), below.clamp(min=0)
+def _root_ratio(above: Tensor, below: Tensor, noise: Tensor) -> Tensor:
+    """Root of a ratio of sums of squares, which are 0 up to noise: 0 where both are, NaN where one is no number."""
+    above, below = (each.masked_fill(each <= noise, 0) for each in (above, below))
     return torch.where((above == 0) & (below == 0), 0.0, (above / below).sqrt())
 
 

@@ -209,6 +209,16 @@ def test_an_exact_mean_has_no_signal() -> None:
     assert centred_error(exact + 1, exact, mean).error == math.inf
 
 
+def test_one_position_is_its_own_mean():
+    """Rounding is no error: full attention is the mean there, and so is every operator of one position."""
+    only = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    for operator in ("clustered", "additive"):
+        assert error_estimate(operator, only, only, only, order=2).error == 0
+    assert ta.choose_tokens(only, only, only, order=2).tokens == 8
+    few = torch.randn(2, 3, 1, 8, generator=torch.Generator().manual_seed(0))
+    assert error_estimate("additive", few, few, torch.full_like(few, 0.1), order=2).error == 0
+
+
 def test_no_number_is_not_exact() -> None:
     exact, mean = torch.ones(3, 2), torch.zeros(2)
     for output, full in ((exact * math.nan, exact), (exact, exact * math.nan), (exact * math.nan, exact * math.nan)):
