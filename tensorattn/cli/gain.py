@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.cli.common import Choice, aligned, duration, parse_choices, progress
+from tensorattn.cli.common import Choice, aligned, parse_choices, progress
 from tensorattn.cli.contenders import cells_found
+from tensorattn.cli.plots import digits
 from tensorattn.cli.timing import CPU, interleaved, one_thread
 from tensorattn.testing import reference
 
@@ -164,16 +165,16 @@ def table(measured: Sequence[Measured]) -> list[str]:
 
     Examples:
         >>> print(*table([Measured(GRIDS[2], (2e-3, 6e-3), {"kao_kv": (1.25, 12.0), "axial": None})]), sep="\n")
-        grid             P     full attention    kao_kv          axial
-        ViT-S, 14×14   196   2.00 ms; 6.00 ms   1.2; 12   parity fails
+        grid             P   full attention, ms    kao_kv          axial
+        ViT-S, 14×14   196           2.00; 6.00   1.2; 12   parity fails
     """
     names = [choice.label for choice in parse_choices(measured[0].gains)]
-    rows: list[tuple[str, ...]] = [("grid", "P", "full attention", *names)]
+    rows: list[tuple[str, ...]] = [("grid", "P", "full attention, ms", *names)]
     for each in measured:
         first = f"{each.grid.name}, {'×'.join(map(str, each.grid.sizes))}"
-        seconds = "; ".join(map(duration, each.full))
+        times = "; ".join(digits(1e3 * seconds) for seconds in each.full)
         cells = ["; ".join(map(_times, gain)) if gain else "parity fails" for gain in each.gains.values()]
-        rows.append((first, f"{each.grid.positions:,}", seconds, *cells))
+        rows.append((first, f"{each.grid.positions:,}", times, *cells))
     return aligned(rows)
 
 

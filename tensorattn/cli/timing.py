@@ -174,12 +174,12 @@ def memory(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     Returns:
         Bytes beyond what was held before, and kernel calls.
     """
-    found = count(call)
     if device.type != "cuda":
+        found = count(call)
         return found.peak, found.calls
     synchronize(device)
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - held, found.calls
+    return torch.cuda.max_memory_allocated(device) - held, count(call).calls
