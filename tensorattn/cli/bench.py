@@ -274,11 +274,12 @@ def answer(rows: Sequence[Row]) -> str:
         best = min(timed.values(), key=lambda phase: phase.seconds)
         names = [name for name, each in timed.items() if each.seconds - each.spread <= best.seconds + best.spread]
         whole = getattr(full, kind, None)
-        gain = "nothing is gained" if whole else "full attention was not timed"
-        if whole and FULL not in names:
-            gain = f"{digits(whole.seconds / best.seconds)} × full attention"
-        said.append(f"{words} {' and '.join(names)} ({gain})")
-    return f"Fastest here: {', '.join(said)}." if said else "Nothing was timed."
+        gain = "" if whole is None else " (nothing is gained)"
+        if whole is not None and FULL not in names:
+            gain = f" ({digits(whole.seconds / best.seconds)} × full attention)"
+        said.append(f"{words} {' and '.join(names)}{gain}")
+    beside = "" if full is not None and full.forward is not None else " Full attention was not timed."
+    return f"Fastest here: {', '.join(said)}.{beside}" if said else "Nothing was timed."
 
 
 def _sent(work: Work, choices: Sequence[Choice], world: int) -> list[str]:
