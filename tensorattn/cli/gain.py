@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorattn.cli.common import Choice, aligned, duration, parse_choices
-from tensorattn.functional.cells import draw_queries, metric_of, search
+from tensorattn.cli.common import Choice, aligned, parse_choices, progress
+from tensorattn.cli.contenders import cells_found
+from tensorattn.cli.plots import digits
+from tensorattn.cli.timing import CPU, interleaved, one_thread
 from tensorattn.testing import reference
 
-__all__ = ["GRIDS", "OPERATORS", "Grid", "Measured", "cells_found", "measure_grid", "table"]
+__all__ = ["GRIDS", "OPERATORS", "Grid", "Measured", "measure_grid", "run", "table"]
 
 OPERATORS = (
     "additive",
@@ -27,10 +29,7 @@ OPERATORS = (
     "clustered:tokens=32",
     "clustered:cells=blocks:tokens=32",
 )
-PROBES, TOLERANCE = (
-    3,
-    1e-3,
-)  # queries compared with the definition, and their largest error relative to the largest entry
+PROBES, TOLERANCE = 3, 1e-3  # queries compared with the definition, and their largest error as a share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +53,15 @@ class Grid:
         """Number of positions."""
         return math.prod(self.sizes)
 
-    def tensors(self) -> list[Tensor]:
-        """Draw queries, keys and values ``(1, H, n_1, …, n_N, D)``, each of noise and an outer sum."""
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """Draw queries, keys and values ``(1, H, n_1, …, n_N, D)`` on the CPU, each of noise and an outer sum."""
         generator, found = torch.Generator().manual_seed(0), []
         for _ in range(3):
             tensor = torch.randn(1, self.heads, *self.sizes, self.dim, generator=generator)
             for mode, size in enumerate(self.sizes):
                 along = [size if k == mode else 1 for k in range(len(self.sizes))]
                 tensor = tensor + torch.randn(1, self.heads, *along, self.dim, generator=generator)
-            found.append(tensor)
+            found.append(tensor.to(device))
         return found
 
 
@@ -92,25 +91,6 @@ class Measured:
     gains: Mapping[str, tuple[float, float] | None]
 
 
-def cells_found(query: Tensor, key: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Search as clustered attention does, and return the cell of each position and the spread of each cell.
-
-    Args:
-        query: Queries ``(*batch, L, D)``.
-        key: Keys ``(*batch, T, D)``.
-        tokens: Number of cells n.
-
-    Returns:
-        Labels ``(*batch, T)``, and spreads in units of the mean one ``(*batch, n)``, as the definition takes them.
-    """
-    with torch.no_grad():
-        found, spread = search(key, None, metric_of(*draw_queries(query, None)), tokens)
-        labels = found.label(key)
-        count = F.one_hot(labels, tokens).double().mean(-2)
-        typical = (count * spread).sum(-1, keepdim=True)
-        return labels, torch.where(typical > 0, spread / typical, 1.0)
-
-
 def _error(choice: Choice, tensors: Sequence[Tensor], output: Tensor) -> float:
     """Return the largest error of an output at some queries, relative to the largest entry."""
     sizes = tensors[0].shape[2:-1]
@@ -121,8 +101,9 @@ def _error(choice: Choice, tensors: Sequence[Tensor], output: Tensor) -> float:
         labels, spread = cells_found(query, key, options["tokens"])
         if options["tokens"] < math.prod(sizes):
             options |= {"labels": labels.unflatten(-1, sizes), "spread": spread}
-    expected, _ = reference.attention(choice.record.name, *tensors, order=len(sizes), at=places, **options)
-    found = output.movedim((0, 1), (-3, -2))[tuple(places.unbind(-1))].movedim(0, -2).double()
+    exact = [tensor.cpu() for tensor in tensors]
+    expected, _ = reference.attention(choice.record.name, *exact, order=len(sizes), at=places, **options)
+    found = output.cpu().movedim((0, 1), (-3, -2))[tuple(places.unbind(-1))].movedim(0, -2).double()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -131,6 +112,7 @@ def measure_grid(
     choices: Sequence[Choice],
     timed: Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, tuple[float, float]]],
     started: Callable[[str], None] = lambda words: None,
+    device: torch.device = CPU,
 ) -> Measured:
     """Compare operators with their definitions, and time them and full attention in turn.
 
@@ -139,8 +121,9 @@ def measure_grid(
         choices: Operators and their options.
         timed: From calls by name to seconds of each and their spread.
         started: Called with words when a step starts.
+        device: Where it is done.
     """
-    tensors, order = grid.tensors(), len(grid.sizes)
+    tensors, order = grid.tensors(device), len(grid.sizes)
     flat = [tensor.flatten(2, -2) for tensor in tensors]
     gradient = torch.randn_like(tensors[0])
 
@@ -182,14 +165,36 @@ def table(measured: Sequence[Measured]) -> list[str]:
 
     Examples:
         >>> print(*table([Measured(GRIDS[2], (2e-3, 6e-3), {"kao_kv": (1.25, 12.0), "axial": None})]), sep="\n")
-        grid             P     full attention    kao_kv          axial
-        ViT-S, 14×14   196   2.00 ms; 6.00 ms   1.2; 12   parity fails
+        grid             P   full attention, ms    kao_kv          axial
+        ViT-S, 14×14   196           2.00; 6.00   1.2; 12   parity fails
     """
     names = [choice.label for choice in parse_choices(measured[0].gains)]
-    rows: list[tuple[str, ...]] = [("grid", "P", "full attention", *names)]
+    rows: list[tuple[str, ...]] = [("grid", "P", "full attention, ms", *names)]
     for each in measured:
         first = f"{each.grid.name}, {'×'.join(map(str, each.grid.sizes))}"
-        seconds = "; ".join(map(duration, each.full))
+        times = "; ".join(digits(1e3 * seconds) for seconds in each.full)
         cells = ["; ".join(map(_times, gain)) if gain else "parity fails" for gain in each.gains.values()]
-        rows.append((first, f"{each.grid.positions:,}", seconds, *cells))
+        rows.append((first, f"{each.grid.positions:,}", times, *cells))
     return aligned(rows)
+
+
+def run(operators: Sequence[str] | None, repeats: int, device: torch.device, where: Mapping[str, str]) -> int:
+    """Print how many times as long full attention takes on the grids of known models.
+
+    Args:
+        operators: Operators with options, as the command line names them; some by default.
+        repeats: Samples of each time.
+        device: Where it is done.
+        where: What the numbers depend on, by name.
+
+    Returns:
+        The exit status: 1 where parity fails.
+    """
+    choices, scratch = parse_choices(operators or OPERATORS), torch.zeros(1 << 20, device=device)
+    timed = functools.partial(interleaved, repeats=repeats, before=lambda: scratch.add_(1), device=device)
+    with one_thread(), progress(2 * len(GRIDS), unit="step") as started:
+        measured = [measure_grid(grid, choices, timed, started, device) for grid in GRIDS]
+    print(*(f"{name}: {words}" for name, words in where.items()), sep="\n")
+    print("\nTime of full attention (forwards; forwards and backwards), and how many times the operators are faster.\n")
+    print(*table(measured), sep="\n")
+    return 0 if all(gain for each in measured for gain in each.gains.values()) else 1

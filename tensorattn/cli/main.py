@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "attend": "run every operator on a video, a volume or any array, with a table and figures",
-    "bench": "time and memory of every operator and of its peers, after parity",
+    "bench": "time, memory and FLOPs of every operator beside full attention, on your shape and device",
     "learn": "train networks with every mixer on real data, with a table of metrics and FLOPs, and figures",
     "verify": "try claims and theorems on random cases of a type and device, with a table of errors and verdicts",
 }

@@ -1,4 +1,4 @@
-"""The command `bench`: parity before time, its tables and files, plain layers and peers, and what it refuses."""
+"""The command `bench`: its tables, answer and files, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,31 +7,27 @@ import dataclasses
 import importlib.util
 import io
 import json
-import math
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from tensorattn.cli import bench as module
 from tensorattn.cli import gain
-from tensorattn.cli.bench import PEERS, Contender, Curve, Work, contenders, examine, interleaved
+from tensorattn.cli.bench import Phase, Row, answer, curves, examine, table
 from tensorattn.cli.common import parse_choices
+from tensorattn.cli.contenders import FULL, LIBRARY, OTHERS, PEERS, PLAINLY, Work, contenders
 from tensorattn.cli.main import main
-from tensorattn.cli.plain import PLAIN, PlainLayer
-from tensorattn.diagnose.cost import count_calls
+from tensorattn.cli.plain import PLAIN
+from tensorattn.cli.plots import Curve
 from tensorattn.functional import OPERATORS
-from tensorattn.nn import TensorAttention
-from tensorattn.testing import reference
 
 PROGRAM = "python -m tensorattn bench"
 SMALL = ("--heads", "2", "--repeats", "1", "--shape", "2,4,5,8")
 PLANE = Work(2, (4, 5), 8, heads=2)
+BESIDE = [each.name for each in OTHERS]
 
 
 def bench(*words: str | Path) -> int:
@@ -46,20 +42,117 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
     return rows
 
 
-def contender(name: str) -> Contender:
-    (found,) = (each for each in contenders(parse_choices(OPERATORS), peers=True) if each.name == name)
-    return found
-
-
 # ---- what is printed and written -----------------------------------------------------------------------------
 
 
+def phase(milliseconds: float, spread: float = 0.0, peak: int | None = 2_500_000) -> Phase:
+    return Phase(milliseconds / 1e3, spread / 1e3, 1_200_000_000, peak, 17)
+
+
+def test_a_table_is_in_ms_and_mb_beside_full_attention():
+    rows = [
+        Row(PLANE, "additive", LIBRARY, 3e-7, phase(2, 0.1), phase(5, peak=None)),
+        Row(PLANE, "clustered", LIBRARY, 0.2, note="parity fails, error 2e-01 above 1e-03: not timed"),
+        Row(PLANE, FULL, PLAINLY, 1e-6, phase(24), phase(1234)),
+    ]
+    assert table(rows) == [
+        "2×4×5×8, float32, channels last, 2 heads, on cpu: 20 positions, 0.00128 MB",
+        "",
+        "                     forward                             training                           parity",
+        "                          ms   × full     MB   GFLOP           ms   × full     MB   GFLOP    error",
+        "tensorattn",
+        "  additive         2.00 ± 5%     12.0   2.50    1.20    5.00 ± 0%      247      -    1.20    3e-07",
+        "  clustered: parity fails, error 2e-01 above 1e-03: not timed",
+        "plain PyTorch: linear maps, SDPA, a linear map",
+        "  full attention   24.0 ± 0%     1.00   2.50    1.20   1,234 ± 0%     1.00   2.50    1.20    1e-06",
+        "",
+        "Fastest here: forwards additive (12.0 × full attention), in training additive (247 × full attention).",
+    ]
+
+
+def test_the_answer_claims_no_more_than_was_measured():
+    def said(**times: tuple[float, float]) -> str:
+        return answer([Row(PLANE, name.replace("_", " "), forward=phase(*of)) for name, of in times.items()])
+
+    assert said(a=(2, 0.3), b=(2.5, 0.3), c=(4, 0.1), full_attention=(9, 0)) == (
+        "Fastest here: forwards a and b (4.50 × full attention)."
+    )
+    assert said(a=(2, 0), full_attention=(1, 0)) == "Fastest here: forwards full attention (nothing is gained)."
+    assert said(a=(2, 0.6), full_attention=(3, 0.6)) == (
+        "Fastest here: forwards a and full attention (nothing is gained)."
+    )
+    assert said(a=(2, 0)) == "Fastest here: forwards a. Full attention was not timed."
+    assert answer([Row(PLANE, "a", note="not run")]) == "Nothing was timed."
+
+
+def test_a_run_from_end_to_end(capsys, tmp_path):
+    words = (*SMALL, "--operator", "kao_kv", "--operator", "kao_qkv:centered=True", "--plain", "--cubes", "2,3,4")
+    assert bench(*words, "--out", tmp_path / "a/b") == 0
+    printed, told = capsys.readouterr()
+    names = {"bench.txt", "bench.csv", "bench.json", "bench.png", "bench-scaling.png"}
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == names
+    assert all(str(tmp_path / "a/b" / name) in printed for name in names)
+    assert printed.startswith((tmp_path / "a/b/bench.txt").read_text().rstrip())
+    assert (
+        "command: python -m tensorattn bench --shape 2,4,5,8 --operator kao_kv --operator kao_qkv:centered=True "
+        "--heads 2 --plain --repeats 1 --cubes 2,3,4\n" in printed
+    )
+    assert "2×4×5×8, float32, channels last, 2 heads, on cpu: 20 positions, 0.00128 MB\n" in printed
+    assert "trying: time on 2×4×5×8, float32, channels last, 2 heads, on cpu\n" in told
+    rows = rows_of(tmp_path / "a/b/bench.csv")
+    assert list(rows) == ["kao_kv", "kao_qkv:centered=True", *BESIDE, "plain kao_kv", "plain kao_qkv"]
+    for row in rows.values():
+        assert float(row["error"]) < 1e-5 and row["device"] == "cpu"
+        for kind in ("forward", "training"):
+            assert float(row[f"{kind}_seconds"]) > 0 and int(row[f"{kind}_calls"]) > 0
+            assert int(row[f"{kind}_peak"]) >= 4 * 2 * 4 * 5 * 8 and int(row[f"{kind}_flops"]) > 0
+    found = json.loads((tmp_path / "a/b/bench.json").read_text())
+    assert found["machine"]["command"].startswith(PROGRAM)
+    assert list(found["scaling"]) == list(rows) and found["scaling"]["kao_kv"]["positions"] == [8, 27, 64]
+
+
 @pytest.mark.thorough
-def test_what_processes_send_is_counted(capsys: Any, tmp_path: Path) -> None:
-    words = (*SMALL, "--operator", "kao_kv", "--operator", "axial", "--cubes", "none", "--world", "2")
+def test_everyone_in_both_layouts_in_float64(capsys, tmp_path):
+    words = ("--heads", "2", "--repeats", "1", "--shape", "2,4,5,8", "--shape", "1,3,4,2,8", "--layout", "both")
+    assert bench(*words, "--dtype", "float64", "--peers", "--plain", "--out", tmp_path) == 0
+    found = list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text())))
+    forms = [f"plain {name}" for name in OPERATORS if name in PLAIN and name not in ("axial", "flattened")]
+    assert [row["contender"] for row in found] == 4 * [*OPERATORS, *BESIDE, *forms, *(peer.name for peer in PEERS)]
+    for row in found:
+        assert bool(row["forward_seconds"]) != bool(row["note"]), row
+        assert row["note"] or float(row["error"]) < 1e-9
+    installed = importlib.util.find_spec("kronecker_attention_pytorch") is not None  # else that is what is told
+    told = "kronecker-attention-pytorch: it takes images with channels first only" in capsys.readouterr().out
+    assert told == installed
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.txt", "bench.csv", "bench.json", "bench.png"}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_all_operators_are_timed_in_half_precision(tmp_path, dtype):
+    words = ("--repeats", "1", "--shape", "1,8,14,14,64", "--dtype", dtype)
+    assert bench(*words, "--out", tmp_path) == 0
+    notes = {name: row["note"] for name, row in rows_of(tmp_path / "bench.csv").items() if row["note"]}
+    assert set(notes) <= {"pooled attention"}  # PyTorch pools no volumes of these types on a CPU
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the compiler itself
+def test_compiled_operators_stand_beside_the_others(tmp_path):
+    assert bench(*SMALL, "--operator", "kao_qkv", "--compile", "--out", tmp_path) == 0
+    rows = rows_of(tmp_path / "bench.csv")
+    assert list(rows) == ["kao_qkv", "kao_qkv, compiled", *BESIDE]
+    compiled = rows["kao_qkv, compiled"]
+    assert float(compiled["training_seconds"]) > 0 and float(compiled["error"]) < 1e-5
+    assert compiled["training_peak"] == compiled["training_calls"] == ""
+
+
+@pytest.mark.thorough
+def test_what_processes_send_is_counted(capsys, tmp_path):
+    words = (*SMALL, "--operator", "kao_kv", "--operator", "axial", "--world", "2")
     assert bench(*words, "--out", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "--repeats 1 --cubes none --world 2\n" in printed
+    assert "--repeats 1 --world 2\n" in printed
     lines = [line.split() for line in printed.partition("2 processes, one sends")[2].splitlines()]
     found = {line[0]: line[1:3] for line in lines if line[-1:] == ["counted"]}
     # B S C numbers, each way around a ring of two; queries, keys and values along one mode.
@@ -72,197 +165,52 @@ def test_what_processes_send_is_counted(capsys: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_from_end_to_end(capsys: Any, tmp_path: Path) -> None:
-    words = (*SMALL, "--operator", "kao_kv", "--operator", "kao_qkv:centered=True", "--cubes", "2,3,4")
-    assert bench(*words, "--out", tmp_path / "a/b") == 0
-    printed = capsys.readouterr().out
-    names = {"bench.txt", "bench.csv", "bench.json", "bench-scaling.png"}
-    assert {path.name for path in (tmp_path / "a/b").iterdir()} == names
-    assert all(str(tmp_path / "a/b" / name) in printed for name in names)
-    assert printed.startswith((tmp_path / "a/b/bench.txt").read_text().rstrip())
-    for words_ in ("processor: ", "environment: ", f"torch {torch.__version__}", "date: "):
-        assert words_ in printed
-    assert (
-        "command: python -m tensorattn bench --shape 2,4,5,8 --operator kao_kv --operator kao_qkv:centered=True "
-        "--heads 2 --dtype float32 --layout channels_last --repeats 1 --cubes 2,3,4\n" in printed
-    )
-    assert "2×4×5×8, float32, channels last, 2 heads" in printed
-    rows = rows_of(tmp_path / "a/b/bench.csv")
-    assert list(rows) == ["kao_kv", "kao_qkv:centered=True", "plain kao_kv", "plain kao_qkv"]
-    for row in rows.values():
-        assert float(row["error"]) < 1e-5
-        for kind in ("forward", "training"):
-            assert float(row[f"{kind}_seconds"]) > 0 and int(row[f"{kind}_calls"]) > 0
-            assert int(row[f"{kind}_peak"]) >= 4 * 2 * 4 * 5 * 8 and int(row[f"{kind}_flops"]) > 0
-    found = json.loads((tmp_path / "a/b/bench.json").read_text())
-    assert found["machine"]["command"].startswith(PROGRAM)
-    assert list(found["scaling"]) == ["kao_kv"] and found["scaling"]["kao_kv"]["positions"] == [8, 27, 64]
-    ratios = next(line.split() for line in printed.splitlines() if line.startswith("  kao_kv "))
-    ours, plain = rows["kao_kv"], rows["plain kao_kv"]
-    assert float(ratios[1]) == round(float(ours["forward_seconds"]) / float(plain["forward_seconds"]), 2)
-    assert ratios[-6:] == [
-        ours["forward_calls"],
-        "/",
-        plain["forward_calls"],
-        ours["training_calls"],
-        "/",
-        plain["training_calls"],
-    ]
-
-
-@pytest.mark.thorough
-def test_everyone_in_both_layouts_in_float64(capsys: Any, tmp_path: Path) -> None:
-    words = ("--heads", "2", "--repeats", "1", "--shape", "2,4,5,8", "--shape", "1,3,4,2,8", "--layout", "both")
-    assert bench(*words, "--dtype", "float64", "--cubes", "none", "--out", tmp_path) == 0
-    table = list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text())))
-    names = [*OPERATORS, *(f"plain {name}" for name in PLAIN), *(peer.name for peer in PEERS)]
-    assert [row["contender"] for row in table] == 4 * names
-    for row in table:
-        assert bool(row["forward_seconds"]) != bool(row["note"]), row
-        assert row["note"] or float(row["error"]) < 1e-9
-    installed = importlib.util.find_spec("kronecker_attention_pytorch") is not None  # else that is what is told
-    told = "kronecker-attention-pytorch: it takes images with channels first only" in capsys.readouterr().out
-    assert told == installed
-    assert {path.suffix for path in tmp_path.iterdir()} == {".txt", ".csv", ".json"}
-
-
-@pytest.mark.thorough
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the compiler itself
-def test_compiled_operators_stand_beside_the_others(tmp_path: Path) -> None:
-    assert bench(*SMALL, "--operator", "kao_qkv", "--compile", "--cubes", "none", "--out", tmp_path) == 0
-    rows = rows_of(tmp_path / "bench.csv")
-    assert list(rows) == ["kao_qkv", "kao_qkv, compiled", "plain kao_qkv"]
-    compiled = rows["kao_qkv, compiled"]
-    assert float(compiled["training_seconds"]) > 0 and float(compiled["error"]) < 1e-5
-    assert compiled["training_peak"] == compiled["training_calls"] == ""
-
-
-def test_without_matplotlib_there_is_no_plot_and_it_says_so(
-    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_there_is_no_plot_and_it_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert bench(*SMALL, "--operator", "kao_qkv", "--cubes", "2", "--out", tmp_path) == 0
-    assert "no plot: the scaling plot needs matplotlib" in capsys.readouterr().out
+    assert bench(*SMALL, "--operator", "kao_qkv", "--out", tmp_path) == 0
+    assert "no plot: the figure needs matplotlib" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".txt", ".csv", ".json"}
 
 
-# ---- parity --------------------------------------------------------------------------------------------------
+# ---- what is not run -----------------------------------------------------------------------------------------
 
 
-class Unseen(torch.autograd.Function):
-    """Passes a tensor on, and a part of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 0.95 * gradient
+def test_what_takes_too_long_is_left_out_and_told():
+    who = contenders(parse_choices(["flattened", "kao_qkv"]))
+    rows = {row.name: row for row in examine(Work(1, (150, 150), 64), who, repeats=1, whole=False)}
+    for name in ("flattened", FULL):
+        assert rows[name].note == "not run: a forward pass takes 140 GFLOP, --limit is 100"
+        assert rows[name].error is rows[name].forward is None
+    assert rows["kao_qkv"].forward is not None
+    assert rows["kao_qkv"].training is None
 
 
-class Wrong(TensorAttention):
-    """A layer with a wrong output."""
-
-    mistake: Callable[[Tensor], Tensor]
-
-    def forward(self, x: Tensor, *given: Any, **told: Any) -> Tensor:
-        return self.mistake(super().forward(x, *given, **told))
-
-
-MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {
-    "a hundredth too much": lambda y: 1.01 * y,
-    "not a number": lambda y: y * math.nan,
-    "another shape": lambda y: y[..., :1],
-    "less gradient": Unseen.apply,
-}
+def test_the_limit_is_that_of_the_user(capsys, tmp_path):
+    words = ("--repeats", "1", "--shape", "1,70,70,64", "--operator", "kao_qkv", "--limit", "6", "--out", tmp_path)
+    assert bench(*words) == 0
+    printed = capsys.readouterr().out
+    assert "  full attention: not run: a forward pass takes 7 GFLOP, --limit is 6\n" in printed
+    assert "Full attention was not timed." in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_wrong_layer_gets_no_time(name: str) -> None:
-    class Mistaken(Wrong):
-        mistake = staticmethod(MISTAKES[name])
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("CUDA out of memory."), NotImplementedError("No pooling.")])
+def test_what_a_device_cannot_do_ends_one_contender_only(cause):
+    class Large(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.device.type != "meta":
+                raise cause
+            return super().forward(x)
 
-    wrong = dataclasses.replace(contender("kao_kv"), build=lambda work: Mistaken(8, 2, modes=2, operator="kao_kv"))
-    row, other = examine(PLANE, [wrong, contender("plain kao_kv")], repeats=1)
-    assert row.forward is row.training is None and other.forward is not None
-    assert row.note.startswith("parity fails, error ") and row.note.endswith(" above 1e-03: not timed")
-
-
-def test_a_parameter_with_a_wrong_gradient_is_found() -> None:
-    def build(work: Work) -> nn.Module:
-        layer = TensorAttention(8, 2, modes=2, operator="kao_kv")
-        layer.v_proj.weight.register_hook(lambda gradient: 1.05 * gradient)
-        return layer
-
-    (row,) = examine(PLANE, [dataclasses.replace(contender("kao_kv"), build=build)], repeats=1)
-    assert row.training is None and row.note.startswith("parity fails")
+    large, other = contenders(parse_choices(["kao_kv"]))[:2]
+    large = dataclasses.replace(large, build=lambda work: Large(8, 8), definition=lambda layer, x, places, measured: x)
+    row, full = examine(PLANE, [large, other], repeats=1)
+    assert row.note == f"not run: {cause}" and full.training is not None
 
 
-@pytest.mark.parametrize("name", [peer.name for peer in PEERS])
-@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
-def test_peers_compute_what_they_say(name: str, layout: str) -> None:
-    for sizes in ((7,), (5, 6), (4, 3, 5)):
-        (row,) = examine(Work(2, sizes, 8, 2, "float64", layout), [contender(name)], repeats=1)
-        if "not installed" in row.note:
-            pytest.skip(row.note)
-        if name.startswith("kronecker") and (len(sizes) != 2 or layout == "channels_last"):
-            assert row.note == "it takes images with channels first only"
-        else:
-            assert row.error is not None and row.error < 1e-9 and not row.note
-
-
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("channels_first", [False, True])
-def test_plain_layers_are_those_of_the_operators(name: str, channels_first: bool) -> None:
-    for sizes in ((5,), (3, 4), (2, 3, 4), (2, 3, 2, 2)):
-        layer = TensorAttention(6, 2, modes=len(sizes), operator=name, channels_first=channels_first).double()
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter)
-        x = torch.randn(2, *sizes, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        found = PlainLayer(layer)(x.movedim(-1, 1) if channels_first else x)
-        found = found.movedim(1, -1) if channels_first else found
-        torch.testing.assert_close(found, reference.layer(layer, x), rtol=1e-10, atol=1e-12)
-
-
-def test_every_operator_has_a_plain_layer_of_few_calls() -> None:
-    assert set(PLAIN) == set(OPERATORS) - {"clustered"}  # a search is no few calls
-    for name, calls in {"kao_kv": 10, "additive": 17, "kao_qkv": 13}.items():
-        plain = PlainLayer(TensorAttention(8, 2, modes=3, operator=name))
-        for sizes in ((2, 3, 4), (9, 8, 10)):
-            assert count_calls(lambda: plain(torch.zeros(2, *sizes, 8))) == calls + 1  # noqa: B023
-
-
-def test_long_attention_is_left_out_and_told() -> None:
-    rows = examine(Work(1, (300, 300), 8, 2), [contender("flattened"), contender("plain flattened")], repeats=1)
-    assert [row.note for row in rows] == 2 * ["90,000 positions are more than 20,000"]
-
-
-# ---- times ---------------------------------------------------------------------------------------------------
-
-
-def test_calls_are_run_in_turn() -> None:
-    order: list[str] = []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = interleaved(calls, repeats=2, before=lambda: order.append("-"))
-    counted = "".join(order)
-    assert counted.startswith("aabb-") and counted.count("-") == 4
-    assert [part[0] for part in counted.split("-")[1:]] == ["a", "b", "a", "b"]
-    assert all(0 < median < 1e-3 and spread >= 0 for median, spread in times.values())
-
-
-def test_threads_are_those_before() -> None:
-    before = torch.get_num_threads()
-    threads: list[int] = []
-    examine(
-        PLANE, [contender("kao_qkv")], repeats=1, whole=False, started=lambda _: threads.append(torch.get_num_threads())
-    )
-    assert set(threads) == {1} and torch.get_num_threads() == before
-
-
-def test_exponents_are_those_of_a_power() -> None:
-    assert Curve((8, 27, 64, 125), tuple(3e-6 * n**1.25 for n in (8, 27, 64, 125))).exponent == pytest.approx(1.25)
-    assert math.isnan(Curve((8,), (1.0,)).exponent)
+def test_curves_are_of_those_who_were_timed():
+    works = [Work(1, (n, n), 8) for n in (3, 2)]
+    rows = [Row(work, "a", forward=phase(work.positions)) for work in works] + [Row(works[0], "b", note="not run")]
+    assert curves(rows) == {"a": Curve((4, 9), (0.004, 0.009))}
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------
@@ -280,45 +228,76 @@ def test_exponents_are_those_of_a_power() -> None:
         (("--shape", "1,3,4", "--heads", "3"), "--heads must divide the channels, but 3 do not divide 4 of 1,3,4."),
         (("--dtype", "int8"), "--dtype must be one of float64, float32, bfloat16, float16, got 'int8'."),
         (("--layout", "nhwc"), "--layout must be one of channels_last, channels_first, both, got 'nhwc'."),
-        (("--cubes", "3,x"), "--cubes must be whole numbers of at least 1, or none, got '3,x'."),
+        (("--cubes", "3,x"), "--cubes must be whole numbers of at least 1, got '3,x'."),
+        (("--cubes", "0"), "--cubes must be whole numbers of at least 1, got '0'."),
         (("--operator", "dense"), f"--operator 'dense' is not one of: {', '.join(OPERATORS)}."),
+        (("--device", "cuda"), "--device must be one of those that are here, cpu, got 'cuda'."),
+        (("--gain", "--device", "mps"), "--device must be one of those that are here, cpu, got 'mps'."),
+        (
+            ("--gain", "--shape", "1,3,4"),
+            "--gain has grids and settings of its own: --shape has no meaning beside it.",
+        ),
         (
             ("--operator", "truncated:interaction_order=3", "--shape", "1,3,4,8"),
             "interaction_order must be an integer between 1 and order 2, got 3.",
         ),
     ],
 )
-def test_bad_arguments_are_told_in_one_line(capsys: Any, tmp_path: Path, words: tuple[str, ...], line: str) -> None:
-    assert bench(*words, "--out", tmp_path / "out") == 2
+def test_bad_arguments_are_told_in_one_line(capsys, tmp_path, monkeypatch, words, line):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    words = words if "--gain" in words else (*words, "--out", tmp_path / "out")
+    assert bench(*words) == 2
     printed = capsys.readouterr()
     assert printed.err == f"{PROGRAM}: {line}\n" and printed.out == ""
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [("--repeats", "0"), ("--heads", "two"), ("--goals",), ("file",)])
-def test_what_the_parser_refuses(capsys: Any, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--dtype", "float64"), "--dtype float64 is not there on mps."),
+        (
+            ("--world", "2"),
+            "--world counts what processes on the CPU send; --device mps has no meaning beside it.",
+        ),
+    ],
+)
+def test_what_is_not_there_on_a_device_is_told(capsys, tmp_path, monkeypatch, words, line):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert bench("--device", "mps", *words, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"{PROGRAM}: {line}\n"
+
+
+@pytest.mark.parametrize("words", [("--repeats", "0"), ("--heads", "two"), ("--limit", "0"), ("--goals",), ("file",)])
+def test_what_the_parser_refuses(capsys, words):
     with pytest.raises(SystemExit) as ended:
         bench(*words)
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_directory_is_checked_before_any_work(capsys: Any, tmp_path: Path) -> None:
+def test_the_directory_is_checked_before_any_work(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert bench("--out", tmp_path / "file") == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_gains_are_told_for_grids_of_known_models(capsys, monkeypatch):
+# ---- gain ----------------------------------------------------------------------------------------------------
+
+
+def test_gains_are_told_for_grids_of_known_models(capsys: Any, monkeypatch):
     """After parity: an operator that is wrong gets no time."""
-    monkeypatch.setattr(module, "GRIDS", gain.GRIDS[2:3])
-    assert main(["bench", "--gain", "--repeats", "1", "--operator", "kao_kv", "--operator", "clustered:tokens=16"]) == 0
+    monkeypatch.setattr(gain, "GRIDS", gain.GRIDS[2:3])
+    assert bench("--gain", "--repeats", "1", "--operator", "kao_kv", "--operator", "clustered:tokens=16") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split() == ["grid", "P", "full", "attention", "kao_kv", "clustered:tokens=16"]
-    assert re.fullmatch(r"ViT-S, 14×14 +196 +[\d.]+ ms; [\d.]+ ms( +[\d.]+; [\d.]+){2}", lines[-1])
+    words = "--operator kao_kv --operator clustered:tokens=16 --repeats 1 --gain"
+    assert lines[0] == f"command: python -m tensorattn bench {words}" and "device: cpu, CPU time of one thread" in lines
+    assert lines[-2].split() == ["grid", "P", "full", "attention,", "ms", "kao_kv", "clustered:tokens=16"]
+    assert re.fullmatch(r"ViT-S, 14×14 +196 +[\d.]+; [\d.]+( +[\d.]+; [\d.]+){2}", lines[-1])
 
 
 def test_what_fails_parity_is_not_timed(capsys, monkeypatch):
-    monkeypatch.setattr(module, "GRIDS", gain.GRIDS[2:3])
+    monkeypatch.setattr(gain, "GRIDS", gain.GRIDS[2:3])
     monkeypatch.setattr(gain, "TOLERANCE", 0.0)
-    assert main(["bench", "--gain", "--repeats", "1", "--operator", "kao_kv"]) == 1
+    assert bench("--gain", "--repeats", "1", "--operator", "kao_kv") == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("parity fails")
