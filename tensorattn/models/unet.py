@@ -36,7 +36,8 @@ class TensorUNet(nn.Module):
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         widths: Channels of each grid, from the finest, which has half the sizes of the input, to the coarsest.
         mixer: What mixes positions: an operator of attention, ``"mean"`` of all positions, ``"local"`` filters,
-            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none.
+            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none. The default learned best of
+            all that cost next to nothing.
         num_heads: Number of heads; they divide the widths.
         expansion: Channels inside an inverted residual over those of its input.
         drop_path: Probability of dropping a mixer of a sample in training.
@@ -74,7 +75,7 @@ class TensorUNet(nn.Module):
         *,
         modes: int | str | Sequence[str] | None = None,
         widths: Sequence[int] = (16, 32),
-        mixer: str = "kao_kv",
+        mixer: str = "kronecker_product",
         num_heads: int = 4,
         expansion: float = 4,
         drop_path: float = 0.0,
