@@ -31,7 +31,7 @@ def layer_cases(world):
 
 def other_cases(world):
     """Cases of everything else."""
-    names = ("traffic", "block", "context", "fsdp", "compile", "dtensor", "refusals")
+    names = ("traffic", "block", "context", "fsdp", "compile", "dtensor", "refusals", "one_refuses", "unchecked")
     found = [(name, getattr(sharded, f"{name}_case")) for name in names]
     return [*found, *((f"model {settings}", sharded.model_case, settings) for settings in MODELS)]
 
@@ -47,7 +47,7 @@ def check(world, cases, folder):
 
 
 def test_two_processes(tmp_path):
-    cases = [("refusals", sharded.refusals_case), ("traffic", sharded.traffic_case)]
+    cases = [(name, getattr(sharded, f"{name}_case")) for name in ("refusals", "one_refuses", "traffic")]
     cases += [(name, sharded.layer_case, name, ("t",), None, kinds) for name, kinds in QUICK.items()]
     check(2, cases, tmp_path)
 

@@ -26,7 +26,7 @@ from tensorattn.nn.pipeline import AttentionPipeline
 from tensorattn.nn.prefix import check_prefix, check_prefix_meaning
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.nn.weights import settings_of, unpack
-from tensorattn.sharding import Sharding, call_shared_out, is_shared_out
+from tensorattn.sharding import Sharding, call_shared_out, in_common, is_shared_out
 
 __all__ = ["TensorAttention"]
 
@@ -282,6 +282,7 @@ class TensorAttention(AttentionPipeline):
         return ", ".join(parts)
 
     @retells
+    @in_common
     def forward(
         self,
         x: Tensor,
@@ -387,6 +388,7 @@ class TensorAttention(AttentionPipeline):
         return y, F.dropout(beside, self.proj_drop, self.training) if self.proj_drop > 0 else beside
 
     @retells
+    @in_common
     def summarize(
         self,
         context: Tensor | tuple[Tensor, Tensor],
