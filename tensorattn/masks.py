@@ -69,6 +69,8 @@ class Part:
             those that differ in others alone.
         gather: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode;
             None where no part sees another.
+        exchange: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode,
+            of which the next dimension is cut; or, told its length, back.
     """
 
     sizes: tuple[int, ...]
@@ -76,6 +78,7 @@ class Part:
     lengths: tuple[int, ...]
     total: Callable[[Callable[[], list[Tensor]], int | None], list[Tensor]]
     gather: Callable[[Tensor, int, int], Tensor] | None = None
+    exchange: Callable[[Tensor, int, int, int | None], Tensor] | None = None
 
     def without(self, mode: int) -> Part:
         """Return the same part of the other modes, where the indices of one are a batch dimension."""
@@ -93,6 +96,28 @@ class Part:
     def every(self, tensor: Tensor, mode: int, dim: int) -> Tensor:
         """Return a tensor of the part with the indices of all parts along a mode."""
         return tensor if self.gather is None else self.gather(tensor, mode, dim)
+
+    def along(self, function: Callable[..., Tensor], tensors: Sequence[Tensor], mode: int, batch: int) -> Tensor:
+        """Call a function of whole fibres of a mode on tensors of the part; what it returns is of the part again.
+
+        Args:
+            function: From tensors ``(*batch, n_mode, columns, D)`` to one with other channels. Columns are some of the
+                places in the other modes.
+            tensors: Each ``(*batch, l_1, …, l_N, D)``.
+            mode: The mode.
+            batch: Number of batch dimensions.
+        """
+        moved = [tensor.movedim(batch + mode, batch) for tensor in tensors]
+        others, columns = moved[0].shape[batch + 1 : -1], math.prod(moved[0].shape[batch + 1 : -1])
+        flat, exchange = (
+            [each.reshape(*each.shape[: batch + 1], columns, each.shape[-1]) for each in moved],
+            self.exchange,
+        )
+        if exchange is None:
+            found = function(*flat)
+        else:
+            found = exchange(function(*[exchange(each, mode, batch, None) for each in flat]), mode, batch, columns)
+        return found.reshape(*found.shape[: batch + 1], *others, found.shape[-1]).movedim(batch, batch + mode)
 
     def whole(self, tensor: Tensor, batch: int) -> Tensor:
         """Gather a tensor of the part ``(*batch, l_1, …, l_N, D)``."""

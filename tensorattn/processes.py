@@ -59,6 +59,11 @@ class Peers(NamedTuple):
         operators: Any = torch.ops._c10d_functional
         return operators.wait_tensor(operators.all_gather_into_tensor(tensor.contiguous(), self.size, self.name))
 
+    def swap(self, tensor: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:
+        """Give each process its share of a vector, and put what they give behind each other; lengths are told."""
+        operators: Any = torch.ops._c10d_functional
+        return operators.wait_tensor(operators.all_to_all_single(tensor, [*received], [*sent], self.name))
+
 
 def size_of(name: Any) -> int:
     """Return the number of processes of a group by its name, which has no public name either."""

@@ -7,6 +7,7 @@ positions. Losses are added: the gradients of the processes, added up, are those
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -180,16 +181,16 @@ class Sharding:
             OptionError: If a mode is cut twice, or there are not as many splits as processes.
         """
         splits = self._splits(spec)
-        start, lengths = [0] * spec.order, list(self.sizes)
+        start, lengths, places = [0] * spec.order, list(self.sizes), [0] * spec.order
         for mode, (dim, split) in splits.items():
-            place = self.mesh.get_local_rank(dim)
+            places[mode] = place = self.mesh.get_local_rank(dim)
             start[mode], lengths[mode] = sum(split[:place]), split[place]
         total = functools.partial(
             _total, {None: self.peers, **{m: self._others[dim] for m, (dim, _) in splits.items()}}
         )
         cuts = {m: (Peers.of(self.mesh.get_group(dim)), split) for m, (dim, split) in splits.items()}
-        gather = functools.partial(_gathered, cuts)
-        return Part(self.sizes, tuple(start), tuple(lengths), total, gather)
+        gather, exchange = functools.partial(_gathered, cuts), functools.partial(_exchanged, cuts, places)
+        return Part(self.sizes, tuple(start), tuple(lengths), total, gather, exchange)
 
     def patched(self, spec: ModeSpec, patch: Sequence[int], pad: bool) -> Sharding:
         """Return how the grid of patches is shared out.
@@ -354,6 +355,33 @@ def _gathered(cuts: Mapping[int, tuple[Peers, Sequence[int]]], tensor: Tensor, m
     whole = peers.gather(padded)
     parts = [whole.narrow(0, place * longest, length) for place, length in enumerate(split)]
     return torch.cat(parts).movedim(0, dim)
+
+
+def _exchanged(
+    cuts: Mapping[int, tuple[Peers, Sequence[int]]],
+    places: Sequence[int],
+    tensor: Tensor,
+    mode: int,
+    dim: int,
+    back: int | None,
+) -> Tensor:
+    """Cut the next dimension in place of a mode, so that each process has whole fibres; or back, to a length."""
+    if mode not in cuts:
+        return tensor
+    meet(functools.partial(_told, [tensor], whole=False))
+    (peers, split), place = cuts[mode], places[mode]
+    moved = tensor.movedim((dim, dim + 1), (0, 1))
+    columns = moved.shape[1] if back is None else back
+    shares = [len(range(first, columns, peers.size)) for first in range(peers.size)]  # as even as can be
+    if back is None:
+        sent, shapes = moved.split(shares, 1), [(length, shares[place]) for length in split]
+    else:
+        sent, shapes = moved.split([*split]), [(split[place], share) for share in shares]
+    width = math.prod(moved.shape[2:])
+    lengths = [rows * share * width for rows, share in shapes]
+    found = peers.swap(torch.cat([each.reshape(-1) for each in sent]), lengths, [each.numel() for each in sent])
+    parts = [each.view(*shape, *moved.shape[2:]) for each, shape in zip(found.split(lengths), shapes, strict=True)]
+    return torch.cat(parts, 0 if back is None else 1).movedim((0, 1), (dim, dim + 1))
 
 
 def _told(tensors: Sequence[Tensor], *, whole: bool) -> list[str]:

@@ -357,7 +357,7 @@ def traffic_case(world):
 def compile_case(world):
     """One graph."""
     sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES)
-    for name in ("kao_kv", "additive", "kao_qkv"):
+    for name in ("kao_kv", "additive", "kao_qkv", "axial"):
         layer = make(name)
         x = sharding.own(draw(2, *SIZES, 12), modes="t h w").clone().requires_grad_()
         y = layer(x, sharding=sharding)

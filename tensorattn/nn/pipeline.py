@@ -500,6 +500,7 @@ class AttentionPipeline(nn.Module):
     def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None, own: Part | None = None) -> Bias:
         """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
         dtype, sizes = accumulation_dtype(x.dtype), tuple(x.shape[1:-1]) if own is None else own.sizes
+        gathers = get_operator(self.operator).gathers
         found: list[Tensor | None] = []
         for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
             if part is not None:
@@ -509,7 +510,9 @@ class AttentionPipeline(nn.Module):
                         f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in {kind}, but needs "
                         f"{needed}."
                     )
-                part = part.to(dtype) if own is None else own.own(part.to(dtype), mode, 1)
+                part = part.to(dtype)
+                if own is not None and not gathers:  # one that gathers attends along whole fibres
+                    part = own.own(part, mode, 1)
                 if frames is not None:
                     part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)
                 part = part.unsqueeze(0)
