@@ -71,6 +71,7 @@ class Part:
             None where no part sees another.
         exchange: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode,
             of which the next dimension is cut; or, told its length, back.
+        cuts: The modes of which processes hold parts, though one may hold all.
     """
 
     sizes: tuple[int, ...]
@@ -79,6 +80,7 @@ class Part:
     total: Callable[[Callable[[], list[Tensor]], int | None], list[Tensor]]
     gather: Callable[[Tensor, int, int], Tensor] | None = None
     exchange: Callable[[Tensor, int, int, int | None], Tensor] | None = None
+    cuts: frozenset[int] = frozenset()
 
     def without(self, mode: int) -> Part:
         """Return the same part of the other modes, where the indices of one are a batch dimension."""
@@ -108,15 +110,11 @@ class Part:
             batch: Number of batch dimensions.
         """
         moved = [tensor.movedim(batch + mode, batch) for tensor in tensors]
-        others, columns = moved[0].shape[batch + 1 : -1], math.prod(moved[0].shape[batch + 1 : -1])
-        flat, exchange = (
-            [each.reshape(*each.shape[: batch + 1], columns, each.shape[-1]) for each in moved],
-            self.exchange,
-        )
-        if exchange is None:
-            found = function(*flat)
-        else:
-            found = exchange(function(*[exchange(each, mode, batch, None) for each in flat]), mode, batch, columns)
+        others, exchange = moved[0].shape[batch + 1 : -1], self.exchange
+        assert exchange is not None
+        flat = [each.reshape(*each.shape[: batch + 1], math.prod(others), each.shape[-1]) for each in moved]
+        found = function(*[exchange(each, mode, batch, None) for each in flat])
+        found = exchange(found, mode, batch, math.prod(others))
         return found.reshape(*found.shape[: batch + 1], *others, found.shape[-1]).movedim(batch, batch + mode)
 
     def whole(self, tensor: Tensor, batch: int) -> Tensor:

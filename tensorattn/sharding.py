@@ -190,7 +190,7 @@ class Sharding:
         )
         cuts = {m: (Peers.of(self.mesh.get_group(dim)), split) for m, (dim, split) in splits.items()}
         gather, exchange = functools.partial(_gathered, cuts), functools.partial(_exchanged, cuts, places)
-        return Part(self.sizes, tuple(start), tuple(lengths), total, gather, exchange)
+        return Part(self.sizes, tuple(start), tuple(lengths), total, gather, exchange, frozenset(cuts))
 
     def patched(self, spec: ModeSpec, patch: Sequence[int], pad: bool) -> Sharding:
         """Return how the grid of patches is shared out.
@@ -366,8 +366,6 @@ def _exchanged(
     back: int | None,
 ) -> Tensor:
     """Cut the next dimension in place of a mode, so that each process has whole fibres; or back, to a length."""
-    if mode not in cuts:
-        return tensor
     meet(functools.partial(_told, [tensor], whole=False))
     (peers, split), place = cuts[mode], places[mode]
     moved = tensor.movedim((dim, dim + 1), (0, 1))

@@ -354,6 +354,25 @@ def traffic_case(world):
     assert counter.sent == {"all_gather_into_tensor": one, "reduce_scatter_tensor": one}, counter.sent
 
 
+def cost_case(world):
+    """What `ta.cost` says that the first process sends is what it sends, forwards and backwards."""
+    from tensorattn.diagnose.traffic import CollectiveCounter
+
+    rates = {"bandwidth": 1e9, "flop_rate": 1e12, "memory_bandwidth": 1e11}
+    block, model = ta.TensorTransformerBlock(12, 2, modes="t h w", mlp_ratio=2).double(), model_of(checkpoint=False)
+    for module, sizes in [*((make(name), SIZES) for name in LAYERS), (block, SIZES), (model, (6, 6, 8))]:
+        shape = (2, *sizes, 3 if module is model else 12)
+        found = ta.cost(module, shape, world=world, training=True, **rates).roofline
+        mesh = mesh_of(world, tuple(found.cuts))
+        assert tuple(mesh.shape) == tuple(found.cuts.values())
+        sharding = ta.Sharding(mesh, {mode: f"of_{mode}" for mode in found.cuts}, sizes=sizes)
+        part = sharding.own(draw(*shape), modes="t h w").requires_grad_()
+        with CollectiveCounter() as counter:
+            module(part, sharding=sharding).sum().backward()
+        if dist.get_rank() == 0:
+            assert counter.total == found.sent, (module, counter.total, found)
+
+
 def compile_case(world):
     """One graph."""
     sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES)

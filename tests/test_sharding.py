@@ -31,7 +31,18 @@ def layer_cases(world):
 
 def other_cases(world):
     """Cases of everything else."""
-    names = ("traffic", "block", "context", "fsdp", "compile", "dtensor", "refusals", "one_refuses", "unchecked")
+    names = (
+        "traffic",
+        "cost",
+        "block",
+        "context",
+        "fsdp",
+        "compile",
+        "dtensor",
+        "refusals",
+        "one_refuses",
+        "unchecked",
+    )
     found = [(name, getattr(sharded, f"{name}_case")) for name in names]
     return [*found, *((f"model {settings}", sharded.model_case, settings) for settings in MODELS)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +31,7 @@ class CollectiveCounter(TorchDispatchMode):
     """Count the functional collectives that are called inside, forwards and backwards, by their kind.
 
     Args:
-        imagined: Number of processes of groups that do not exist, by name.
+        size_of: From the name of a group of processes to their number.
 
     Attributes:
         sent: For each kind of collective, what one process sent; for all-reduces by a maximum, where processes meet,
@@ -46,9 +46,9 @@ class CollectiveCounter(TorchDispatchMode):
         Sent(calls=0, nbytes=0)
     """
 
-    def __init__(self, imagined: Mapping[str, int] | None = None) -> None:
+    def __init__(self, size_of: Callable[[str], int] = size_of) -> None:
         super().__init__()
-        self.imagined = imagined or {}
+        self.size_of = size_of
         self.sent: dict[str, Sent] = {}
 
     @property
@@ -61,7 +61,7 @@ class CollectiveCounter(TorchDispatchMode):
         """Count an operation, and call it."""
         result, kind = func(*args, **(kwargs or {})), func._schema.name.removeprefix("_c10d_functional::")
         if kind in KINDS:
-            world = self.imagined.get(args[-1]) or size_of(args[-1])
+            world = self.size_of(args[-1])
             most = max(args[0].nbytes, result.nbytes)  # what is gathered, or scattered
             share = most * (world - 1) / world * (2 if kind == KINDS[0] else 1)
             kind = "meeting" if "max" in args else kind

@@ -94,7 +94,7 @@ def _attend(
             "causal": causal == mode,
             **settings,
         }
-        if part is not None:
+        if part is not None and mode in part.cuts:
             outputs.append(_of_part(part, mode, query, key, value, count, **told))
             continue
         dim = batch + mode

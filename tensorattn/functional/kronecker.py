@@ -279,7 +279,7 @@ def _along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int, part: Par
     def product(fibres: Tensor) -> Tensor:
         return matmul(matrix.to(tensor.dtype), fibres.flatten(batch + 1)).unflatten(-1, fibres.shape[batch + 1 :])
 
-    if part is not None:
+    if part is not None and mode in part.cuts:
         return part.along(product, [tensor], mode, batch)
     return product(tensor.movedim(batch + mode, batch)).movedim(batch, batch + mode)
 
