@@ -99,7 +99,7 @@ def test_what_has_no_meaning_is_refused():
         (lambda: ta.cost("kao_kv", (8, 6), dim=8, world=2, **{**RATES, "flop_rate": 0.0}), "flop_rate must be positive and finite, got 0.0."),
         (lambda: ta.cost("kao_kv", (8, 6), dim=8, world=2, **{**RATES, "bandwidth": "fast"}), "bandwidth must be a number, got 'fast'."),
         (lambda: ta.cost("kao_kv", (8, 6), dim=8, world=11, **RATES), "world is 11, which does not divide a grid of 8×6 into so many parts."),
-        (lambda: ta.cost("clustered", (8, 6), dim=8, tokens=3, world=2, **RATES), "sharding has no meaning for operator 'clustered': its search needs the keys of all positions at once."),
+        (lambda: ta.cost("clustered", (8, 6), dim=8, additive_control=True, world=2, **RATES), "sharding has no meaning for operator 'clustered': additive_control needs the cells of all positions at once."),
         (lambda: ta.cost(nn.Linear(8, 8), (8, 8), world=2, **RATES), "world has no meaning for Linear: it takes no sharding."),
         (lambda: ta.cost(ta.TensorAttention(8, 2, modes="h w"), (1, 5, 8), world=2, **RATES), "world needs one input of order 2, got TensorAttention of 1×5×8."),
     ):  # fmt: skip
