@@ -190,7 +190,15 @@ class Sharding:
         )
         cuts = {m: (Peers.of(self.mesh.get_group(dim)), split) for m, (dim, split) in splits.items()}
         gather, exchange = functools.partial(_gathered, cuts), functools.partial(_exchanged, cuts, places)
-        return Part(self.sizes, tuple(start), tuple(lengths), total, gather, exchange, frozenset(cuts))
+        return Part(
+            self.sizes,
+            tuple(start),
+            tuple(lengths),
+            total,
+            gather,
+            exchange,
+            {m: split for m, (_, split) in splits.items()},
+        )
 
     def patched(self, spec: ModeSpec, patch: Sequence[int], pad: bool) -> Sharding:
         """Return how the grid of patches is shared out.
@@ -344,12 +352,18 @@ def _total(
     return found
 
 
-def _gathered(cuts: Mapping[int, tuple[Peers, Sequence[int]]], tensor: Tensor, mode: int, dim: int) -> Tensor:
-    """Put the parts of a tensor along a mode behind each other; all are padded to the longest on the way."""
+def _gathered(
+    cuts: Mapping[int, tuple[Peers, Sequence[int]]], tensor: Tensor, mode: int, dim: int, one: bool
+) -> Tensor:
+    """Put the parts of a tensor along a mode behind each other; all are padded to the longest on the way.
+
+    Each has its indices of the mode, or only one.
+    """
     if mode not in cuts:
         return tensor
     meet(functools.partial(_told, [tensor], whole=False))
     peers, split = cuts[mode]
+    split = (1,) * peers.size if one else split
     longest, moved = max(split), tensor.movedim(dim, 0)
     padded = torch.nn.functional.pad(moved, (*(0, 0) * (moved.dim() - 1), 0, longest - moved.shape[0]))
     whole = peers.gather(padded)

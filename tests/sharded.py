@@ -205,6 +205,18 @@ def layer_case(world, name, cut, splits, kinds):
         )
 
 
+def future_case(world):
+    """What a later frame holds on another process, and be it NaN, no frame before it sees."""
+    sharding = ta.Sharding(mesh_of(world, ("h",)), {"h": "of_h"}, sizes=SIZES)
+    clean = draw(2, *SIZES, 12)
+    spoiled = clean.clone()
+    spoiled[:, :, -1] = float("nan")
+    frames = 3 - sharding.part(ta.ModeSpec.parse("t h w")).start[1]  # of this process that are before the last
+    for name in (each for each in LAYERS if "causal" in each):
+        found = [make(name)(sharding.own(x, modes="t h w"), sharding=sharding)[:, :, :frames] for x in (clean, spoiled)]
+        torch.testing.assert_close(*found, **CLOSE, msg=name)
+
+
 def model_of(**settings):
     """A model with checkpointing, patches and positions."""
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ def layer_cases(world):
             cuts = [("t", None), ("tw", None), ("wt", {"w": (0, 6)})]
         if "causal" in name:  # along the cut mode too
             cuts = [*cuts, ("h", None), *([("ht", None)] if world == 4 else [])]
+            cuts += [("h", {"h": (3, *(0,) * (world - 2), 1)})] if world > 1 else []  # some have no frame
         found += [
             (f"{name} {cut} {splits}", sharded.layer_case, name, tuple(cut), splits, kinds) for cut, splits in cuts
         ]

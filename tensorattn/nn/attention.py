@@ -320,7 +320,7 @@ class TensorAttention(AttentionPipeline):
 
         With a ``sharding`` the input is the box of this process, and keys and values are those of all. Averages, and
         cells that are fixed, take one all-reduce; ``axial`` and the Kronecker operators exchange fibres of each mode
-        that is cut, ``flattened`` gathers all, and ``causal`` along a cut mode the averages of all frames.
+        that is cut, ``flattened`` gathers all, and ``causal`` along a cut mode the sums of what is earlier.
         ``clustered`` searches among the same candidates everywhere, which are added up too; with a mask the weights of
         all positions are gathered. A DTensor tells its sharding itself, and the output is one with the same placements.
 

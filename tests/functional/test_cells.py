@@ -71,7 +71,7 @@ class TestDraws:
             part = Part(
                 *(sizes, (start, 0, 0), (length, 16, 20)),
                 lambda make, _: make(),
-                lambda own, mode, dim: own if mode else weight.unsqueeze(-1),  # what gathering gives
+                lambda own, mode, dim, one: own if mode else weight.unsqueeze(-1),  # what gathering gives
             )
             own = tensor.narrow(2, start, length).flatten(2, -2)
             told = None if weight is None else weight.narrow(2, start, length).flatten(2)
