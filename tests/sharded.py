@@ -351,11 +351,11 @@ def traffic_case(world):
         with CollectiveCounter() as counter:
             y.sum().backward()
         assert counter.sent == {"all_reduce": expected}, (name, counter.sent, expected)
-    meets = dataclasses.replace(sharding, checked=True)
+    meets, splits = dataclasses.replace(sharding, checked=True), {"t": (*(1,) * (world - 1), 7 - world)}
     for module, calls in ((make("kao_kv").float(), 1), (model_of(depth=3), 2)):
         wide = isinstance(module, ta.TensorTransformer)
-        told = ta.Sharding(mesh, {"t": "of_t"}, sizes=(5, 6, 8)) if wide else meets
-        x = told.own(draw(1, 5, 6, 8, 3) if wide else draw(1, *SIZES, 12, dtype=torch.float32), modes="t h w")
+        told = ta.Sharding(mesh, {"t": "of_t"}, sizes=(6, 6, 8), splits=splits) if wide else meets
+        x = told.own(draw(1, 6, 6, 8, 3) if wide else draw(1, *SIZES, 12, dtype=torch.float32), modes="t h w")
         found = []
         for each in (told, dataclasses.replace(told, checked=False)):
             with CollectiveCounter() as counter:
@@ -366,6 +366,37 @@ def traffic_case(world):
         make("flattened").float()(part, sharding=sharding).sum().backward()
     one = Sent(1, 4 * own * 12 * (world - 1))
     assert counter.sent == {"all_gather_into_tensor": one, "reduce_scatter_tensor": one}, counter.sent
+
+
+PAPER = {  # bytes and calls forwards, of a volume of 16×24×32 with 32 channels in float32 over four processes
+    "kao_kv": (13_824, 1),
+    "kao_qkv": (13_824, 1),
+    "additive": (14_016, 1),
+    "additive interaction": (26_304, 2),  # second moments in float64, by themselves
+    "kao_kv causal": (23_424, 2),
+    "truncated": (333_504, 1),
+    "kronecker_product": (603_648, 3),
+    "kronecker_sum": (603_648, 3),
+    "axial": (1_179_648, 2),
+    "flattened": (1_179_648, 1),
+}
+
+
+def bytes_case(world):
+    """What four processes send: no more than the design says, nor than gathering does."""
+    from tensorattn.diagnose.traffic import CollectiveCounter
+
+    if world != 4:
+        return
+    sizes = (16, 24, 32)
+    sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=sizes, checked=False)
+    part = sharding.own(torch.zeros(1, *sizes, 32), modes="t h w")
+    for name, expected in PAPER.items():
+        told = {"causal": "t"} if "causal" in name else {"interaction": "linear"} if "interaction" in name else {}
+        layer = ta.TensorAttention(32, 1, modes="t h w", operator=name.split()[0], **told)
+        with CollectiveCounter() as counter:
+            layer(part, sharding=sharding)
+        assert (counter.total.nbytes, counter.total.calls) == expected, (name, counter.total)
 
 
 def cost_case(world):
@@ -404,8 +435,9 @@ def one_refuses_case(world):
     """What one process refuses, fails at or does otherwise, all raise, and go on from there together."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh, last, wrong = mesh_of(world, ("t",)), world - 1, dist.get_rank() == world - 1
-    sharding, of_model = (ta.Sharding(mesh, {"t": "of_t"}, sizes=sizes) for sizes in (SIZES, (5, 6, 8)))
+    mesh, wrong = mesh_of(world, ("t",)), dist.get_rank() == 1
+    sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES)
+    of_model = ta.Sharding(mesh, {"t": "of_t"}, sizes=(5, 6, 8), splits={"t": (*(1,) * (world - 1), 6 - world)})
     whole = draw(2, *SIZES, 12)
     own, x = sharding.own(whole, modes="t h w"), of_model.own(draw(1, 5, 6, 8, 3), modes="t h w")
     layer, early, model, shared = make("additive"), make("additive", project="positions"), model_of(), model_of()
@@ -453,16 +485,16 @@ def one_refuses_case(world):
     ]  # fmt: skip
     for place, (call, rule) in enumerate(refused):
         found, told = rule_of(call), f"RuntimeError: {rule}" if rule == "no memory" else rule
-        expected = rule if wrong else f"process {last} refuses the call: {told}"
+        expected = rule if wrong else f"process 1 refuses the call: {told}"
         assert found == expected, (place, found, expected)
     differ = [
         (asked(layer, either(own[:1], own)), "torch.float64 of batch 2", "torch.float64 of batch 1"),
         (asked(layer, mask=either(None, ones > 0)), "the arguments mask, sharding", "the arguments sharding"),
-        (asked(layer, weights=(either(None, ones[:, 0, 0]), None, ones[0, 0])), "torch.float64 (5,)", "torch.float64 (6,)"),
+        (asked(layer, weights=(either(None, own.new_ones(own.shape[1])), None, own.new_ones(6))), "torch.float64 (5,)", "torch.float64 (6,)"),
         (without_gradient, "torch.float64 (2, 5, 12) with a gradient", "torch.float64 (2, 5, 12)"),
     ]  # fmt: skip
     for call, one, other in differ:
-        assert rule_of(call) == f"process {last - 1} has {one} where process {last} has {other}."
+        assert rule_of(call) == f"process 0 has {one} where process 1 has {other}."
     torch.testing.assert_close(layer(own, sharding=sharding), sharding.own(layer(whole), modes="t h w"), **CLOSE)
 
 
