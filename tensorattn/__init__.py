@@ -8,7 +8,7 @@ The rooms of the package, each importing those above it alone, as a test says:
                          positions; causal.py; softmax.py: attention to sets of tokens; grid.py: tokens beside a grid;
                          parts.py: parts of a grid; maps.py: attention weights; then one file an operator: additive.py,
                          kao.py, kronecker.py, axial.py, clustered.py (its cells: cells.py), flattened.py
-    sharding             a tensor that is shared out over processes
+    processes sharding   processes that talk; a tensor that is shared out over them
     nn                   attention.py: the layer, and pipeline.py: how it attends; mixers, bias, positions, blocks
     models               networks made of blocks: an encoder, KANet, U-Net
     blockwise            a file larger than memory

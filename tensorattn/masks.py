@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -67,15 +67,20 @@ class Part:
         lengths: Number of indices of the part in each mode.
         total: From what makes sums over the positions of the part to the sums over all parts; or, told a mode, over
             those that differ in others alone.
-        gather: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode;
-            None where no part sees another.
+        gather: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode, or,
+            told so, with the one index that each part has; None where no part sees another.
+        exchange: From a tensor, a mode and its dimension to the tensor with the indices of all parts along that mode,
+            of which the next dimension is cut; or, told its length, back.
+        cuts: From each mode of which processes hold parts to the number of indices of each of them.
     """
 
     sizes: tuple[int, ...]
     start: tuple[int, ...]
     lengths: tuple[int, ...]
     total: Callable[[Callable[[], list[Tensor]], int | None], list[Tensor]]
-    gather: Callable[[Tensor, int, int], Tensor] | None = None
+    gather: Callable[[Tensor, int, int, bool], Tensor] | None = None
+    exchange: Callable[[Tensor, int, int, int | None], Tensor] | None = None
+    cuts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def without(self, mode: int) -> Part:
         """Return the same part of the other modes, where the indices of one are a batch dimension."""
@@ -87,18 +92,36 @@ class Part:
             start,
             lengths,
             lambda make, _: total(make, mode),
-            gather and (lambda tensor, k, dim: gather(tensor, others[k], dim)),
+            gather and (lambda tensor, k, dim, one: gather(tensor, others[k], dim, one)),
         )
 
     def every(self, tensor: Tensor, mode: int, dim: int) -> Tensor:
         """Return a tensor of the part with the indices of all parts along a mode."""
-        return tensor if self.gather is None else self.gather(tensor, mode, dim)
+        return tensor if self.gather is None else self.gather(tensor, mode, dim, False)
+
+    def along(self, function: Callable[..., Tensor], tensors: Sequence[Tensor], mode: int, batch: int) -> Tensor:
+        """Call a function of whole fibres of a mode on tensors of the part; what it returns is of the part again.
+
+        Args:
+            function: From tensors ``(*batch, n_mode, columns, D)`` to one with other channels. Columns are some of the
+                places in the other modes.
+            tensors: Each ``(*batch, l_1, …, l_N, D)``.
+            mode: The mode.
+            batch: Number of batch dimensions.
+        """
+        moved = [tensor.movedim(batch + mode, batch) for tensor in tensors]
+        others, exchange = moved[0].shape[batch + 1 : -1], self.exchange
+        assert exchange is not None
+        flat = [each.reshape(*each.shape[: batch + 1], math.prod(others), each.shape[-1]) for each in moved]
+        found = function(*[exchange(each, mode, batch, None) for each in flat])
+        found = exchange(found, mode, batch, math.prod(others))
+        return found.reshape(*found.shape[: batch + 1], *others, found.shape[-1]).movedim(batch, batch + mode)
 
     def whole(self, tensor: Tensor, batch: int) -> Tensor:
         """Gather a tensor of the part ``(*batch, l_1, …, l_N, D)``."""
         assert self.gather is not None  # what needs every position is refused before
         for mode in range(len(self.sizes)):
-            tensor = self.gather(tensor, mode, batch + mode)
+            tensor = self.gather(tensor, mode, batch + mode, False)
         return tensor
 
     def own(self, tensor: Tensor, mode: int, dim: int) -> Tensor:

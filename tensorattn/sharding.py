@@ -2,30 +2,32 @@
 
 Statistics are sums, so a layer adds up what the processes know in one all-reduce, and each attends from its own
 positions. Losses are added: the gradients of the processes, added up, are those of the sum of their losses.
-
-The functional collectives of torch, whose derivatives are right, are a private module of it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tensorattn.errors import OptionError, ShapeError, check, retells
-from tensorattn.masks import Part
+from tensorattn.masks import Part, is_recorded
 from tensorattn.modes import ModeSpec
+from tensorattn.processes import Meeting, Peers, in_backward, meet, take_part
 
-if torch.distributed.is_available():
-    import torch.distributed._functional_collectives as collectives
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Sharding", "call_shared_out", "is_shared_out", "own_tensor"]
+__all__ = ["Sharding", "call_shared_out", "in_common", "is_shared_out", "own_tensor"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,11 @@ class Sharding:
     The loss is the sum of the losses of the processes, so gradients of parameters are added up, not averaged: with
     FSDP2 ``set_gradient_divide_factor(1.0)``. A mean over all positions is a sum divided by their number.
 
-    All processes of the mesh make it together, and call the same things in the same order: where one raises an error
-    that others do not, or leaves out its backward pass, the others wait for it. What all of them know each checks.
+    All processes of the mesh make it together, and call the same things in the same order. What one refuses all refuse:
+    before its first sum a call of a layer, a block or `summarize` adds up whether all is well, and a model once more
+    before its blocks. That is a sum of 24 bytes, whose result is read, so a GPU is waited for; ``checked=False`` leaves
+    it out, as does what is compiled. Then, and where a process leaves out its backward pass or is gone, the others wait
+    for it up to the time limit of their group.
 
     Args:
         mesh: The processes.
@@ -49,6 +54,7 @@ class Sharding:
         sizes: Sizes of the modes of the whole.
         splits: From modes to the number of indices of each process along it, in their order, which may be zero; by
             default as `torch.chunk` and DTensor cut.
+        checked: Whether all processes raise what one of them refuses.
 
     Raises:
         OptionError: If the mesh has no such dimension, or one cuts two modes.
@@ -71,8 +77,9 @@ class Sharding:
     modes: Mapping[int | str, int | str]
     sizes: tuple[int, ...] = field(kw_only=True)
     splits: Mapping[int | str, Sequence[int]] | None = field(default=None, kw_only=True)
-    group: Any = field(init=False, repr=False)  # of the processes that add up
-    _others: dict[int, Any] = field(init=False, repr=False)  # of those that hold the same along a dimension
+    checked: bool = field(default=True, kw_only=True)
+    peers: Peers | None = field(init=False, repr=False)  # the processes that add up
+    _others: dict[int, Peers | None] = field(init=False, repr=False)  # those that hold the same along a dimension
 
     @retells
     def __post_init__(self) -> None:
@@ -81,6 +88,7 @@ class Sharding:
             given = getattr(self, name)
             if not isinstance(given, Mapping) and (name == "modes" or given is not None):
                 raise OptionError(f"{name} must be a mapping from modes, got {given!r}.")
+        check(self.checked, "checked", "switch")
         object.__setattr__(self, "sizes", tuple(self.sizes))
         for mode, size in enumerate(self.sizes):
             check(size, f"sizes of mode {mode}", "integer", least=1)
@@ -91,8 +99,8 @@ class Sharding:
         names = self.mesh.mesh_dim_names
         if len(dims) > 1 and names is None:
             raise OptionError("mesh has no mesh_dim_names, which cutting more than one mode needs.")
-        object.__setattr__(self, "group", self._group_along(dims))
-        object.__setattr__(self, "_others", {dim: self._group_along([k for k in dims if k != dim]) for dim in dims})
+        object.__setattr__(self, "peers", self._peers_along(dims))
+        object.__setattr__(self, "_others", {dim: self._peers_along([k for k in dims if k != dim]) for dim in dims})
 
     @classmethod
     @retells
@@ -137,7 +145,8 @@ class Sharding:
     def __repr__(self) -> str:
         cuts = ", ".join(f"{mode!r}: {self._called(self._mesh_dim(dim))}" for mode, dim in self.modes.items())
         splits = "" if self.splits is None else f", splits={dict(self.splits)}"
-        return f"{type(self).__name__}({{{cuts}}}, sizes={self.sizes}{splits})"
+        checked = "" if self.checked else ", checked=False"
+        return f"{type(self).__name__}({{{cuts}}}, sizes={self.sizes}{splits}{checked})"
 
     @retells
     def own(self, tensor: Tensor, *, modes: int | str | Sequence[str] | None = None, dim: int = 1) -> Tensor:
@@ -172,17 +181,24 @@ class Sharding:
             OptionError: If a mode is cut twice, or there are not as many splits as processes.
         """
         splits = self._splits(spec)
-        start, lengths = [0] * spec.order, list(self.sizes)
+        start, lengths, places = [0] * spec.order, list(self.sizes), [0] * spec.order
         for mode, (dim, split) in splits.items():
-            place = self.mesh.get_local_rank(dim)
+            places[mode] = place = self.mesh.get_local_rank(dim)
             start[mode], lengths[mode] = sum(split[:place]), split[place]
         total = functools.partial(
-            _total, {None: self.group, **{m: self._others[dim] for m, (dim, _) in splits.items()}}
+            _total, {None: self.peers, **{m: self._others[dim] for m, (dim, _) in splits.items()}}
         )
-        gather = functools.partial(
-            _gathered, {m: (self.mesh.get_group(dim), split) for m, (dim, split) in splits.items()}
+        cuts = {m: (Peers.of(self.mesh.get_group(dim)), split) for m, (dim, split) in splits.items()}
+        gather, exchange = functools.partial(_gathered, cuts), functools.partial(_exchanged, cuts, places)
+        return Part(
+            self.sizes,
+            tuple(start),
+            tuple(lengths),
+            total,
+            gather,
+            exchange,
+            {m: split for m, (_, split) in splits.items()},
         )
-        return Part(self.sizes, tuple(start), tuple(lengths), total, gather)
 
     def patched(self, spec: ModeSpec, patch: Sequence[int], pad: bool) -> Sharding:
         """Return how the grid of patches is shared out.
@@ -208,7 +224,7 @@ class Sharding:
             splits[mode] = [-(-length // side) for length in split]
         sizes = tuple([-(-size // side) for size, side in zip(self.sizes, patch, strict=True)])
         modes: dict[int | str, int | str] = {spec.index(mode): dim for mode, dim in self.modes.items()}
-        return Sharding(self.mesh, modes, sizes=sizes, splits=splits)
+        return Sharding(self.mesh, modes, sizes=sizes, splits=splits, checked=self.checked)
 
     def _splits(self, spec: ModeSpec) -> dict[int, tuple[int, tuple[int, ...]]]:
         """Return for each mode that is cut its dimension of the mesh, and the lengths of all processes along it."""
@@ -234,12 +250,13 @@ class Sharding:
             raise OptionError(f"splits names mode {spec.label(mode)}, which is not cut.")
         return found
 
-    def _group_along(self, dims: Sequence[int]) -> Any:
+    def _peers_along(self, dims: Sequence[int]) -> Peers | None:
         """Return the processes that differ from this one along some dimensions of the mesh alone; None along none."""
         mesh: Any = self.mesh
         if len(dims) < 2:
-            return mesh.get_group(dims[0]) if dims else None
-        return mesh[tuple([mesh.mesh_dim_names[dim] for dim in sorted(dims)])]._flatten().get_group()
+            return Peers.of(mesh.get_group(dims[0])) if dims else None
+        names = tuple([mesh.mesh_dim_names[dim] for dim in sorted(dims)])
+        return Peers.of(mesh[names]._flatten().get_group())  # no public name makes one dimension of two
 
     def _mesh_dim(self, dim: int | str) -> int:
         """Return the index of a dimension of the mesh."""
@@ -295,25 +312,92 @@ def call_shared_out(
     return type(x).from_local(y, x.device_mesh, x.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def _total(groups: Mapping[int | None, Any], make: Callable[[], list[Tensor]], but: int | None) -> list[Tensor]:
-    """Add up what all processes of a group know, in one call: all hold the same bits afterwards."""
-    tensors, group = make(), groups.get(but, groups[None])
-    if group is None or not tensors:
+def in_common(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a method that takes a ``sharding`` raise on all processes what one of them raises before its first sum.
+
+    Args:
+        function: The method.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        sharding = kwargs.get("sharding")
+        if not isinstance(sharding, Sharding) or sharding.peers is None or not sharding.checked:
+            return function(*args, **kwargs)
+        if is_recorded() or in_backward():  # what is computed again was checked before
+            return function(*args, **kwargs)
+        spoken = [name for name, given in sorted(kwargs.items()) if given is not None]
+        inputs = [f"{t.dtype} of batch {t.shape[0]}" for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim()]
+        facts = (repr(sharding), f"the arguments {', '.join(spoken)}", *inputs)
+        meeting = Meeting(sharding.peers, torch.device(sharding.mesh.device_type), type(args[0]).__name__, facts)
+        return take_part(meeting, functools.partial(function, *args, **kwargs))
+
+    return called
+
+
+def _total(
+    groups: Mapping[int | None, Peers | None], make: Callable[[], list[Tensor]], but: int | None
+) -> list[Tensor]:
+    """Add up what all processes of a group know, in one call for each type: all hold the same bits afterwards."""
+    tensors, peers = make(), groups.get(but, groups[None])
+    if peers is None or not tensors:
         return tensors
-    dtype = functools.reduce(torch.promote_types, [each.dtype for each in tensors])
-    flat = torch.cat([each.to(dtype).reshape(-1) for each in tensors])
-    added = collectives.wait_tensor(collectives.all_reduce(flat, "sum", group))
-    parts = added.split([each.numel() for each in tensors])
-    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+    meet(functools.partial(_told, tensors, whole=but is None))
+    found = list(tensors)
+    for dtype in dict.fromkeys([each.dtype for each in tensors]):
+        places = [place for place, each in enumerate(tensors) if each.dtype == dtype]
+        added = peers.add(torch.cat([tensors[place].reshape(-1) for place in places]))
+        for place, part in zip(places, added.split([tensors[place].numel() for place in places]), strict=True):
+            found[place] = part.view(tensors[place].shape)
+    return found
 
 
-def _gathered(cuts: Mapping[int, tuple[Any, Sequence[int]]], tensor: Tensor, mode: int, dim: int) -> Tensor:
-    """Put the parts of a tensor along a mode behind each other; all are padded to the longest on the way."""
+def _gathered(
+    cuts: Mapping[int, tuple[Peers, Sequence[int]]], tensor: Tensor, mode: int, dim: int, one: bool
+) -> Tensor:
+    """Put the parts of a tensor along a mode behind each other; all are padded to the longest on the way.
+
+    Each has its indices of the mode, or only one.
+    """
     if mode not in cuts:
         return tensor
-    group, split = cuts[mode]
+    meet(functools.partial(_told, [tensor], whole=False))
+    peers, split = cuts[mode]
+    split = (1,) * peers.size if one else split
     longest, moved = max(split), tensor.movedim(dim, 0)
     padded = torch.nn.functional.pad(moved, (*(0, 0) * (moved.dim() - 1), 0, longest - moved.shape[0]))
-    whole = collectives.wait_tensor(collectives.all_gather_single(padded.contiguous(), 0, group))
+    whole = peers.gather(padded)
     parts = [whole.narrow(0, place * longest, length) for place, length in enumerate(split)]
     return torch.cat(parts).movedim(0, dim)
+
+
+def _exchanged(
+    cuts: Mapping[int, tuple[Peers, Sequence[int]]],
+    places: Sequence[int],
+    tensor: Tensor,
+    mode: int,
+    dim: int,
+    back: int | None,
+) -> Tensor:
+    """Cut the next dimension in place of a mode, so that each process has whole fibres; or back, to a length."""
+    meet(functools.partial(_told, [tensor], whole=False))
+    (peers, split), place = cuts[mode], places[mode]
+    moved = tensor.movedim((dim, dim + 1), (0, 1))
+    columns = moved.shape[1] if back is None else back
+    shares = [len(range(first, columns, peers.size)) for first in range(peers.size)]  # as even as can be
+    if back is None:
+        sent, shapes = moved.split(shares, 1), [(length, shares[place]) for length in split]
+    else:
+        sent, shapes = moved.split([*split]), [(split[place], share) for share in shares]
+    width = math.prod(moved.shape[2:])
+    lengths = [rows * share * width for rows, share in shapes]
+    found = peers.swap(torch.cat([each.reshape(-1) for each in sent]), lengths, [each.numel() for each in sent])
+    parts = [each.view(*shape, *moved.shape[2:]) for each, shape in zip(found.split(lengths), shapes, strict=True)]
+    return torch.cat(parts, 0 if back is None else 1).movedim((0, 1), (dim, dim + 1))
+
+
+def _told(tensors: Sequence[Tensor], *, whole: bool) -> list[str]:
+    """Say what is sent, as far as it must be the same: shapes too where they are those of the whole."""
+    shapes = [str(tuple(each.shape)) if whole else f"{each.dim()} dimensions" for each in tensors]
+    grads = [" with a gradient" if each.requires_grad else "" for each in tensors]
+    return [f"{each.dtype} {shape}{grad}" for each, shape, grad in zip(tensors, shapes, grads, strict=True)]

@@ -5,6 +5,7 @@ Each case is a function of the world that raises where something is wrong; what 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import faulthandler
 import functools
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from modules import draw
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tensorattn as ta
 
@@ -42,6 +43,8 @@ LAYERS = {
     "clustered causal": {"cells": "blocks", "tokens": 8, "causal": "h"},
     "clustered rotary": {"cells": "blocks", "tokens": 8, "rotary": lambda: ta.RotaryEmbedding(6, modes="t h w")},
     "clustered held": {"tokens": 5},
+    "clustered": {"tokens": 8, "num_kv_heads": 1},
+    "clustered all": {"tokens": 200},
     "axial": {},
     "axial causal": {"causal": "h", "position_bias": lambda: ta.AlibiBias(2, modes="t h w")},
     "axial rotary": {"rotary": lambda: ta.RotaryEmbedding(6, modes="t h w", periodic=("w",))},
@@ -202,6 +205,18 @@ def layer_case(world, name, cut, splits, kinds):
         )
 
 
+def future_case(world):
+    """What a later frame holds on another process, and be it NaN, no frame before it sees."""
+    sharding = ta.Sharding(mesh_of(world, ("h",)), {"h": "of_h"}, sizes=SIZES)
+    clean = draw(2, *SIZES, 12)
+    spoiled = clean.clone()
+    spoiled[:, :, -1] = float("nan")
+    frames = 3 - sharding.part(ta.ModeSpec.parse("t h w")).start[1]  # of this process that are before the last
+    for name in (each for each in LAYERS if "causal" in each):
+        found = [make(name)(sharding.own(x, modes="t h w"), sharding=sharding)[:, :, :frames] for x in (clean, spoiled)]
+        torch.testing.assert_close(*found, **CLOSE, msg=name)
+
+
 def model_of(**settings):
     """A model with checkpointing, patches and positions."""
     torch.manual_seed(0)
@@ -313,39 +328,100 @@ def fsdp_case(world):
 
 
 def traffic_case(world):
-    """One collective forwards and one backwards, of S rows."""
+    """One collective forwards and one backwards, of S rows; another for second moments; one to meet."""
     from tensorattn.diagnose.traffic import CollectiveCounter, Sent
 
     mesh, share = mesh_of(world, ("t",)), (world - 1) / world
-    sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES)
+    sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES, checked=False)
     rows, own = sum(SIZES), -(-SIZES[0] // world) * SIZES[1] * SIZES[2]
     sizes = {
         "kao_kv": 4 * rows * 12,
         "kao_qkv": 4 * rows * 12,
         "additive": 4 * (rows + 1) * 12,
-        "additive interaction": 8 * ((rows + 1) * 12 + 144),
-        "truncated": 8 * ((74 + rows + 1) * 12 + 144),
+        "additive interaction": 4 * (rows + 1) * 12 + 8 * 144,
+        "truncated": 4 * (74 + rows + 1) * 12 + 8 * 144,
     }
     for name, size in sizes.items():
         layer = make(name).float()
         part = sharding.own(draw(1, *SIZES, 12, dtype=torch.float32), modes="t h w").clone().requires_grad_()
         with CollectiveCounter() as counter:
             y = layer(part, sharding=sharding)
-        expected = Sent(1, 2 * share * size)
+        expected = Sent(1 if name in ("kao_kv", "kao_qkv", "additive") else 2, 2 * share * size)
         assert counter.sent == {"all_reduce": expected}, (name, counter.sent, expected)
         with CollectiveCounter() as counter:
             y.sum().backward()
         assert counter.sent == {"all_reduce": expected}, (name, counter.sent, expected)
+    meets, splits = dataclasses.replace(sharding, checked=True), {"t": (*(1,) * (world - 1), 7 - world)}
+    for module, calls in ((make("kao_kv").float(), 1), (model_of(depth=3), 2)):
+        wide = isinstance(module, ta.TensorTransformer)
+        told = ta.Sharding(mesh, {"t": "of_t"}, sizes=(6, 6, 8), splits=splits) if wide else meets
+        x = told.own(draw(1, 6, 6, 8, 3) if wide else draw(1, *SIZES, 12, dtype=torch.float32), modes="t h w")
+        found = []
+        for each in (told, dataclasses.replace(told, checked=False)):
+            with CollectiveCounter() as counter:
+                module(x, sharding=each).sum().backward()  # where layers are computed again nobody meets again
+            found.append(counter.total)
+        assert found[0] == (found[1].calls + calls, found[1].nbytes + calls * 48 * share), found
     with CollectiveCounter() as counter:
         make("flattened").float()(part, sharding=sharding).sum().backward()
     one = Sent(1, 4 * own * 12 * (world - 1))
     assert counter.sent == {"all_gather_into_tensor": one, "reduce_scatter_tensor": one}, counter.sent
 
 
+PAPER = {  # bytes and calls forwards, of a volume of 16×24×32 with 32 channels in float32 over four processes
+    "kao_kv": (13_824, 1),
+    "kao_qkv": (13_824, 1),
+    "additive": (14_016, 1),
+    "additive interaction": (26_304, 2),  # second moments in float64, by themselves
+    "kao_kv causal": (23_424, 2),
+    "truncated": (333_504, 1),
+    "kronecker_product": (603_648, 3),
+    "kronecker_sum": (603_648, 3),
+    "axial": (1_179_648, 2),
+    "flattened": (1_179_648, 1),
+}
+
+
+def bytes_case(world):
+    """What four processes send: no more than the design says, nor than gathering does."""
+    from tensorattn.diagnose.traffic import CollectiveCounter
+
+    if world != 4:
+        return
+    sizes = (16, 24, 32)
+    sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=sizes, checked=False)
+    part = sharding.own(torch.zeros(1, *sizes, 32), modes="t h w")
+    for name, expected in PAPER.items():
+        told = {"causal": "t"} if "causal" in name else {"interaction": "linear"} if "interaction" in name else {}
+        layer = ta.TensorAttention(32, 1, modes="t h w", operator=name.split()[0], **told)
+        with CollectiveCounter() as counter:
+            layer(part, sharding=sharding)
+        assert (counter.total.nbytes, counter.total.calls) == expected, (name, counter.total)
+
+
+def cost_case(world):
+    """What `ta.cost` says that the first process sends is what it sends, forwards and backwards."""
+    from tensorattn.diagnose.traffic import CollectiveCounter
+
+    rates = {"bandwidth": 1e9, "flop_rate": 1e12, "memory_bandwidth": 1e11}
+    block, model = ta.TensorTransformerBlock(12, 2, modes="t h w", mlp_ratio=2).double(), model_of(checkpoint=False)
+    for module, sizes in [*((make(name), SIZES) for name in LAYERS), (block, SIZES), (model, (6, 6, 8))]:
+        shape = (2, *sizes, 3 if module is model else 12)
+        found = ta.cost(module, shape, world=world, training=True, **rates).roofline
+        mesh = mesh_of(world, tuple(found.cuts))
+        assert tuple(mesh.shape) == tuple(found.cuts.values())
+        sharding = ta.Sharding(mesh, {mode: f"of_{mode}" for mode in found.cuts}, sizes=sizes)
+        part = sharding.own(draw(*shape), modes="t h w").requires_grad_()
+        with CollectiveCounter() as counter:
+            module(part, sharding=sharding).sum().backward()
+        if dist.get_rank() == 0:
+            assert counter.total == found.sent, (module, counter.total, found)
+
+
 def compile_case(world):
     """One graph."""
     sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES)
-    for name in ("kao_kv", "additive", "kao_qkv"):
+    for name in ("kao_kv", "additive", "kao_qkv", "axial"):
         layer = make(name)
         x = sharding.own(draw(2, *SIZES, 12), modes="t h w").clone().requires_grad_()
         y = layer(x, sharding=sharding)
@@ -353,6 +429,99 @@ def compile_case(world):
         found = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)(x, sharding=sharding)
         torch.testing.assert_close(found, y, **CLOSE)
         torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad, **CLOSE)
+
+
+def one_refuses_case(world):
+    """What one process refuses, fails at or does otherwise, all raise, and go on from there together."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, wrong = mesh_of(world, ("t",)), dist.get_rank() == 1
+    sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES)
+    of_model = ta.Sharding(mesh, {"t": "of_t"}, sizes=(5, 6, 8), splits={"t": (*(1,) * (world - 1), 6 - world)})
+    whole = draw(2, *SIZES, 12)
+    own, x = sharding.own(whole, modes="t h w"), of_model.own(draw(1, 5, 6, 8, 3), modes="t h w")
+    layer, early, model, shared = make("additive"), make("additive", project="positions"), model_of(), model_of()
+    block = ta.TensorTransformerBlock(12, 2, modes="t h w", checkpoint=True).double()
+    for each in (*shared.blocks, shared):
+        fully_shard(each, mesh=mesh)
+
+    def no_memory(*_):
+        raise RuntimeError("no memory")
+
+    if wrong:
+        early.k_proj.register_forward_pre_hook(no_memory)
+
+    def either(bad, good):
+        return bad if wrong else good
+
+    def asked(module, what=own, told=sharding, **spoken):
+        return lambda: module(what, sharding=told, **spoken)
+
+    def without_gradient():
+        with torch.set_grad_enabled(not wrong):
+            return layer(own.clone().requires_grad_(), sharding=sharding)
+
+    ones, few = own.new_ones(own.shape[1:-1]), either(own[..., :8], own)
+    patches = x.new_ones(x.shape[1], 3, 4)
+    mask, weights = either(ones[:, :2] > 0, ones > 0), either(-ones, ones)
+    channels, size = "x has 8 channels, but embed_dim is 12.", "mode 'h' has size 2 in mask but 4 in x."
+    refused = [
+        (asked(layer, few), channels),
+        (asked(layer, either(own.float(), own)), "the type is torch.float32 in x but torch.float64 in the parameters."),
+        (asked(layer, mask=mask), size),
+        (asked(layer, mask=either(ones, ones > 0)), "mask must be bool, True where a position takes part, but has the type torch.float64."),
+        (asked(layer, lengths={"h": either(7, 3)}), "lengths of mode 'h' must be from 0 to its size 4, got 7."),
+        (asked(layer, weights=weights), "weights must not be negative, got -1."),
+        (asked(make("axial"), mask=mask), size),
+        (asked(make("kronecker_sum"), few), channels),
+        (asked(make("additive causal"), few), channels),
+        (asked(layer.summarize, few), "context has 8 channels, but kdim is 12."),
+        (asked(block, few), channels),
+        (asked(block, weights=weights), "weights must not be negative, got -1."),
+        (asked(model, either(x[:, :, :5], x), of_model), "mode 'h' has size 5 in x, which patches of 2 do not divide."),
+        (asked(shared, either(x[:, :, :5], x), of_model), "mode 'h' has size 5 in x, which patches of 2 do not divide."),
+        (asked(model, x, of_model, weights=either(-patches, patches)), "weights must not be negative, got -1."),
+        (asked(early), "no memory"),
+    ]  # fmt: skip
+    for place, (call, rule) in enumerate(refused):
+        found, told = rule_of(call), f"RuntimeError: {rule}" if rule == "no memory" else rule
+        expected = rule if wrong else f"process 1 refuses the call: {told}"
+        assert found == expected, (place, found, expected)
+    differ = [
+        (asked(layer, either(own[:1], own)), "torch.float64 of batch 2", "torch.float64 of batch 1"),
+        (asked(layer, mask=either(None, ones > 0)), "the arguments mask, sharding", "the arguments sharding"),
+        (asked(layer, weights=(either(None, own.new_ones(own.shape[1])), None, own.new_ones(6))), "torch.float64 (5,)", "torch.float64 (6,)"),
+        (without_gradient, "torch.float64 (2, 5, 12) with a gradient", "torch.float64 (2, 5, 12)"),
+    ]  # fmt: skip
+    for call, one, other in differ:
+        assert rule_of(call) == f"process 0 has {one} where process 1 has {other}."
+    torch.testing.assert_close(layer(own, sharding=sharding), sharding.own(layer(whole), modes="t h w"), **CLOSE)
+
+
+def unchecked_case(world):
+    """What is compiled, or not checked, lets the others wait up to the time limit of their group, not longer."""
+    groups = [dist.new_group(timeout=datetime.timedelta(seconds=3)) for _ in range(2)]
+    for compiled, group in zip((True, False), groups, strict=True):
+        mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("of_t",))
+        sharding = ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES, checked=compiled)
+        layer, own = make("additive"), sharding.own(draw(2, *SIZES, 12), modes="t h w")
+        call = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else layer
+        own = own[..., :8] if dist.get_rank() == world - 1 else own
+        rule = rule_of(lambda: call(own, sharding=sharding))  # noqa: B023
+        if dist.get_rank() == world - 1:
+            assert compiled or rule == "x has 8 channels, but embed_dim is 12."
+        else:
+            assert "Timed out" in rule or "closed by peer" in rule, rule
+        dist.barrier()
+
+
+def rule_of(call):
+    """What a call raises, in words."""
+    try:
+        call()
+    except Exception as error:
+        return getattr(error, "rule", str(error))
+    raise AssertionError("not refused")
 
 
 def refusals_case(world):
@@ -381,7 +550,7 @@ def refusals_case(world):
         (lambda: half(own, sharding=cut({"h": (4,)})), "splits names mode 'h', which is not cut."),
         (lambda: half(own, sharding=cut({"t": (-1,) * world})), "splits of mode 't' must be at least 0, got -1."),
         (lambda: half(own, sharding=mesh), "sharding must be a Sharding, got DeviceMesh."),
-        (lambda: make("clustered")(own, sharding=sharding), "sharding has no meaning for operator 'clustered': its search needs the keys of all positions at once."),
+        (lambda: make("clustered", additive_control=True)(own, sharding=sharding), "sharding has no meaning for operator 'clustered': additive_control needs the cells of all positions at once."),
         (lambda: make("kao_qkv", dropout=0.1)(own, sharding=sharding), "sharding has no meaning with dropout in training for operator 'kao_qkv': each process would drop weights of its own from what all share."),
         (lambda: half(own, own, sharding=sharding), "context has no meaning with sharding, which is that of x."),
         (lambda: half(own, prefix=draw(2, 1, 12), sharding=sharding), "prefix has no meaning with sharding, which is that of x."),

@@ -454,5 +454,5 @@ def test_the_rooms_are_those_of_the_package():
     named = [word for line in block.splitlines() if line[0] != " " for word in re.split(r"\s{3,}", line)[0].split()]
     assert [*named, "__main__"] == list(ROOMS)
     functional = ROOT / "tensorattn" / "functional"
-    files = re.findall(r"(\w+\.py)", block.partition("functional")[2].partition("\nsharding ")[0])
+    files = re.findall(r"(\w+\.py)", block.partition("functional")[2].partition("\nprocesses ")[0])
     assert set(files) | {"__init__.py"} == {path.name for path in functional.glob("*.py")}

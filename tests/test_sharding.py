@@ -23,6 +23,7 @@ def layer_cases(world):
             cuts = [("t", None), ("tw", None), ("wt", {"w": (0, 6)})]
         if "causal" in name:  # along the cut mode too
             cuts = [*cuts, ("h", None), *([("ht", None)] if world == 4 else [])]
+            cuts += [("h", {"h": (3, *(0,) * (world - 2), 1)})] if world > 1 else []  # some have no frame
         found += [
             (f"{name} {cut} {splits}", sharded.layer_case, name, tuple(cut), splits, kinds) for cut, splits in cuts
         ]
@@ -31,7 +32,18 @@ def layer_cases(world):
 
 def other_cases(world):
     """Cases of everything else."""
-    names = ("traffic", "block", "context", "fsdp", "compile", "dtensor", "refusals")
+    names = (
+        "traffic",
+        "cost",
+        "block",
+        "context",
+        "fsdp",
+        "compile",
+        "dtensor",
+        "refusals",
+        "one_refuses",
+        "unchecked",
+    )
     found = [(name, getattr(sharded, f"{name}_case")) for name in names]
     return [*found, *((f"model {settings}", sharded.model_case, settings) for settings in MODELS)]
 
@@ -47,7 +59,7 @@ def check(world, cases, folder):
 
 
 def test_two_processes(tmp_path):
-    cases = [("refusals", sharded.refusals_case), ("traffic", sharded.traffic_case)]
+    cases = [(name, getattr(sharded, f"{name}_case")) for name in ("refusals", "one_refuses", "traffic")]
     cases += [(name, sharded.layer_case, name, ("t",), None, kinds) for name, kinds in QUICK.items()]
     check(2, cases, tmp_path)
 

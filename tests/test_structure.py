@@ -23,7 +23,7 @@ PACKAGE = Path(tensorattn.__file__).parent
 PROJECT = PACKAGE.parent / "pyproject.toml"
 
 LIBRARY = (  # each imports those before it
-    *("errors", "modes", "masks", "averages", "functional", "sharding", "nn", "models", "blockwise"),
+    *("errors", "modes", "masks", "averages", "functional", "processes", "sharding", "nn", "models", "blockwise"),
 )
 DOORS = "integrations"  # a room of the library that measures what it does, so it lies behind diagnose
 TOOLS = ("testing", "cli", "__main__")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import functools
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from tensorattn.errors import OptionError, retells
+from tensorattn.diagnose.roofline import Machines, Roofline, imagined_sharding, imagined_traffic
+from tensorattn.diagnose.traffic import Sent
+from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.functional import get_operator
+from tensorattn.models import TensorTransformer
 from tensorattn.modes import ModeSpec, check_order, is_integer
-from tensorattn.nn import TensorAttention
+from tensorattn.nn import TensorAttention, TensorTransformerBlock
 
 __all__ = ["Cost", "Part", "PeakMemory", "Spent", "cost", "count", "count_calls", "measure"]
 
@@ -101,6 +105,7 @@ class Cost:
             the gradient of the output. It holds the results themselves, and until the backward pass is over all that
             is kept for it. Buffers inside kernels and libraries are not known and not counted.
         results: Bytes of the results alone: the output, and in training the gradients of inputs and parameters.
+        roofline: With ``world``, what one of the processes takes and sends, whose cost it then is.
 
     Examples:
         >>> import tensorattn as ta
@@ -113,6 +118,7 @@ class Cost:
     parts: tuple[Part, ...]
     peak: int
     results: int
+    roofline: Roofline | None = None
 
     def _total(self, field: str, *names: str) -> int:
         """Add up one field of the parts of some names, or of all."""
@@ -167,7 +173,7 @@ class Cost:
             f"peak memory: {self.peak / 1e6:.1f} MB beyond what is given, "
             f"{self.results / 1e6:.1f} MB of it the results and {self.extra / 1e6:.1f} MB extra"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *([] if self.roofline is None else [str(self.roofline)])])
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -202,6 +208,7 @@ class _Counter(TorchDispatchMode):
         made = _tensors(out)
         after = [self._hold(tensor) for tensor in made]
         views = made and not func._schema.is_mutable and set(after) <= set(before)
+        views = views or func.namespace == "_c10d_functional"  # what is sent is told apart
         if not views and not func._schema.name.removeprefix("aten::").startswith(("empty", "new_empty")):
             self._see(func, args, kwargs, out, given, made)
         return out
@@ -280,6 +287,10 @@ def cost(
     *inputs: Tensor | Sequence[int],
     dtype: str | torch.dtype | None = None,
     training: bool = False,
+    world: int | None = None,
+    bandwidth: float | None = None,
+    flop_rate: float | None = None,
+    memory_bandwidth: float | None = None,
     **options: Any,
 ) -> Cost:
     """Tell what a call costs, without computing it: the layer of an operator by its name, a model, or any function.
@@ -298,6 +309,11 @@ def cost(
     - Memory is that of plain tensors: where a layer goes through the queries in chunks, as it does without gradients on
       a CPU, its peak is an upper bound.
 
+    With a ``world`` it is the cost of one of so many processes that share the input out, each with a box of the grid,
+    and tells the roofline too: a process computes for as long as its operations take, or its traffic to and from memory
+    if that is longer, and sends for as long as its bytes take, one after the other. What is sent is counted as the
+    layer sends it; what gradients of parameters take to add up is not in it, nor the latency of each collective.
+
     Args:
         subject: Name of an operator, a module, or a function of tensors.
         *inputs: For a module or a function its inputs: tensors, of which only shapes, strides and types are used, or
@@ -306,6 +322,11 @@ def cost(
             default that of the parameters, or float32.
         training: Whether the backward pass is part of it. Inputs that are given by shape have gradients then, as have
             all tensors that require them. The module stays in the mode it is in.
+        world: Number of processes, whose prime factors each cut the mode that is longest then, the largest first; for
+            an operator, or a layer, a block or a transformer whose input is given whole.
+        bandwidth: Bytes that a process sends in a second, as the other rates told with ``world``.
+        flop_rate: Operations of its device in a second.
+        memory_bandwidth: Bytes that its device reads and writes in a second.
         **options: For a module or a function its keyword arguments. For an operator:
 
             - ``dim``: channels, all heads together; ``num_heads`` and ``batch``: 1 by default;
@@ -318,7 +339,8 @@ def cost(
 
     Raises:
         OptionError: If there is no such operator or option, an argument is out of its range or has no meaning, or
-            nothing has a gradient in training.
+            nothing has a gradient in training; if ``world`` and rates are not told together, or the modes cannot be cut
+            for so many processes.
         ModesError: If ``modes`` does not fit the sizes.
 
     Examples:
@@ -339,7 +361,12 @@ def cost(
         >>> mask = torch.ones(5, 6, dtype=torch.bool)
         >>> ta.cost(layer, (2, 5, 6, 8), mask=mask).flops > ta.cost(layer, (2, 5, 6, 8)).flops
         True
+        >>> rates = {"bandwidth": 40e9, "flop_rate": 500e12, "memory_bandwidth": 3e12}
+        >>> print(ta.cost("additive", (64, 256, 256), dim=512, modes="t h w", world=64, **rates).roofline)
+        one of 64 processes (t÷2 h÷8 w÷4): computes 904 µs, sends 2,326,511 bytes in 2 calls for 58.2 µs
+        sending takes longer than computing: from 2,048 processes on
     """
+    machines = Machines.read(world, bandwidth=bandwidth, flop_rate=flop_rate, memory_bandwidth=memory_bandwidth)
     if dtype is not None and dtype not in DTYPES and dtype not in DTYPES.values():
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -348,6 +375,53 @@ def cost(
         inputs, options = (shape,), {}
     else:
         title = _title(subject, inputs)
+    if machines is None:
+        return _count(title, subject, inputs, options, kind, training)
+    assert world is not None
+    found, cuts, sent = _count_one_of(world, title, subject, inputs, options, kind, training)
+    times = _seconds(machines, found, sent)
+    roofline = Roofline(cuts, sent, *times, None)
+    for power in range(1, 64):
+        try:
+            told = _count_one_of(1 << power, title, subject, inputs, options, kind, training)
+        except OptionError:  # so many cannot cut it
+            break
+        compute, communication = _seconds(machines, told[0], told[2])
+        if communication > compute:
+            roofline = dataclasses.replace(roofline, crossing=1 << power)
+            break
+    return dataclasses.replace(found, roofline=roofline)
+
+
+def _seconds(machines: Machines, found: Cost, sent: Sent) -> tuple[float, float]:
+    """Return how long a process computes, and how long it sends."""
+    return machines.compute_seconds(found.flops, found.read + found.written), sent.nbytes / machines.bandwidth
+
+
+def _count_one_of(
+    world: int, title: str, subject: Any, inputs: Sequence[Any], options: dict[str, Any], kind: Any, training: bool
+) -> tuple[Cost, Mapping[str, int], Sent]:
+    """Count what one of many processes does; return how they cut the input, and what it sends, too."""
+    if not isinstance(subject, (TensorAttention, TensorTransformerBlock, TensorTransformer)):
+        raise OptionError(f"world has no meaning for {type(subject).__name__}: it takes no sharding.")
+    shape = tuple(inputs[0].shape if isinstance(inputs[0], Tensor) else inputs[0]) if len(inputs) == 1 else ()
+    modes, first = subject.modes, subject.channels_first
+    if len(shape) != modes.order + 2:
+        raise ShapeError(f"world needs one input of order {modes.order}, got {_title(subject, inputs)}.")
+    sizes = shape[2:] if first else shape[1:-1]
+    sides = subject.embedding.patch if isinstance(subject, TensorTransformer) else (1,) * modes.order
+    sharding = imagined_sharding(modes, sizes, sides, world)
+    lengths = sharding.part(modes).lengths
+    own = (*shape[:2], *lengths) if first else (shape[0], *lengths, shape[-1])
+    told, counter = {**options, "sharding": sharding}, imagined_traffic()
+    with counter:
+        found = _count(f"{title}, one of {world} processes", subject, (own,), told, kind, training)
+    cuts = {modes.names[int(mode)]: sharding.mesh.size(int(dim)) for mode, dim in sharding.modes.items()}
+    return found, cuts, counter.total
+
+
+def _count(title: str, subject: Any, inputs: Sequence[Any], options: dict[str, Any], kind: Any, training: bool) -> Cost:
+    """Count what a call costs on the meta device."""
     known: dict[int, Tensor] = {}  # what is one tensor stays one
     if isinstance(subject, nn.Module):  # a copy that shares no values
         state = (*subject.parameters(), *subject.buffers())

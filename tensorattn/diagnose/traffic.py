@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tensorattn.processes import size_of
 
 __all__ = ["CollectiveCounter", "Sent", "sent_by_others"]
 
@@ -29,8 +30,12 @@ class Sent(NamedTuple):
 class CollectiveCounter(TorchDispatchMode):
     """Count the functional collectives that are called inside, forwards and backwards, by their kind.
 
+    Args:
+        size_of: From the name of a group of processes to their number.
+
     Attributes:
-        sent: For each kind of collective, what one process sent.
+        sent: For each kind of collective, what one process sent; for all-reduces by a maximum, where processes meet,
+            ``"meeting"``.
 
     Examples:
         >>> import torch, tensorattn as ta
@@ -41,8 +46,9 @@ class CollectiveCounter(TorchDispatchMode):
         Sent(calls=0, nbytes=0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size_of: Callable[[str], int] = size_of) -> None:
         super().__init__()
+        self.size_of = size_of
         self.sent: dict[str, Sent] = {}
 
     @property
@@ -55,9 +61,10 @@ class CollectiveCounter(TorchDispatchMode):
         """Count an operation, and call it."""
         result, kind = func(*args, **(kwargs or {})), func._schema.name.removeprefix("_c10d_functional::")
         if kind in KINDS:
-            world = torch.distributed.distributed_c10d._get_group_size_by_name(args[-1])
+            world = self.size_of(args[-1])
             most = max(args[0].nbytes, result.nbytes)  # what is gathered, or scattered
-            share = most * (world - 1) / world * (2 if kind == "all_reduce" else 1)
+            share = most * (world - 1) / world * (2 if kind == KINDS[0] else 1)
+            kind = "meeting" if "max" in args else kind
             calls, nbytes = self.sent.get(kind, Sent(0, 0))
             self.sent[kind] = Sent(calls + 1, nbytes + share)
         return result

@@ -21,7 +21,7 @@ from tensorattn.functional.operator import (
     attention_function,
     run,
 )
-from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens
+from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens
 from tensorattn.functional.summary import Needs, Summary
 from tensorattn.masks import Part, accumulation_dtype, log_weights
 
@@ -75,7 +75,7 @@ def _attend(
 ) -> AttentionResult:
     """Attend along each mode with all other modes as batch, and take the mean over modes.
 
-    Along the causal mode the queries may be those of the last frames alone. Of a part, fibres are gathered.
+    Along the causal mode the queries may be those of the last frames alone. Of a part, whole fibres are exchanged.
     """
     order, batch, everything = summary.order, len(summary.batch), tuple(range(summary.order))
     whole = summary.key(everything), summary.value(everything), summary.count(everything)
@@ -87,31 +87,21 @@ def _attend(
         own = key, value, None if count is None else count.narrow(dim, count.shape[dim] - frames, frames)
     outputs, attentions, lse = [], [], None
     for mode in range(order):
-        dim = batch + mode
         key, value, count = whole if causal == mode else own
-        if part is not None:
-            key, value = part.every(key, mode, dim), part.every(value, mode, dim)
-            count = None if count is None else part.every(count, mode, dim)
-        key, value, size = key.movedim(dim, -2), value.movedim(dim, -2), key.shape[dim]
-        log_weight = None
-        if count is not None:  # of each position, not of its index: a fibre of absent positions has no token at all
-            count = count.movedim(dim, -1)
-            key, value = (torch.where((count > 0).unsqueeze(-1), tensor, 0.0) for tensor in (key, value))
-            log_weight = log_weights(count).to(accumulation_dtype(key.dtype))
-        added = None if bias is None else bias[mode]
-        if added is not None:
-            added = added.reshape(*added.shape[:-2], *(1,) * (order - 1), *added.shape[-2:])
-        lost = None
-        if causal == mode:
-            frames = query.shape[dim]
-            first = size - frames if part is None else part.start[mode]
-            key, value, ahead, lost = _without_the_future(key, value, frames, first)
-            added = ahead if added is None else added + ahead
-        rows = None if added is None else torch.arange(added.shape[-2], device=key.device)
-        tokens = Tokens(key, value, log_weight, (TokenSet(size, bias=added, rows=rows),))
-        found = attend_tokens(query.movedim(dim, -2), tokens, **settings)
-        output, lse = found.output if lost is None else found.output + lost, found.lse
-        outputs.append(output.movedim(-2, dim))
+        told: dict[str, Any] = {
+            "batch": batch,
+            "bias": None if bias is None else bias[mode],
+            "causal": causal == mode,
+            **settings,
+        }
+        if part is not None and mode in part.cuts:
+            outputs.append(_of_part(part, mode, query, key, value, count, **told))
+            continue
+        dim = batch + mode
+        count = None if count is None else count.movedim(dim, -1)
+        found = _along(query.movedim(dim, -2), key.movedim(dim, -2), value.movedim(dim, -2), count, **told)
+        outputs.append(found.output.movedim(-2, dim))
+        lse = found.lse
         if found.attention is not None:
             attentions.append(found.attention[0].movedim(-2, dim))
     dtype = accumulation_dtype(query.dtype)
@@ -119,13 +109,56 @@ def _attend(
     return AttentionResult(mean.to(query.dtype), lse, tuple(attentions) or None)
 
 
-def _without_the_future(key: Tensor, value: Tensor, frames: int, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _along(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    count: Tensor | None,
+    *,
+    batch: int,
+    bias: Tensor | None,
+    causal: bool,
+    **settings: Any,
+) -> Attended:
+    """Attend along whole fibres, the last but one dimension of queries, keys and values, the last one of counts."""
+    size, log_weight, lost = key.shape[-2], None, None
+    if count is not None:  # of each position, not of its index: a fibre of absent positions has no token at all
+        key, value = (torch.where((count > 0).unsqueeze(-1), tensor, 0.0) for tensor in (key, value))
+        log_weight = log_weights(count).to(accumulation_dtype(key.dtype))
+    if bias is not None:
+        bias = bias.reshape(*bias.shape[:-2], *(1,) * (key.dim() - 2 - batch), *bias.shape[-2:])
+    if causal:
+        key, value, ahead, lost = _without_the_future(key, value, query.shape[-2])
+        bias = ahead if bias is None else bias + ahead
+    rows = None if bias is None else torch.arange(bias.shape[-2], device=key.device)
+    tokens = Tokens(key, value, log_weight, (TokenSet(size, bias=bias, rows=rows),))
+    found = attend_tokens(query, tokens, **settings)
+    return found if lost is None else found._replace(output=found.output + lost)
+
+
+def _of_part(
+    part: Part, mode: int, query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, *, batch: int, **told: Any
+) -> Tensor:
+    """Attend along the fibres of a mode of which processes hold parts: queries, keys and values travel together."""
+    widths = [tensor.shape[-1] for tensor in (query, key, value)]
+
+    def attend(joint: Tensor, *counts: Tensor) -> Tensor:
+        query, key, value = (each.movedim(batch, -2) for each in joint.split(widths, -1))
+        count = counts[0].squeeze(-1).movedim(batch, -1) if counts else None
+        return _along(query, key, value, count, batch=batch, **told).output.movedim(-2, batch)
+
+    counts = [] if count is None else [count.unsqueeze(-1)]
+    return part.along(attend, [torch.cat([query, key, value], -1), *counts], mode, batch)
+
+
+def _without_the_future(key: Tensor, value: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return keys and values that are finite, a bias that hides later frames, and what is lost, as each frame sees it.
 
-    A later frame may hold what is not finite, which must not even meet a zero: what frames up to each of those from
-    the first on hold of it is added to the output afterwards.
+    A later frame may hold what is not finite, which must not even meet a zero: what frames up to each of the last ones
+    hold of it is added to the output afterwards.
     """
     size = key.shape[-2]
+    first = size - frames
     ahead = torch.full((frames, size), -math.inf, device=key.device, dtype=accumulation_dtype(key.dtype))
     ahead = ahead.triu(first + 1)
     finite = key.isfinite().all(-1, keepdim=True)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +120,14 @@ def causal_summary(
     frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}
     per_frame = summary_of_parts(frames, frame_values, _within(needs, within), _of_others(weights, mode, batch))
-    per_frame, weights = _of_all_frames(per_frame, weights, mode, batch)
-    time = _Time(per_frame, weights, mode, batch, past, window)
+    part = weights.part if weights.part is not None and mode in weights.part.cuts else None
+    time = so_far = _Time(per_frame, weights, mode, batch, past, window)
+    if part is not None:  # of frames that others hold, sums of those before, and what is known of each alone
+        so_far = _Time(*_after_earlier(per_frame, weights, mode, batch), mode, batch, None, None)
+        alone = tuple(dict.fromkeys([within[kept] for kept in family if mode in kept])) or per_frame.kept[:1]
+        time = _Time(
+            *_of_all_frames(_of_family(per_frame, alone, batch), weights, mode, batch), mode, batch, None, None
+        )
     sizes = (*per_frame.sizes[:mode], time.seen, *per_frame.sizes[mode:])
 
     def put_together(wanted: Family, running: dict[Kept, Tensor], tokens: dict[Kept, Tensor]) -> Means:
@@ -132,16 +139,30 @@ def causal_summary(
         ]
         return Means(sizes, tuple([block for each in blocks for block in each]))
 
-    def seen(means: Means, given: Family | None) -> Means:
-        wanted = family if given is None else given
-        running = {kept: time.running_mean(means, within[kept]) for kept in wanted if mode not in kept}
-        return put_together(
-            wanted, running, {kept: time.tokens(means, kept, within[kept]) for kept in wanted if mode in kept}
-        )
+    def last(tensor: Tensor) -> Tensor:
+        """Return the own frames of those that sums run over."""
+        return tensor if part is None else tensor.narrow(batch, len(part.cuts[mode]), part.lengths[mode])
 
-    keys = seen(per_frame.key_means, needs.keys)
-    values = keys if same and needs.keys == needs.values else seen(per_frame.value_means, needs.values)
-    counted = {kept: time.count(kept, within[kept]).unsqueeze(-1) for kept in family}
+    def own(tensor: Tensor) -> Tensor:
+        """Return the own frames of all."""
+        return tensor if part is None or tensor.shape[batch] == 1 else part.own(tensor, mode, batch)
+
+    def seen(side: str, given: Family | None) -> Means:
+        wanted, running, tokens = family if given is None else given, getattr(so_far.per_frame, side), {}
+        means = {kept: last(so_far.running_mean(running, within[kept])) for kept in wanted if mode not in kept}
+        for kept in wanted:
+            if mode in kept:
+                tokens[kept] = time.tokens(getattr(time.per_frame, side), kept, within[kept])
+        return put_together(wanted, means, tokens)
+
+    keys = seen("key_means", needs.keys)
+    values = keys if same and needs.keys == needs.values else seen("value_means", needs.values)
+    counted = {
+        kept: (
+            own(time.count(kept, within[kept])) if mode in kept else last(so_far.count(kept, within[kept]))
+        ).unsqueeze(-1)
+        for kept in family
+    }
     counts = put_together(
         family,
         {kept: count for kept, count in counted.items() if mode not in kept},
@@ -149,15 +170,15 @@ def causal_summary(
     )
     vectors: Vectors | None = None
     if per_frame.mode_weights is not None:
-        vectors = (*per_frame.mode_weights[:mode], time.visible, *per_frame.mode_weights[mode:])
+        vectors = (*per_frame.mode_weights[:mode], own(time.visible), *per_frame.mode_weights[mode:])
     covariance = key_covariance = None
     if per_frame.covariance is not None and per_frame.key_covariance is not None:
         dtype = per_frame.key_covariance.dtype
-        covariance = key_covariance = time.running_moments(of_keys=True).covariance(dtype)
+        covariance = key_covariance = last(so_far.running_moments(of_keys=True).covariance(dtype))
         if not same:
-            covariance = time.running_moments(of_keys=False).covariance(dtype)
+            covariance = last(so_far.running_moments(of_keys=False).covariance(dtype))
     found = Summary(sizes, family, keys, values, counts, vectors, covariance, key_covariance, weights.indices)
-    return _of_own_frames(found, weights, mode, batch), functools.partial(time.past, family, within)
+    return found, functools.partial(time.past, family, within)
 
 
 def frames_beside(
@@ -203,30 +224,99 @@ def _within(needs: Needs, within: Mapping[Kept, Kept]) -> Needs:
 def _of_all_frames(per_frame: Summary, weights: Weights, mode: int, batch: int) -> tuple[Summary, Weights]:
     """Put the frames that other parts hold beside those of a part."""
     part, vector = weights.part, weights.vectors[mode]
-    if part is None or part.gather is None:
-        return per_frame, weights
+    assert part is not None
     if vector is not None:
-        vector = part.every(vector, mode, -1)
-        weights = dataclasses.replace(weights, vectors=(*weights.vectors[:mode], vector, *weights.vectors[mode + 1 :]))
-    counts = per_frame.counts
+        weights = _with_vector(weights, mode, part.every(vector, mode, -1))
     found = _each(per_frame, lambda tensor: part.every(tensor, mode, batch))
-    return (found if weights.grid is not None else dataclasses.replace(found, counts=counts)), weights
+    return (found if weights.grid is not None else dataclasses.replace(found, counts=per_frame.counts)), weights
 
 
-def _of_own_frames(summary: Summary, weights: Weights, mode: int, batch: int) -> Summary:
-    """Return what the frames of a part know of all frames."""
-    part = weights.part
-    if part is None or part.gather is None:
-        return summary
+def _after_earlier(per_frame: Summary, weights: Weights, mode: int, batch: int) -> tuple[Summary, Weights]:
+    """Put one frame for each part before those of a part: the mean of its frames, of no weight unless it is earlier.
 
-    def own(tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[batch] == 1 else part.own(tensor, mode, batch)
+    So a part sends as much as one frame, however many it has.
+    """
+    part, vector = weights.part, weights.vectors[mode]
+    assert part is not None
+    split, rows = part.cuts[mode], per_frame.key_means.blocks[0][1]
+    ends = [sum(split[: place + 1]) for place in range(len(split))]
+    earlier = torch.tensor([end <= part.start[mode] for end in ends], device=rows.device)
+    if vector is None:
+        vector = rows.new_ones(part.lengths[mode], dtype=accumulation_dtype(rows.dtype))
+        known = vector.new_tensor(split)
+    else:
+        every = part.every(vector, mode, -1)
+        known = torch.stack([of_part.sum(-1) for of_part in every.split([*split], -1)], -1)
+    if part.lengths[mode] == 0:  # one frame of no weight stands for none
+        per_frame = _each(
+            per_frame, lambda t: F.pad(t, (*(0, 0) * (t.dim() - batch - 1), 0, 1)) if t.shape[batch] == 0 else t
+        )
+        vector = F.pad(vector, (0, 1))
+    time = _Time(per_frame, _with_vector(weights, mode, vector), mode, batch, None, None)
 
-    found = _each(summary, own)
-    if found.mode_weights is None:
-        return found
-    vectors = [v if v is None or k != mode else own(v) for k, v in enumerate(found.mode_weights)]
-    return dataclasses.replace(found, mode_weights=tuple(vectors))
+    def whole(tensor: Tensor) -> Tensor:
+        """Return what is known of all own frames, from what is known of those up to each."""
+        return tensor.narrow(batch, tensor.shape[batch] - 1, 1)
+
+    def means(of: Means) -> Means:
+        found = {inner: whole(time.running_mean(of, inner)) for inner in of.family}
+        return Means.of(per_frame.sizes, found, batch + 1)
+
+    keys, same = means(per_frame.key_means), per_frame.value_means is per_frame.key_means
+    mine = dataclasses.replace(per_frame, key_means=keys, value_means=keys if same else means(per_frame.value_means))
+    if weights.grid is not None and per_frame.counts is not None:
+        counts = per_frame.counts.map(lambda count: count.sum(batch, keepdim=True))
+        mine = dataclasses.replace(mine, counts=counts)
+    if per_frame.key_covariance is not None:
+        dtype, alike = per_frame.key_covariance.dtype, per_frame.covariance is per_frame.key_covariance
+        moment = whole(time.running_moments(of_keys=True).covariance(dtype))
+        other = moment if alike else whole(time.running_moments(of_keys=False).covariance(dtype))
+        mine = dataclasses.replace(mine, covariance=other, key_covariance=moment)
+    assert part.gather is not None
+    gather = part.gather
+    before = _each(mine, lambda tensor: gather(tensor, mode, batch, True))
+    before = before if weights.grid is not None else dataclasses.replace(before, counts=per_frame.counts)
+    if weights.grid is not None and before.counts is not None:
+        counts = before.counts.map(lambda count: count * earlier[:, None, None])
+        before = dataclasses.replace(before, counts=counts)
+    return _joined(before, per_frame, batch), _with_vector(weights, mode, torch.cat([known * earlier, vector], -1))
+
+
+def _joined(one: Summary, other: Summary, batch: int) -> Summary:
+    """Put the frames of one summary before those of another, which has the same weights of modes."""
+
+    def means(first: Means, then: Means) -> Means:
+        found = {kept: torch.cat([first.get(kept), then.get(kept)], batch) for kept in then.family}
+        return Means.of(other.sizes, found, batch + 1)
+
+    keys, same = means(one.key_means, other.key_means), other.value_means is other.key_means
+    values = keys if same else means(one.value_means, other.value_means)
+    found = dataclasses.replace(other, key_means=keys, value_means=values)
+    if one.counts is not None and other.counts is not None and one.counts is not other.counts:
+        found = dataclasses.replace(found, counts=means(one.counts, other.counts))
+    moments: dict[str, Any] = {}
+    for name in ("covariance", "key_covariance"):
+        first, then = getattr(one, name), getattr(other, name)
+        moments[name] = None if first is None or then is None else torch.cat([first, then], batch)
+    return dataclasses.replace(found, **moments)
+
+
+def _of_family(summary: Summary, family: Family, batch: int) -> Summary:
+    """Return the summary of some kept subsets of frames alone."""
+
+    def some(means: Means) -> Means:
+        held = {kept: means.get(kept) for kept in family if kept in means.family}
+        return Means.of(summary.sizes, held, batch + 1) if held else means
+
+    keys, same = some(summary.key_means), summary.value_means is summary.key_means
+    counts = None if summary.counts is None else some(summary.counts)
+    values = keys if same else some(summary.value_means)
+    return Summary(summary.sizes, family, keys, values, counts, summary.mode_weights, indices=summary.indices)
+
+
+def _with_vector(weights: Weights, mode: int, vector: Tensor) -> Weights:
+    """Return weights whose frames count differently."""
+    return dataclasses.replace(weights, vectors=(*weights.vectors[:mode], vector, *weights.vectors[mode + 1 :]))
 
 
 def _each(summary: Summary, function: Callable[[Tensor], Tensor]) -> Summary:

@@ -26,6 +26,7 @@ from tensorattn.masks import (
     GivenWeights,
     Lengths,
     Mask,
+    Part,
     accumulation_dtype,
     check_floating,
     counting_dtype,
@@ -231,6 +232,36 @@ def draw(length: int, most: int, weight: Tensor | None, device: torch.device) ->
     return Drawn(index, each)
 
 
+def draw_rows(
+    tensor: Tensor, weight: Tensor | None, most: int, part: Part | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw rows of ``(*batch, T, D)`` as `draw` does, and tell how often each counts.
+
+    Args:
+        tensor: The rows, one a position.
+        weight: Weights of the positions ``(*batch, T)``, or None.
+        most: How many to draw at most.
+        part: Where the positions stand in a larger grid; all processes then get the same rows, drawn from all of it.
+    """
+    if part is None:
+        drawn = draw(tensor.shape[-2], most, weight, tensor.device)
+        return drawn.of(tensor), drawn.weight
+    if weight is not None:
+        weight = part.whole(weight.unflatten(-1, part.lengths).unsqueeze(-1), weight.dim() - 1).squeeze(-1)
+        weight = weight.flatten(weight.dim() - len(part.sizes))
+    length = math.prod(part.sizes)
+    drawn = draw(length, most, weight, tensor.device)
+    inside, place, further = torch.ones_like(drawn.index, dtype=torch.bool), torch.zeros_like(drawn.index), length
+    for size, start, own in zip(part.sizes, part.start, part.lengths, strict=True):
+        further //= size
+        index = drawn.index // further % size - start
+        inside, place = inside & (index >= 0) & (index < own), place * own + index
+    own_rows = tensor if tensor.shape[-2] else tensor.new_zeros(*tensor.shape[:-2], 1, tensor.shape[-1])
+    found = Drawn(torch.where(inside, place, 0), None).of(own_rows)
+    (rows,) = part.total(lambda: [torch.where(inside.unsqueeze(-1), found, 0.0)], None)  # each is held by one process
+    return rows, drawn.weight
+
+
 def metric_of(query: Tensor, weight: Tensor | None) -> Tensor:
     """Return the mean of q qᵀ over some queries ``(*batch, L, D)``, scaled to a mean diagonal of one.
 
@@ -246,7 +277,9 @@ def metric_of(query: Tensor, weight: Tensor | None) -> Tensor:
     return torch.where(trace > 0, moment / torch.where(trace > 0, trace, 1.0), unit) + 1e-4 * unit
 
 
-def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> tuple[Cells, Tensor]:
+def search(
+    key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int, part: Part | None = None
+) -> tuple[Cells, Tensor]:
     """Search for centres of cells.
 
     Args:
@@ -254,19 +287,20 @@ def search(key: Tensor, weight: Tensor | None, metric: Tensor, tokens: int) -> t
         weight: Their weights ``(*batch, T)``, or None.
         metric: Matrix of the distances ``(*batch, D, D)``.
         tokens: How many n.
+        part: Where the keys stand in a larger grid, in all of which is searched.
 
     Returns:
         The cells, and the mean square of the distances in each, ``(*batch, n)``. Where there are fewer distinct keys
         than tokens, the first centre is there several times.
     """
-    drawn = draw(key.shape[-2], CANDIDATES * max(tokens, 32), weight, key.device)
-    rows = drawn.of(key).to(accumulation_dtype(key.dtype))
+    rows, weight = draw_rows(key, weight, CANDIDATES * max(tokens, 32), part)
+    rows = rows.to(accumulation_dtype(key.dtype))
     (*batch, count, dim), entries = rows.shape, math.prod(rows.shape[:-2])
-    if drawn.weight is None:
+    if weight is None:
         share = rows.new_ones(count)
     else:  # relative to the largest, in its own type
-        top = drawn.weight.amax(-1, keepdim=True)
-        share = torch.where(top > 0, drawn.weight / torch.where(top > 0, top, 1.0), 0.0).to(rows.dtype)
+        top = weight.amax(-1, keepdim=True)
+        share = torch.where(top > 0, weight / torch.where(top > 0, top, 1.0), 0.0).to(rows.dtype)
     share = share.expand(*batch, count).reshape(entries, count)
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows.reshape(entries, count, dim)
@@ -606,7 +640,6 @@ def find_cells(
         return search(flat, weight, metric, tokens)[0]
 
 
-def draw_queries(query: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def draw_queries(query: Tensor, weight: Tensor | None, part: Part | None = None) -> tuple[Tensor, Tensor | None]:
     """Draw queries for a metric, from ``(*batch, L, D)`` and where they take part ``(*batch, L)``."""
-    drawn = draw(query.shape[-2], QUERIES, weight, query.device)
-    return drawn.of(query), drawn.weight
+    return draw_rows(query, weight, QUERIES, part)

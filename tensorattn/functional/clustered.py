@@ -232,7 +232,7 @@ def _condense(
         causal: The causal mode.
         past: The frames before.
         window: How many frames are seen.
-        part: Where the positions stand in a larger grid, all of which is added up; with blocks or cells found before.
+        part: Where the positions stand in a larger grid, all of which is searched and added up.
 
     Returns:
         Clusters, with the frames as last batch dimension for a causal mode, or the summary itself where each position
@@ -240,7 +240,7 @@ def _condense(
     """
     order, sizes, batch = summary.order, summary.sizes, len(summary.batch)
     exported = torch.compiler.is_exporting()  # one graph for all sizes has no other way for small ones
-    if cells == "keys" and not exported and tokens >= summary.positions:
+    if cells == "keys" and part is None and not exported and tokens >= summary.positions:
         return summary, None
     everything = tuple(range(order))
     rows, weight = summary.tokens({everything: 1}), summary.count(everything)
@@ -256,7 +256,7 @@ def _condense(
             with torch.no_grad():
                 drawn = (key.new_zeros(*key.shape[:-2], 1, key.shape[-1]), None)
                 metric = metric_of(*(drawn if query is None else draw_queries(query, shown)))
-                found, spread = search(key, weight, metric, tokens)
+                found, spread = search(key, weight, metric, tokens, part)
             count = tokens
         else:
             whole = sizes if part is None else part.sizes

@@ -273,13 +273,15 @@ def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int, part: Part 
 def _along_mode(matrix: Tensor, tensor: Tensor, mode: int, batch: int, part: Part | None) -> Tensor:
     """Multiply a tensor ``(*batch, n_1, …, n_N, D)`` by a matrix ``(*batch, n, n_mode)``: the mode-k product.
 
-    Of a part, the fibres are gathered, and the rows are its own.
+    Of a part, whole fibres are exchanged.
     """
-    if part is not None:
-        matrix, tensor = part.own(matrix, mode, -2), part.every(tensor, mode, batch + mode)
-    moved = tensor.movedim(batch + mode, batch)
-    product = matmul(matrix.to(tensor.dtype), moved.flatten(batch + 1))
-    return product.unflatten(-1, moved.shape[batch + 1 :]).movedim(batch, batch + mode)
+
+    def product(fibres: Tensor) -> Tensor:
+        return matmul(matrix.to(tensor.dtype), fibres.flatten(batch + 1)).unflatten(-1, fibres.shape[batch + 1 :])
+
+    if part is not None and mode in part.cuts:
+        return part.along(product, [tensor], mode, batch)
+    return product(tensor.movedim(batch + mode, batch)).movedim(batch, batch + mode)
 
 
 def _claims_of_product(*, pool: str) -> frozenset[Claim]:

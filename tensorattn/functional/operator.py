@@ -177,7 +177,7 @@ class Operator:
         joins: Whether it is one softmax, and takes a ``prefix`` into it: keys and values of tokens beside the grid.
             Others are joined with such tokens by their log-sum-exp.
         gathers: Whether it takes a ``part``, where its grid is part of a larger one: it works along one mode at a time,
-            and gathers along that mode.
+            and exchanges the fibres of that mode.
 
     Examples:
         One file, one record: an operator that answers every query with the mean of the values, as function and layer.

@@ -19,7 +19,8 @@ from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
 from tensorattn.nn.layout import channels_last, check_input
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.patches import Patch, grid_of
-from tensorattn.sharding import call_shared_out, is_shared_out
+from tensorattn.processes import meet
+from tensorattn.sharding import call_shared_out, in_common, is_shared_out
 
 __all__ = ["TensorTransformer", "TensorTransformerConfig"]
 
@@ -243,6 +244,7 @@ class TensorTransformer(nn.Module):
         count = sum(parameter.numel() for parameter in self.parameters())
         return f"{type(self).__name__}({', '.join(shown)}; {count:,} parameters)"
 
+    @in_common
     def forward(self, x: Tensor, *, coordinates: Coordinates | None = None, **attention: Any) -> Tensor:
         """Encode.
 
@@ -283,6 +285,7 @@ class TensorTransformer(nn.Module):
         y = y if parameter is None else y.to(parameter.dtype)  # autocast leaves the skip connections in full precision
         if self.positions is not None:
             y = self.positions(y, coordinates=coordinates, **({} if part is None else {"part": part}))
+        meet(last=False)  # before blocks gather their parameters, where FSDP shares those out
         for block in self.blocks:
             y = block(y, **attention)
         y = self.norm(y)

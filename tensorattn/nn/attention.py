@@ -26,7 +26,7 @@ from tensorattn.nn.pipeline import AttentionPipeline
 from tensorattn.nn.prefix import check_prefix, check_prefix_meaning
 from tensorattn.nn.rotary import RotaryEmbedding
 from tensorattn.nn.weights import settings_of, unpack
-from tensorattn.sharding import Sharding, call_shared_out, is_shared_out
+from tensorattn.sharding import Sharding, call_shared_out, in_common, is_shared_out
 
 __all__ = ["TensorAttention"]
 
@@ -282,6 +282,7 @@ class TensorAttention(AttentionPipeline):
         return ", ".join(parts)
 
     @retells
+    @in_common
     def forward(
         self,
         x: Tensor,
@@ -318,9 +319,10 @@ class TensorAttention(AttentionPipeline):
           sees the grid, and not the tokens.
 
         With a ``sharding`` the input is the box of this process, and keys and values are those of all. Averages, and
-        cells that are fixed, take one all-reduce; ``axial`` and the Kronecker operators gather along each mode that is
-        cut, ``flattened`` gathers all, and ``causal`` along a cut mode the averages of all frames. ``clustered`` with a
-        search is refused. A DTensor tells its sharding itself, and the output is one with the same placements.
+        cells that are fixed, take one all-reduce; ``axial`` and the Kronecker operators exchange fibres of each mode
+        that is cut, ``flattened`` gathers all, and ``causal`` along a cut mode the sums of what is earlier.
+        ``clustered`` searches among the same candidates everywhere, which are added up too; with a mask the weights of
+        all positions are gathered. A DTensor tells its sharding itself, and the output is one with the same placements.
 
         Args:
             x: Input, channels last or first as the module was told.
@@ -387,6 +389,7 @@ class TensorAttention(AttentionPipeline):
         return y, F.dropout(beside, self.proj_drop, self.training) if self.proj_drop > 0 else beside
 
     @retells
+    @in_common
     def summarize(
         self,
         context: Tensor | tuple[Tensor, Tensor],

@@ -21,7 +21,7 @@ from tensorattn.nn.layout import channels_last, check_input, check_parameters
 from tensorattn.nn.mixers import make_mixer
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.prefix import check_prefix
-from tensorattn.sharding import call_shared_out, is_shared_out
+from tensorattn.sharding import call_shared_out, in_common, is_shared_out
 
 __all__ = ["DropPath", "GatedMLP", "TensorTransformerBlock"]
 
@@ -250,6 +250,7 @@ class TensorTransformerBlock(nn.Module):
         parts += ["checkpoint=True"] * self.checkpoint + ["channels_first=True"] * self.channels_first
         return ", ".join(parts)
 
+    @in_common
     def forward(self, x: Tensor, *, prefix: Tensor | None = None, **attention: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attend, then map each position.
 

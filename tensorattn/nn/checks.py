@@ -64,7 +64,7 @@ def check_parts(
     if record.condense is not None:
         if options.get("additive_control"):
             rule = "additive_control needs the cells of all positions at once"
-        elif options.get("cells") == "keys":
+        elif options.get("cells") == "keys" and not gathers:
             rule = "its search needs the keys of all positions at once"
             hint = "Take cells='blocks', or find cells once and hold them: layer.hold_cells(layer.find_cells(sample))."
     elif not gathers or not (record.gathers or record.query == "positions"):

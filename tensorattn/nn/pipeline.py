@@ -298,20 +298,20 @@ class AttentionPipeline(nn.Module):
         return self._ungrouped(result, batch) if grouped else result
 
     def _condensed(self, sources: Sources, summary: Summary, of_x: bool, **beside: Any) -> Any:
-        """Condense a projected summary by some queries of an input; by none where it is of a part, for all to agree."""
+        """Condense a projected summary, by some queries of an input where something is searched for."""
         condense: Any = get_operator(self.operator).condense
-        if beside:
+        if beside and self.options.get("cells") != "keys":
             return condense(None, summary, None, **beside, **self.options)[0]
         shown = summary.count(tuple(range(summary.order))) if of_x else None
         with torch.no_grad():
             rows = sources.tensors[0].flatten(1, -2)
-            rows, seen = draw_queries(rows, None if shown is None else shown.squeeze(1).flatten(1))
+            rows, seen = draw_queries(rows, None if shown is None else shown.squeeze(1).flatten(1), **beside)
             query = self._by_group(sources.query(rows, 1), 1)
             if seen is not None:
                 seen = seen.unsqueeze(1)
                 seen = seen.repeat(1, 1, query.shape[2]) if query.dim() > 4 else seen
             query = query.flatten(2, -2)
-        return condense(query, summary, seen, **self.options)[0]
+        return condense(query, summary, seen, **beside, **self.options)[0]
 
     def _by_group(self, query: Tensor, batch: int) -> Tensor:
         """Give queries the heads of the keys, those of a group as one more dimension of positions."""
@@ -500,6 +500,7 @@ class AttentionPipeline(nn.Module):
     def _bias(self, position_bias: PositionBias, x: Tensor, frames: int | None, own: Part | None = None) -> Bias:
         """Bias of each mode, ``(1, H, n, n)``, or ``(1, T, H, P, n)`` where frames are a batch dimension."""
         dtype, sizes = accumulation_dtype(x.dtype), tuple(x.shape[1:-1]) if own is None else own.sizes
+        gathers = get_operator(self.operator).gathers
         found: list[Tensor | None] = []
         for mode, (part, size) in enumerate(zip(position_bias(sizes), sizes, strict=True)):
             if part is not None:
@@ -509,7 +510,9 @@ class AttentionPipeline(nn.Module):
                         f"the bias of mode {self.modes.label(mode)} has shape {tuple(part.shape)} in {kind}, but needs "
                         f"{needed}."
                     )
-                part = part.to(dtype) if own is None else own.own(part.to(dtype), mode, 1)
+                part = part.to(dtype)
+                if own is not None and not gathers:  # one that gathers attends along whole fibres
+                    part = own.own(part, mode, 1)
                 if frames is not None:
                     part = part.movedim(1, 0).unsqueeze(-2) if mode == frames else part.unsqueeze(0)
                 part = part.unsqueeze(0)

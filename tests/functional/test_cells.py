@@ -20,9 +20,11 @@ from tensorattn.functional.cells import (
     block_labels,
     draw,
     draw_queries,
+    draw_rows,
     metric_of,
     search,
 )
+from tensorattn.masks import Part
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,27 @@ class TestDraws:
         weight = torch.stack([torch.zeros(3000), torch.ones(3000)]).double()
         found = draw(3000, 500, weight, CPU)
         assert found.weight[0].eq(0).all() and found.weight[1].eq(1).all() and found.index.max() < 3000
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("most", [300, 5000])
+    def test_of_parts_are_those_of_the_whole(self, weighted, most):
+        """Each part knows some of the rows, and zeros for the others; an empty one knows none."""
+        sizes, tensor = (7, 16, 20), drawn(2, 3, 7, 16, 20, 4)
+        weight = positive(2, 1, *sizes) * holes(2, 1, *sizes) if weighted else None
+        expected, count = draw_rows(tensor.flatten(2, -2), None if weight is None else weight.flatten(2), most)
+        found = []
+        for start, length in ((0, 4), (4, 3), (7, 0)):
+            part = Part(
+                *(sizes, (start, 0, 0), (length, 16, 20)),
+                lambda make, _: make(),
+                lambda own, mode, dim, one: own if mode else weight.unsqueeze(-1),  # what gathering gives
+            )
+            own = tensor.narrow(2, start, length).flatten(2, -2)
+            told = None if weight is None else weight.narrow(2, start, length).flatten(2)
+            rows, counts = draw_rows(own, told, most, part)
+            assert (counts is None) == (count is None) and (count is None or torch.equal(counts, count))
+            found.append(rows)
+        assert torch.equal(sum(found), expected)
 
 
 class TestMetric:
