@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorattn.cli.common import MissingPackageError, require
+from tensorattn.cli.common import MissingPackageError, amount, require
 from tensorattn.cli.readers.contents import (
     Array,
     FileArray,
@@ -35,6 +36,7 @@ PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 NEEDED = ("Rows", "Columns", "PhotometricInterpretation")
 CINE = ("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate")
 CENTIMETRES = 3  # the code of the unit, in regions of ultrasound
+PREAMBLE = 144  # bytes before those that the length of the first group counts
 SAME_PLACE = 0.01  # mm; slices closer than this lie at the same place
 UNEVEN = 0.05  # share of the distance of slices by which gaps may differ
 ORDERED_BY = ("TemporalPositionIndex", "TemporalPositionIdentifier", "EchoTime", "TriggerTime")  # at the same place
@@ -70,7 +72,7 @@ def is_dicom(path: Path) -> bool:
 def read_dicom(path: Path, request: Request) -> FileArray:
     """Read a DICOM file: a cine loop ``t h w``, a stack ``z h w``, both, or an image ``h w``."""
     pydicom = require("pydicom", extra="examples", purpose="reading DICOM")
-    header = _open(pydicom, path)
+    header = _open(pydicom, request, path)
     if not any(tag in header for tag in PIXELS) or not all(tag in header for tag in NEEDED):
         raise RecordingError("it holds no pixels")
     return _read_frames([(path, header)], request, lambda _: header)
@@ -82,23 +84,28 @@ def read_series(files: Sequence[Path], request: Request) -> FileArray:
     headers = []
     for path in files:
         with _naming(path):
-            headers.append((path, _open(pydicom, path, stop_before_pixels=True)))
+            headers.append((path, _open(pydicom, request, path, stop_before_pixels=True)))
     found = _series([(path, header) for path, header in headers if all(tag in header for tag in NEEDED)])
     if not found:
         raise RecordingError("its DICOM files hold no images")
     words = {name: _series_in_words(members) for name, members in found.items()}
     members = found[choose(words, request.key, "series")]
     unique = {str(header.get("SOPInstanceUID", path)): (path, header) for path, header in members}
-    contents = _read_frames(list(unique.values()), request, partial(_open, pydicom))
+    contents = _read_frames(list(unique.values()), request, partial(_open, pydicom, request))
     notes = [f"series {words[next(name for name in found if found[name] is members)]}"] if len(found) > 1 else []
     if len(unique) < len(members):
         notes.append(f"copies of files left out: {len(members) - len(unique)}")
     return contents._replace(notes=(*notes, *contents.notes))
 
 
-def _open(pydicom: Any, path: Path, **options: Any) -> Any:
+def _open(pydicom: Any, request: Request, path: Path, **options: Any) -> Any:
     """Read a file, also one from before files began with DICM."""
     if is_dicom(path):
+        about = pydicom.filereader.read_file_meta_info(path)
+        if about.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:  # packed, header and all
+            packed = path.read_bytes()[PREAMBLE + about.FileMetaInformationGroupLength :]
+            if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, request.max_bytes + 1)) > request.max_bytes:
+                raise RecordingError(f"unpacked it takes more than --max-bytes, {amount(request.max_bytes, 'B')}")
         return pydicom.dcmread(path, **options)
     header = pydicom.dcmread(path, force=True, **options)
     if not all(tag in header for tag in NEEDED):
@@ -114,7 +121,8 @@ def _naming(path: Path) -> Iterator[None]:
     except MissingPackageError:
         raise
     except Exception as cause:  # decoders have errors of their own
-        raise RecordingError(f"{path.name} cannot be read ({one_line(cause)})") from cause
+        told = cause.rule if isinstance(cause, RecordingError) else one_line(cause)
+        raise RecordingError(f"{path.name} cannot be read ({told})") from cause
 
 
 # ---- which files belong together -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_color_lut, apply_rescale
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
 from tensorattn.cli.readers.contents import RecordingError, Step
 from tensorattn.cli.recordings import load
@@ -346,3 +346,14 @@ def test_an_object_that_is_too_large_is_refused(tmp_path: Path) -> None:
     assert (
         told(path, max_bytes=10**5) == "unpacked it takes 120 kB (30×40×50×1 of uint16), but --max-bytes allows 100 kB"
     )
+
+
+def test_a_deflated_file_that_is_too_large_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dataset(np.eye(300, dtype=np.uint8))
+    made.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(load(tmp_path / "a.dcm").array[..., 0], np.eye(300))
+    monkeypatch.setattr(pydicom, "dcmread", lambda *_, **__: pytest.fail("it was unpacked"))
+    assert told(tmp_path / "a.dcm", max_bytes=80_000) == "unpacked it takes more than --max-bytes, 80.0 kB"
