@@ -161,7 +161,7 @@ def _extents(planes: Sequence[_Plane], place: Place) -> list[tuple[float, float]
 
 
 def _planes_through(sizes: Sequence[int], names: Sequence[str]) -> list[_Plane]:
-    """Choose the planes to draw: the largest one without time ``t``, then the largest others, at most three."""
+    """Choose at most three planes: the largest one without time ``t``, then the largest others; z goes upwards."""
     pairs = itertools.combinations(range(len(sizes)), 2)
     ranked = sorted(pairs, key=lambda pair: -math.prod(sizes[mode] for mode in pair))
     still = next((pair for pair in ranked if all(names[mode] != "t" for mode in pair)), None)
@@ -169,7 +169,7 @@ def _planes_through(sizes: Sequence[int], names: Sequence[str]) -> list[_Plane]:
     planes = []
     for first, second in ranked[:3]:
         graph = names[first] in CARTESIAN and names[second] in CARTESIAN
-        planes.append(_Plane(first, second, True) if graph else _Plane(second, first, False))
+        planes.append(_Plane(first, second, True) if graph else _Plane(second, first, names[first] == "z"))
     return planes
 
 

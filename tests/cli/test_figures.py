@@ -457,3 +457,18 @@ def test_maps_of_every_operator() -> None:
         spread = ta.attention_map(attention, (4, 3, 5), operator=name, at=(1, 2, 3))[0]
         for data in (x[0, ..., :1], torch.rand(8, 9, 5)):
             assert ta.draw_attention_maps({name: spread}, data, at=(1, 2, 3)).axes
+
+
+def test_the_stack_of_a_scanner_stands_upright() -> None:
+    planes = _planes_through((24, 90, 128), ("z", "h", "w"))
+    assert [(plane.across, plane.along, plane.upwards) for plane in planes] == [
+        (2, 1, False),
+        (2, 0, True),
+        (1, 0, True),
+    ]
+
+
+def test_slices_tell_every_mode_that_is_held() -> None:
+    of = recording(3, 4, 5, 6, modes="t x y z")
+    figure = maps_figure(of, place(of, (1, 1, 1, 1), (1, 2, 3, 4)), "", {"full attention": uniform(3, 4, 5, 6)})
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["t = 1, x = 2", "t = 1, y = 3", "t = 1, z = 4"]
