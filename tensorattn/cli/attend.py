@@ -660,9 +660,10 @@ def _footnotes(rows: Sequence[_Row], tokens: Tokens, sample: _Sample, budget: fl
     """Say how the errors were estimated, and what full attention would have needed where it was not run."""
     heads, positions = tokens.key.shape[0], sample.population
     lines = [
-        f"centred error: |O - F| / |F - v| on {len(sample.positions)} sampled queries, F full attention, v the mean of "
-        "the values; ± one standard error. Random keys: full attention to as many keys, drawn at random, as there are "
-        "mode averages, S; it costs as much as kao_kv. rho: the share of the variance of the logits left inside cells.",
+        "centred error: 0 is full attention, 1 is no better than the mean of the values; |O - F| / |F - v| on "
+        f"{len(sample.positions)} sampled queries, F full attention, v the mean; ± a standard error. Random keys: full "
+        "attention to as many keys, drawn at random, as there are mode averages, S; it costs as much as kao_kv. rho: "
+        "the share of the variance of the logits left inside cells.",
     ]
     (full,) = parse_choices(["flattened"])
     if full.label not in [row.name for row in rows if row.ran]:

@@ -24,7 +24,17 @@ from tensorattn.cli.recordings import MAX_ORDER, Recording
 from tensorattn.errors import OptionError, ShapeError, retells
 from tensorattn.modes import ModeSpec, is_integer
 
-__all__ = ["Place", "Slices", "draw_attention_maps", "input_figure", "maps_figure", "slices", "weights_figure"]
+__all__ = [
+    "Place",
+    "Slices",
+    "draw_attention_maps",
+    "input_figure",
+    "maps_figure",
+    "slices",
+    "times_uniform",
+    "weights_figure",
+    "weights_label",
+]
 
 FRAMES = 6  # frames of a long mode that are drawn
 HEADS = 4  # heads whose weights are drawn
@@ -67,10 +77,10 @@ class Place:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What is written at an axis: its name, and how far apart its elements lie, as in ``z (× 2.2 mm)``."""
+        """What is written at an axis: its name, and how far apart its elements lie, as in ``z (2.2 mm each)``."""
         steps = self.steps or (None,) * len(self.sizes)
         return tuple(
-            f"{name} (× {step.size:.3g} {step.unit})" if step and step.unit else name
+            f"{name} ({step.size:.3g} {step.unit} each)" if step and step.unit else name
             for name, step in zip(self.names, steps, strict=True)
         )
 
@@ -151,7 +161,7 @@ def _extents(planes: Sequence[_Plane], place: Place) -> list[tuple[float, float]
 
 
 def _planes_through(sizes: Sequence[int], names: Sequence[str]) -> list[_Plane]:
-    """Choose the planes to draw: the largest one without time ``t``, then the largest others, at most three."""
+    """Choose at most three planes: the largest one without time ``t``, then the largest others; z goes upwards."""
     pairs = itertools.combinations(range(len(sizes)), 2)
     ranked = sorted(pairs, key=lambda pair: -math.prod(sizes[mode] for mode in pair))
     still = next((pair for pair in ranked if all(names[mode] != "t" for mode in pair)), None)
@@ -159,7 +169,7 @@ def _planes_through(sizes: Sequence[int], names: Sequence[str]) -> list[_Plane]:
     planes = []
     for first, second in ranked[:3]:
         graph = names[first] in CARTESIAN and names[second] in CARTESIAN
-        planes.append(_Plane(first, second, True) if graph else _Plane(second, first, False))
+        planes.append(_Plane(first, second, True) if graph else _Plane(second, first, names[first] == "z"))
     return planes
 
 
@@ -321,7 +331,7 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
         3.3 * order + 0.6,
         1.75 * heads + 1.3,
         f"{recording.name}: attention along each mode, {which}",
-        f"1 = what every position would get if all got the same; dotted: {place.words()}",
+        f"1 = what each would get if all got the same; dotted: {place.words()}",
     )
     figure.supylabel("times uniform attention", fontsize=10)
     grid = figure.subplots(heads, order, squeeze=False, sharex="col", sharey="row")
@@ -333,7 +343,7 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
         axes.axvline(place.element[mode], color="black", linewidth=1, linestyle=":")
         axes.plot(centres, size * exact[head].sum(axis=others), color="black", linewidth=2.2, alpha=0.55, **style)
         for colour, each in zip(itertools.cycle(COLOURS), weights.values(), strict=False):
-            axes.plot(centres, size * each[mode][head], color=colour, linewidth=1.3, **style)
+            axes.plot(centres, times_uniform(each, mode)[head], color=colour, linewidth=1.3, **style)
         axes.set_xlim(-0.5, place.sizes[mode] - 0.5)
         axes.locator_params(axis="x", nbins=6, integer=True, min_n_ticks=1)
         if head == heads - 1:
@@ -341,7 +351,7 @@ def weights_figure(recording: Recording, place: Place, exact: Array, weights: Ma
     for head in range(heads):  # once the rows are drawn, whose panels share a scale
         grid[head, 0].set_ylabel(f"head {head + 1}")
         grid[head, 0].set_ylim(bottom=0)
-    labels = ["full attention, summed over the other modes", *(_weights_label(*each) for each in weights.items())]
+    labels = ["full attention, summed over the other modes", *(weights_label(*each) for each in weights.items())]
     columns = _legend_columns([len(label) for label in labels], int(figure.get_figwidth() * LETTERS))
     figure.legend(grid[-1, -1].lines[2:], labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
@@ -358,10 +368,41 @@ def _legend_columns(widths: Sequence[int], room: int) -> int:
     return 1
 
 
-def _weights_label(name: str, weights: Sequence[Array]) -> str:
-    """Name an operator, and say so where its modes share one softmax."""
-    total = sum(float(vector[0].sum()) for vector in weights)
-    return f"{name} (one softmax for all modes)" if len(weights) > 1 and abs(total - 1) < 1e-3 else name
+def times_uniform(weights: Sequence[Array], mode: int) -> Array:
+    """Return the weights along a mode relative to what every average that they share a softmax with would get.
+
+    Args:
+        weights: Weights ``(H, g_m)`` along every mode.
+        mode: The mode.
+
+    Examples:
+        >>> times_uniform([np.full((1, 2), 0.5), np.full((1, 3), 1 / 3)], 1)
+        array([[1., 1., 1.]])
+        >>> times_uniform([np.full((1, 2), 0.2), np.full((1, 3), 0.2)], 1)  # one softmax over five
+        array([[1., 1., 1.]])
+    """
+    shared = sum(vector.shape[1] for vector in weights) if _share_a_softmax(weights) else weights[mode].shape[1]
+    found: Array = shared * weights[mode]
+    return found
+
+
+def _share_a_softmax(weights: Sequence[Array]) -> bool:
+    """Say whether the weights along all modes together sum to one."""
+    return len(weights) > 1 and abs(sum(float(vector[0].sum()) for vector in weights) - 1) < 1e-3
+
+
+def weights_label(name: str, weights: Sequence[Array]) -> str:
+    """Name an operator, and say so where its modes share one softmax.
+
+    Args:
+        name: The operator.
+        weights: Weights ``(H, g_m)`` along every mode.
+
+    Examples:
+        >>> weights_label("kao_kv", [np.full((1, 2), 0.2), np.full((1, 3), 0.2)])
+        'kao_kv (one softmax for all modes)'
+    """
+    return f"{name} (one softmax for all modes)" if _share_a_softmax(weights) else name
 
 
 def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str, Array]) -> Any:
@@ -399,9 +440,8 @@ def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str
         plane = planes[column]
         if row == 0:
             _draw_plane(axes, plane.cut(values, place.element), plane, place, (1,) * order, **GREY)
-            if order == 3:
-                (held,) = plane.others(order)
-                axes.set_title(f"{place.names[held]} = {place.element[held]}", fontsize=10)
+            held = ", ".join(f"{place.names[mode]} = {place.element[mode]}" for mode in plane.others(order))
+            axes.set_title(held, fontsize=10)
         else:
             image = plane.cut(ratios[row - 1], place.query)
             drawn = _draw_plane(axes, image, plane, place, place.patch, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -416,7 +456,7 @@ def maps_figure(recording: Recording, place: Place, head: str, maps: Mapping[str
     ticks = _ratio_ticks(limit)
     labels = [f"{ratio:.3g}×" if ratio >= 1 else f"1/{1 / ratio:.3g}" for ratio in ticks]
     bar.set_ticks([math.log2(ratio) for ratio in ticks], labels=labels)
-    bar.set_label("less attention than the average  ←  →  more")
+    bar.set_label("less attention than the average position gets  ←  →  more")
     return figure
 
 

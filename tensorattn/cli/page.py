@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tensorattn.cli.common import require
-from tensorattn.cli.figures import COLOURS, Array, Slices, slices
+from tensorattn.cli.figures import COLOURS, Array, Slices, slices, times_uniform, weights_label
 from tensorattn.cli.view import FULL, View
 
 __all__ = ["page"]
@@ -141,7 +141,8 @@ def _stepped(view: View, cuts: Slices) -> str:
         for name, of in zip(("the recording", *cuts.maps), images, strict=True)
     )
     name = "" if cuts.mode is None else view.place.names[cuts.mode]
-    slider = f"<p>{html.escape(view.place.words())}: the cross. {html.escape(view.which)}.</p>\n"
+    slider = f"<p>{html.escape(view.place.words())}: the cross. {html.escape(view.which)}. "
+    slider += "Red gets more of its attention than the average position does, blue less.</p>\n"
     if len(cuts.elements) > 1:
         slider += (
             f'<p><label>slice along {html.escape(name)} <input type="range" min="0" max="{len(cuts.elements) - 1}" '
@@ -214,18 +215,25 @@ def _weights(view: View, stepped: int | None) -> str:
     lines = {FULL: marginal, **view.weights}
     styles = dict(zip(lines, ("#000000", *itertools.islice(itertools.cycle(COLOURS), len(view.weights))), strict=True))
     charts = "".join(
-        _chart(view, mode, {name: of[mode][view.head] for name, of in lines.items()}, styles, mode == stepped)
+        _chart(
+            view,
+            mode,
+            {name: times_uniform(of, mode)[view.head] for name, of in lines.items()},
+            styles,
+            mode == stepped,
+        )
         for mode in range(order)
     )
     keys = "".join(
-        f'<span class="key" style="background: {colour}"></span>{html.escape(name)}' for name, colour in styles.items()
+        f'<span class="key" style="background: {colour}"></span>{html.escape(weights_label(name, lines[name]))}'
+        for name, colour in styles.items()
     )
     data = {
         "modes": place.names,
         "weights": {name: {at: of[m].tolist() for m, at in enumerate(place.names)} for name, of in lines.items()},
     }
     return (
-        f"<h3>Weights along each mode</h3>\n<p>{html.escape(view.which)}; 1 is what every position would get if all "
+        f"<h3>Weights along each mode</h3>\n<p>{html.escape(view.which)}; 1 is what each would get if all "
         "got the same; dotted: the query. Full attention is summed over the other modes.</p>\n"
         f'<p>{keys}</p>\n<div class="row">{charts}</div>\n'
         f'<script type="application/json" class="weights">{_json(data)}</script>\n'
@@ -241,8 +249,7 @@ def _chart(view: View, mode: int, lines: Mapping[str, Array], styles: Mapping[st
     """Draw the weights along one mode."""
     place, (width, height) = view.place, CHART
     size, centres = place.sizes[mode], place.centres(mode)
-    ratios = {name: len(centres) * each for name, each in lines.items()}
-    most = 1.05 * max(1.0, *(float(each.max()) for each in ratios.values()))
+    most = 1.05 * max(1.0, *(float(each.max()) for each in lines.values()))
 
     def down(ratio: float) -> float:
         """Return where a weight lies."""
@@ -252,7 +259,7 @@ def _chart(view: View, mode: int, lines: Mapping[str, Array], styles: Mapping[st
         f'<polyline fill="none" stroke="{styles[name]}" stroke-width="{2.5 if name == FULL else 1.5}" points="'
         + " ".join(f"{_across(at, size)},{down(ratio)}" for at, ratio in zip(centres, each, strict=True))
         + f'"><title>{html.escape(name)}</title></polyline>'
-        for name, each in ratios.items()
+        for name, each in lines.items()
     )
     query = _across(place.element[mode], size)
     upright = f'y1="8" y2="{8 + height}" x1="{query}" x2="{query}"'

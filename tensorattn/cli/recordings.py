@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +36,7 @@ __all__ = [
     "sample_volume",
 ]
 
+CUT_SHORT = "invalid page offset"  # what tifffile logs of a file that ends too early, and reads on
 LARGEST = 1e100  # squares of larger numbers may overflow
 MAX_ORDER = 6  # figures and patches are made for one to six modes
 
@@ -131,8 +134,7 @@ def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, m
         raise RecordingError(f"{path}: {cause.rule}") from None
     except OSError as cause:
         raise RecordingError(f"{path}: cannot be read ({one_line(cause)})") from cause
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
+    with _listening() as heard:
         try:
             contents = kind.read(path, Request(key, max_bytes))
         except RecordingError as cause:
@@ -141,10 +143,30 @@ def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, m
             raise
         except Exception as cause:  # many packages read files here, and each has its own errors for bad bytes
             raise RecordingError(f"{path}: cannot be read as {kind.name} ({one_line(cause)})") from cause
-    notes = tuple(dict.fromkeys(f"while reading: {one_line(warning.message)}" for warning in heard))
+    if cut := next((each for each in heard if CUT_SHORT in each), None):
+        raise RecordingError(f"{path}: cannot be read as {kind.name} ({cut})")
+    notes = tuple(dict.fromkeys(f"while reading: {each}" for each in heard))
     stem = path.resolve().name
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem[: len(stem) - len(suffix)]).strip("-.") or "recording"
     return make_recording(contents, name=name, source=str(path), modes=modes, notes=notes)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Collect what packages warn of and log while they read a file, one line each, but not what is of their code."""
+    heard: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: heard.append(one_line(record.getMessage()))  # type: ignore[method-assign]
+    logging.getLogger().addHandler(listener)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for about_code in (ResourceWarning, DeprecationWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", about_code)
+            yield heard
+    finally:
+        logging.getLogger().removeHandler(listener)
+        heard += [one_line(each.message) for each in warned]
 
 
 def make_recording(
@@ -179,7 +201,9 @@ def make_recording(
     array, said, channels, steps, inverted, told = contents
     if array.dtype.kind not in "biuf":
         raise RecordingError(f"{source}: its numbers must be real, but its type is {array.dtype}")
-    if array.ndim == 0 or array.size == 0:
+    if array.ndim == 0:
+        raise RecordingError(f"{source}: it holds a single number, not an array")
+    if array.size == 0:
         raise RecordingError(f"{source}: there is nothing in it, its shape is {array.shape}")
     if modes is None:
         order = array.ndim - channels
@@ -288,7 +312,7 @@ NPY, NPZ = Kind("a NumPy array", read_npy), Kind("a NumPy archive", read_npz, Tr
 HDF5, ZARR = Kind("HDF5", read_hdf5, True), Kind("zarr", read_zarr, True)
 
 READERS: dict[str, Kind] = {
-    **dict.fromkeys((".nii", ".nii.gz", ".mgz", ".mgh", ".hdr", ".img"), NIFTI),
+    **dict.fromkeys((".nii", ".nii.gz", ".mgz", ".mgh", ".hdr", ".hdr.gz", ".img", ".img.gz"), NIFTI),
     **dict.fromkeys((".dcm", ".dicom", ".ima"), DICOM),
     **dict.fromkeys((".tif", ".tiff"), TIFF),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"), PICTURE),
@@ -297,20 +321,23 @@ READERS: dict[str, Kind] = {
     **dict.fromkeys((".h5", ".hdf5"), HDF5),
 }
 
-BEGINNINGS = (  # first bytes of files without a suffix
-    (b"\x89PNG", PICTURE),
-    (b"\xff\xd8\xff", PICTURE),
-    (b"GIF8", PICTURE),
-    (b"II*\0", TIFF),
-    (b"MM\0*", TIFF),
-    (b"\x93NUMPY", NPY),
-    (b"\x89HDF", HDF5),
+BEGINNINGS = (  # first bytes of files without a suffix, where a dot stands for any byte
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", PICTURE),
+    (rb"II[*+]\0|MM\0[*+]", TIFF),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", VIDEO),
+    (rb"\x93NUMPY", NPY),
+    (rb"\x89HDF", HDF5),
 )
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix of a file that tells its kind, the longest one, or nothing."""
+    return max((each for each in READERS if path.name.lower().endswith(each)), key=len, default="")
 
 
 def _kind_of(path: Path) -> tuple[str, Kind]:
     """Return the suffix of a file and its kind."""
-    suffix = max((each for each in READERS if path.name.lower().endswith(each)), key=len, default="")
+    suffix = _suffix(path)
     if path.is_dir():
         return (suffix if READERS.get(suffix) is ZARR else ""), _kind_of_folder(path)
     if not path.is_file():
@@ -320,8 +347,8 @@ def _kind_of(path: Path) -> tuple[str, Kind]:
     if is_dicom(path):
         return suffix, DICOM
     with path.open("rb") as file:
-        first = file.read(8)
-    kind = next((kind for beginning, kind in BEGINNINGS if first.startswith(beginning)), None)
+        first = file.read(12)
+    kind = next((kind for beginning, kind in BEGINNINGS if re.match(beginning, first, re.DOTALL)), None)
     if kind is None:
         raise RecordingError(f"no reader for this kind of file; these are read: {', '.join(READERS)}")
     return suffix, kind
@@ -332,14 +359,21 @@ def _kind_of_folder(path: Path) -> Kind:
     if any((path / name).exists() for name in (".zarray", ".zgroup", "zarr.json")):
         return ZARR
     held = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith(".")]
-    dicom = [each for each in held if is_dicom(each)]
+    dicom = [each for each in held if is_dicom(each)] or [
+        each
+        for each in held
+        if READERS.get(each.suffix.lower()) is DICOM  # from before files began with DICM
+    ]
     if dicom:
         return Kind(
             "a folder of DICOM files", lambda _, request: _without(len(held), dicom, read_series(dicom, request)), True
         )
     pictures = [each for each in held if each.parent == path and READERS.get(each.suffix.lower()) in (PICTURE, TIFF)]
     if not pictures:
-        raise RecordingError("this folder holds no DICOM file, no picture and no zarr store")
+        alone = next((each for each in held if READERS.get(_suffix(each)) not in (None, PICTURE, TIFF)), None)
+        deeper = next((each.parent for each in held if READERS.get(_suffix(each)) in (PICTURE, TIFF)), None)
+        told = next((f"; did you mean {each}?" for each in (alone, deeper) if each), "")
+        raise RecordingError(f"this folder holds no DICOM file, no picture and no zarr store{told}")
 
     def read(_: Path, request: Request) -> FileArray:
         """Read the pictures."""

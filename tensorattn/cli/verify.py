@@ -27,23 +27,23 @@ DTYPES = {
     "float16": torch.float16,
 }
 MOST_MODES = 6
-COARSE = 0.3  # tolerance in units of what is compared, from which on a comparison can hardly tell right from wrong
+UNCLEAR = 0.3  # tolerance in units of what is compared, from which on a comparison can hardly tell right from wrong
 
 DESCRIPTION = """\
 Try statements on random cases: what the operators claim, what every operator has, and what they are made of.
 
 Prints one table: each statement in words and as a formula, for how many operators and in how many cases it was tried,
-the tolerance in units of what is compared, the largest error in units of the tolerance, and the verdict. The tolerance
-is what rounding may cause in the type; where it is so large that hardly any error would be noticed, the verdict is
-"coarse". Statements about exact derivatives, dense algebra or limits are of float64, say so and are counted apart.
+the error that is allowed, as a share of what is compared, how much of that was used, and the verdict. Allowed is what
+rounding may cause in the type; where that is so much that hardly any mistake would be noticed, the verdict is
+"unclear". Statements about exact derivatives, dense algebra or limits are of float64, say so and are counted apart.
 Cases on which a statement has nothing to compare are not counted; where all are such, it is "not tried". A statement
 that fails is followed by the smallest case that was found, to be pasted into Python.
 
 Exit status: 0 if nothing fails, 1 if anything does, 2 where the input is bad.
 """
 
-HEADINGS = ("statement", "formula", "tried for, worst", "cases", "allowed", "error", "verdict")
-WIDTHS = (36, 28, 17, 5, 7, 5, 9)  # with two spaces between, 119 columns
+HEADINGS = ("statement", "formula", "tried for, worst", "cases", "allowed", "used", "verdict")
+WIDTHS = (36, 28, 17, 5, 7, 6, 9)  # with two spaces between, 120 columns
 GAP = "  "
 RIGHT = (3, 4, 5)  # columns of numbers
 
@@ -146,14 +146,14 @@ class Verdict:
     def mark(self) -> str:
         """What became of it.
 
-        It is "coarse" where no case broke it, but half of the comparisons would have let pass an error as large as
-        `COARSE`.
+        It is "unclear" where no case broke it, but half of the comparisons would have let pass an error as large as
+        `UNCLEAR`.
         """
         if self.failures:
             return "FAILS"
         if not self.cases:
             return "not tried"
-        return "coarse" if self.share is not None and self.share > COARSE else "holds"
+        return "unclear" if self.share is not None and self.share > UNCLEAR else "holds"
 
 
 def trials(asked: Any, operator: str | None = None) -> list[Trial]:
@@ -256,7 +256,7 @@ def _cells(verdict: Verdict, dtype: torch.dtype) -> tuple[str, ...]:
     subjects = f"{many}: {verdict.worst_subject}" if many > 1 else verdict.worst_subject
     allowed = "" if verdict.share is None else _number(verdict.share)
     untold = verdict.mark == "not tried" or (verdict.worst == 0 and verdict.failures)
-    worst = "" if untold else _number(verdict.worst)
+    worst = "" if untold else _percent(verdict.worst)
     return words, verdict.law.formula, subjects, str(verdict.cases), allowed, worst, verdict.mark
 
 
@@ -265,8 +265,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _percent(ratio: float) -> str:
+    """Write an error as a percentage of what is allowed, or as a multiple of it, in six letters."""
+    if ratio > 1:
+        return f"{ratio:.0e}×" if ratio >= 100 and math.isfinite(ratio) else f"{ratio:.3g}×"
+    return "<0.01%" if 0 < ratio < 1e-4 else f"{100 * ratio:.2g}%"
+
+
 def _number(ratio: float) -> str:
-    """Write an error in units of its tolerance."""
+    """Write an error as a share of what is compared."""
     if ratio == 0 or math.isinf(ratio):
         return f"{ratio:.0f}"
     return f"{ratio:.3f}" if 0.001 <= ratio < 100 else f"{ratio:.0e}"
@@ -284,8 +291,10 @@ def _line(cells: Sequence[str]) -> str:
 def _summary(verdicts: Sequence[Verdict], dtype: torch.dtype, device: str) -> Iterator[str]:
     """Tell how many statements hold in the type asked for, how many in another one, and which fail."""
     yield ""
-    yield "allowed: the tolerance in units of the size of what is compared, the median of all comparisons."
-    yield "error: the largest, in units of the tolerance; a statement fails where it is above 1."
+    yield "allowed: the error that rounding may cause, as a share of what is compared, the median of all comparisons."
+    yield "used: how much of what is allowed the largest error took; a statement fails above 100 %."
+    yield "q, k, v: queries, keys, values. O: output of the operator, F: of flattened, that is full, attention, A: of"
+    yield "additive attention. v̄: mean of the values. LSE: log-sum-exp of the logits. s: scale. N: number of modes."
     groups: dict[str, list[Verdict]] = {}
     for verdict in sorted(verdicts, key=lambda verdict: dtype not in verdict.dtypes):
         types = ", ".join(map(_short, verdict.dtypes))
@@ -295,15 +304,15 @@ def _summary(verdicts: Sequence[Verdict], dtype: torch.dtype, device: str) -> It
         marks = [verdict.mark for verdict in group]
         line = f"{marks.count('holds')} of {len(group)} statements tried {where} hold"
         line += f", in {sum(verdict.cases for verdict in group)} cases"
-        if "coarse" in marks:
-            line += f"; for {marks.count('coarse')} the tolerance is too coarse to tell"
+        if "unclear" in marks:
+            line += f"; {marks.count('unclear')} are unclear"
         if "not tried" in marks:
             line += f"; for {marks.count('not tried')} there was nothing to compare"
         yield f"{line}."
-    if any(verdict.mark == "coarse" for verdict in verdicts):
+    if any(verdict.mark == "unclear" for verdict in verdicts):
         yield (
-            f"coarse: too coarse to tell. Nothing above the tolerance was found, but that is more than {COARSE:g} of "
-            "what is compared."
+            f"unclear: no error above what is allowed was found, but more than {UNCLEAR:.0%} is allowed: a mistake "
+            "could hide. More precision (--dtype float64) may tell."
         )
     if failed := [verdict for verdict in verdicts if verdict.failures]:
         yield f"{len(failed)} fail:"

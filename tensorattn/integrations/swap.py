@@ -99,6 +99,7 @@ class SwapReport:
         ViT: 1 attention layer swapped
           layer          grid   prefix  operator             parity  error    rho
           blocks.0.attn  14×14  1 seen  clustered tokens=64   2e-07  0.012  0.040
+        parity: what the layer changes with full attention in it; error: 0 is full attention, 1 the mean value
         output changed by 0.4 %
     """
 
@@ -118,6 +119,10 @@ class SwapReport:
             words = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
             lines.append("  " + "  ".join([*words, *(c.rjust(w) for c, w in zip(row[4:], widths[4:], strict=True))]))
         lines += [f"  {name} is kept: {reason}" for name, reason in self.kept.items()]
+        if any(layer.parity is not None for layer in self.layers):
+            lines.append(
+                "parity: what the layer changes with full attention in it; error: 0 is full attention, 1 the mean value"
+            )
         if self.difference is not None:
             lines.append(f"output changed by {100 * self.difference:.1f} %")
         if self.before is not None and self.after is not None:

@@ -169,7 +169,7 @@ def test_weights_are_drawn_relative_to_uniform_attention() -> None:
         expected = (4, 6)[mode] * (rows, columns)[mode][head]
         np.testing.assert_allclose(first.get_ydata(), expected)
         np.testing.assert_allclose(second.get_ydata(), expected)
-        np.testing.assert_allclose(third.get_ydata(), expected / 2)
+        np.testing.assert_allclose(third.get_ydata(), 10 * (rows, columns)[mode][head] / 2)  # of 4 + 6 averages
         low, high = axes.get_ylim()
         assert low == 0 and high >= expected.max()
     words = texts(figure)
@@ -221,8 +221,8 @@ def test_slices_are_as_high_as_their_steps_say(thick: float) -> None:
     where = Place(of.modes, of.sizes, (1, 1, 1), (9, 9, 4), (Step(1.0, "mm"), Step(1.0, "mm"), Step(thick, "mm")))
     figure = maps_figure(of, where, "head 1", {"full attention": uniform(20, 20, 10)})
     flat, upright = figure.axes[0], figure.axes[1]
-    assert (upright.get_xlabel(), figure.axes[4].get_xlabel()) == ("", "x (× 1 mm)")
-    assert upright.get_ylabel() == f"z (× {thick:.3g} mm)"
+    assert (upright.get_xlabel(), figure.axes[4].get_xlabel()) == ("", "x (1 mm each)")
+    assert upright.get_ylabel() == f"z ({thick:.3g} mm each)"
     assert drawn_shape(flat) == pytest.approx(1, rel=0.01)
     assert drawn_shape(upright) == pytest.approx(thick / 2, rel=0.01)
     assert _extents(_planes_through(of.sizes, where.names), where)[:2] == [
@@ -457,3 +457,18 @@ def test_maps_of_every_operator() -> None:
         spread = ta.attention_map(attention, (4, 3, 5), operator=name, at=(1, 2, 3))[0]
         for data in (x[0, ..., :1], torch.rand(8, 9, 5)):
             assert ta.draw_attention_maps({name: spread}, data, at=(1, 2, 3)).axes
+
+
+def test_the_stack_of_a_scanner_stands_upright() -> None:
+    planes = _planes_through((24, 90, 128), ("z", "h", "w"))
+    assert [(plane.across, plane.along, plane.upwards) for plane in planes] == [
+        (2, 1, False),
+        (2, 0, True),
+        (1, 0, True),
+    ]
+
+
+def test_slices_tell_every_mode_that_is_held() -> None:
+    of = recording(3, 4, 5, 6, modes="t x y z")
+    figure = maps_figure(of, place(of, (1, 1, 1, 1), (1, 2, 3, 4)), "", {"full attention": uniform(3, 4, 5, 6)})
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["t = 1, x = 2", "t = 1, y = 3", "t = 1, z = 4"]

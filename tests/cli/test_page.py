@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from tensorattn.cli.common import parse_choices
 from tensorattn.cli.page import page
 from tensorattn.cli.recordings import FileArray, make_recording, parse_modes
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOID = {"meta", "img", "input", "br", "line", "rect"}
 
 
@@ -123,3 +128,41 @@ def test_words_are_no_tags() -> None:
 def test_two_recordings_have_a_section_each() -> None:
     text = written(report(6, 7, modes="h w"), report(6, 7, modes="h w", name="b"))
     assert text.count("<section>") == 2 and text.count('alt="b-maps.png"') == 1 and text.count('alt="a-maps.png"') == 1
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------------
+
+
+def browse(path: Path, *words: str) -> str:
+    """Open a page without a window, and return what is printed."""
+    assert BROWSER is not None
+    quiet = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={path.parent}",
+    )
+    done = subprocess.run([BROWSER, *quiet, *words, path.as_uri()], capture_output=True, timeout=120, check=True)
+    return done.stdout.decode()
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_the_slider_moves_slices_in_a_browser(tmp_path: Path) -> None:
+    move = """<script>
+    const slider = document.querySelector("input"); slider.value = 1; slider.dispatchEvent(new Event("input"));
+    </script></body>"""
+    text = written(report(9, 8, 12, 3, modes="t h w"))
+    (tmp_path / "a.html").write_text(text.replace("</body>", move))
+    slices = Parts(text).data["slices"]["images"]
+    moved = browse(tmp_path / "a.html", "--dump-dom")
+    shown = re.findall(r'<div class="slice"><img[^>]* src="([^"]+)"', moved)
+    assert shown == [of[1] for of in slices] and slices[0][1] != slices[0][2]
+    assert "<output>t = 2</output>" in moved
+    assert moved.count('<div class="cross"') == moved.count(' hidden=""') == 4  # the query is in another slice
+    browse(tmp_path / "a.html", "--window-size=1000,2000", f"--screenshot={tmp_path / 'a.png'}")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    coloured = np.abs(pixels[..., 0] - pixels[..., 2]) > 60
+    assert coloured.mean() > 0.01 and (pixels.sum(-1) > 700).mean() > 0.3  # maps and charts on a light page

@@ -20,8 +20,8 @@ from tensorattn.testing.check import Asked, holds
 from tensorattn.testing.theorems import THEOREMS, counted_once
 
 PROGRAM = "python -m tensorattn verify"
-VERDICT = re.compile(r"(\S+) +(holds|FAILS|coarse|not tried)$")
-HEADINGS = "statement formula tried for, worst cases allowed error verdict"
+VERDICT = re.compile(r"(\S+) +(holds|FAILS|unclear|not tried)$")
+HEADINGS = "statement formula tried for, worst cases allowed used verdict"
 
 
 def verify(*words: str) -> int:
@@ -37,8 +37,12 @@ def check_table(printed: str) -> dict[str, int]:
     gaps = [match.start() for match in re.finditer(" -", lines[1])]
     assert all(len(line) <= gap or line[gap] == " " for line in lines for gap in gaps)
     found = [match.groups() for match in map(VERDICT.search, lines) if match]
-    assert all(float(error) <= 1 for error, mark in found if mark in ("holds", "coarse"))
-    return {mark: sum(mark == other for _, other in found) for mark in ("holds", "FAILS", "coarse", "not tried")}
+    assert all(
+        used.endswith("%") and float(used[:-1].lstrip("<")) <= 100
+        for used, mark in found
+        if mark in ("holds", "unclear")
+    )
+    return {mark: sum(mark == other for _, other in found) for mark in ("holds", "FAILS", "unclear", "not tried")}
 
 
 @pytest.fixture
@@ -68,9 +72,9 @@ def test_every_statement_has_a_row_and_the_exit_status_tells_whether_any_fails(c
     assert int(counted[1]) + sum(int(number) for number, *_ in others) == marks["holds"]
     assert others and all(dtype not in told.split(", ") for *_, told in others)
     # Two examples may be of zeros alone; apart from that float64 is fine enough, half precision often is not.
-    assert marks["not tried"] == 0 and (marks["coarse"] > 0 or dtype != "bfloat16")
-    assert marks["coarse"] < 5 or dtype != "float64"
-    assert ("too coarse to tell" in printed) == (marks["coarse"] > 0)
+    assert marks["not tried"] == 0 and (marks["unclear"] > 0 or dtype != "bfloat16")
+    assert marks["unclear"] < 5 or dtype != "float64"
+    assert ("\nunclear: no error" in printed) == (marks["unclear"] > 0)
     assert ("means that no error above" in printed) == (dtype == "bfloat16")
     assert printed.count("\n# FAILS: ") == marks["FAILS"]
     cap, epsilon = {"float64": ("10000", "2.2e-16"), "float32": ("100", "1.2e-07"), "bfloat16": ("2", "1.2e-07")}[dtype]
@@ -148,16 +152,18 @@ def test_a_statement_with_nothing_to_compare_is_not_said_to_hold():
 
     law = dataclasses.replace(counted_once, compare=idle)
     printed = command.report(command.carry_out([(law, None, Asked(examples=3))]), torch.float64, "cpu")
-    assert check_table(printed) == {"holds": 0, "FAILS": 0, "coarse": 0, "not tried": 1}
+    assert check_table(printed) == {"holds": 0, "FAILS": 0, "unclear": 0, "not tried": 1}
     assert "0 of 1 statements tried in float64 on cpu hold, in 0 cases; for 1 there was nothing to compare" in printed
 
 
-def test_a_tolerance_as_large_as_what_is_compared_is_too_coarse_to_tell():
+def test_a_tolerance_as_large_as_what_is_compared_is_unclear():
     verdict = command.Verdict(THEOREMS[0], cases=3, shares=[0.1, 0.2, 5.0])
     assert verdict.mark == "holds"
     verdict.shares.append(6.0)
-    assert verdict.mark == "coarse"
-    assert "coarse: too coarse to tell." in command.report([verdict], torch.float64, "cpu")
+    assert verdict.mark == "unclear"
+    assert "unclear: no error above what is allowed was found, but more than 30% is allowed" in command.report(
+        [verdict], torch.float64, "cpu"
+    )
     verdict.shares.clear()
     assert verdict.mark == "holds"  # of yes or no there is no size
 
@@ -168,7 +174,14 @@ def test_numbers_are_short_and_only_the_first_failure_is_told():
 
     law = dataclasses.replace(check_convex, compare=some)
     verdict = command.Verdict(law, cases=1)
-    for worst, text in ((0.0, "0"), (0.5, "0.500"), (1e-5, "1e-05"), (1234.0, "1e+03"), (float("inf"), "inf")):
+    for worst, text in (
+        (0.0, "0%"),
+        (0.0361, "3.6%"),
+        (1e-5, "<0.01%"),
+        (13.4, "13.4×"),
+        (1234.0, "1e+03×"),
+        (float("inf"), "inf×"),
+    ):
         verdict.worst = worst
         assert text in command.report([verdict], torch.float64, "cpu").splitlines()[2].split()
     work = [trial for trial in command.trials(Asked(examples=1), "axial") if trial[0] is check_convex]

@@ -56,17 +56,20 @@ def read_hdf5(path: Path, request: Request) -> FileArray:
     h5py = require("h5py", extra="files", purpose="reading HDF5")
     with h5py.File(path, "r") as file:
         held: dict[str, str] = {}
+        key = None if request.key is None else request.key.strip("/")
 
         def note(name: str, item: Any) -> None:
             """Remember an array of numbers."""
-            if isinstance(item, h5py.Dataset) and item.ndim and item.dtype.kind in "biuf":
+            is_array = isinstance(item, h5py.Dataset) and item.ndim and item.dtype.kind in "biufc"
+            if is_array and (not item.is_scale or name == key):  # the ticks of an axis are no recording
                 held[name] = _shape_in_words(item)
 
         file.visititems(note)
-        key = None if request.key is None else request.key.strip("/")
+        if key and isinstance(linked := file.get(key), h5py.Dataset):  # a visit does not follow links
+            note(key, linked)
         dataset = file[choose(held, key)]
         request.allow(dataset.shape, dataset.dtype)
-        return _named(dataset[()], [axis.label for axis in dataset.dims])
+        return _named(dataset[()], [axis.label or next(iter(axis.keys()), "") for axis in dataset.dims])
 
 
 def read_zarr(path: Path, request: Request) -> FileArray:
@@ -75,15 +78,21 @@ def read_zarr(path: Path, request: Request) -> FileArray:
     store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else str(path)
     root = zarr.open(store, mode="r")
     if isinstance(root, zarr.Array):
-        choose({"": ""}, request.key)
+        if request.key is not None:
+            raise RecordingError(f"there is no array {request.key!r} in it: it is a single array, leave out --key")
         return _from_zarr(root, request)
-    arrays = {name: item for name, item in root.members(max_depth=None) if isinstance(item, zarr.Array) and item.ndim}
+    arrays = {name: item for name, item in root.members(max_depth=None) if _is_numbers(zarr, item)}
     scales = (root.attrs.get("ome") or root.attrs).get("multiscales")  # OME-Zarr
     key = None if request.key is None else request.key.strip("/")
     if scales and (finest := scales[0]["datasets"][0])["path"] in arrays and key in (None, finest["path"]):
         found = _from_zarr(arrays[finest["path"]], request)
         return _with_ome_axes(found, scales[0], finest)
     return _from_zarr(arrays[choose({name: _shape_in_words(each) for name, each in arrays.items()}, key)], request)
+
+
+def _is_numbers(zarr: Any, item: Any) -> bool:
+    """Say whether a member of a store is an array of numbers."""
+    return isinstance(item, zarr.Array) and item.ndim > 0 and item.dtype.kind in "biufc"
 
 
 def _from_zarr(array: Any, request: Request) -> FileArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,18 @@ import numpy as np
 from tensorattn.cli.common import amount
 from tensorattn.errors import TensorAttentionError
 
-__all__ = ["MAX_BYTES", "Array", "FileArray", "RecordingError", "Request", "Step", "as_bytes", "choose", "one_line"]
+__all__ = [
+    "MAX_BYTES",
+    "Array",
+    "FileArray",
+    "RecordingError",
+    "Request",
+    "Step",
+    "as_bytes",
+    "choose",
+    "natural",
+    "one_line",
+]
 
 MAX_BYTES = 512 * 10**6  # an array is held whole in memory
 
@@ -131,6 +143,19 @@ def choose(held: Mapping[str, str], key: str | None, what: str = "array") -> str
     if key not in held:
         raise RecordingError(f"there is no {what} {key!r} in it; {told}")
     return key
+
+
+def natural(name: str) -> list[str | int]:
+    """Return what sorts names by the numbers in them: frame2 before frame10.
+
+    Args:
+        name: The name.
+
+    Examples:
+        >>> sorted(["frame10", "frame2"], key=natural)
+        ['frame2', 'frame10']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def one_line(cause: Any) -> str:

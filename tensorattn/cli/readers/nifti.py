@@ -39,6 +39,14 @@ def read_nifti(path: Path, request: Request) -> FileArray:
     return FileArray(array, modes, channels, steps, notes=notes)
 
 
+def _states_directions(image: Any) -> bool:
+    """Say whether a file tells where its axes point: a header of NIfTI or MGH, or a .mat file beside one of Analyze."""
+    codes = [image.header[name] for name in ("qform_code", "sform_code", "goodRASFlag") if name in image.header]
+    if codes:
+        return any(map(bool, codes))
+    return Path(image.get_filename()).with_suffix(".mat").exists()
+
+
 def _axes(nibabel: Any, image: Any, order: int) -> tuple[tuple[str, ...], tuple[Step | None, ...], tuple[str, ...]]:
     """Return names and steps of the modes, and what is to be told of them."""
     header, notes = image.header, []
@@ -58,5 +66,6 @@ def _axes(nibabel: Any, image: Any, order: int) -> tuple[tuple[str, ...], tuple[
         codes = nibabel.aff2axcodes(image.affine)
         if None not in codes:
             ways = ", ".join(f"{axis} towards {WAYS[code]}" for axis, code in zip("xyz", codes, strict=True))
-            notes.append(f"axes in the order of the file: {ways}")
+            stated = _states_directions(image)
+            notes.append(f"axes in the order of the file: {ways}{'' if stated else ' (assumed, it does not say)'}")
     return ("x", "y", "z", fourth)[:order], steps, tuple(notes)

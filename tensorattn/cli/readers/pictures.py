@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,24 @@ from xml.etree import ElementTree
 import numpy as np
 
 from tensorattn.cli.common import require
-from tensorattn.cli.readers.contents import Array, FileArray, RecordingError, Request, Step, as_bytes, choose
+from tensorattn.cli.readers.contents import (
+    Array,
+    FileArray,
+    RecordingError,
+    Request,
+    Step,
+    as_bytes,
+    choose,
+    natural,
+    one_line,
+)
 
 __all__ = ["read_frames", "read_picture", "read_tiff"]
 
 NAMES = {"X": "w", "Y": "h", "Z": "z", "T": "t"}  # what tifffile calls an axis, and what it is called here
 CHANNELS = "CS"
+NODATA, TURN = 42113, 274  # tags: how geographic data mark what is missing, and the orientation
+INKS = ("SEPARATED", "YCBCR", "CIELAB", "ICCLAB", "ITULAB")
 UNKNOWN = "IQR"  # pages that the file says nothing of
 UNITS = {"\\u00B5m": "µm", "micron": "µm", "um": "µm", "sec": "s"}
 PLAIN = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA")  # modes of Pillow whose numbers are values
@@ -31,7 +42,8 @@ def read_tiff(path: Path, request: Request) -> FileArray:
     tifffile = require("tifffile", extra="files", purpose="reading TIFF")
     with tifffile.TiffFile(path) as file:
         held = {str(n): f"{'×'.join(map(str, each.shape))} {each.dtype}" for n, each in enumerate(file.series)}
-        series = file.series[int(choose(held, request.key, "series"))]
+        number = int(choose(held, request.key, "series"))
+        series = file.series[number]
         page, axes = series.keyframe, series.axes
         palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None and not file.is_imagej
         request.allow((*series.shape, 3) if palette else series.shape, series.dtype)
@@ -39,11 +51,28 @@ def read_tiff(path: Path, request: Request) -> FileArray:
         if palette:
             array, axes = np.ascontiguousarray(as_bytes(page.colormap.T))[array], f"{axes}S"
             notes.append("colours looked up in the palette")
-        if 42113 in page.tags and page.nodata in array:  # as geographic data mark what is missing
-            array = np.where(array == page.nodata, np.nan, array)
-            notes.append(f"{page.nodata:g} marks what is missing")
+        if NODATA in page.tags and (missing := float(page.tags[NODATA].value)) in array:
+            array = np.where(array == missing, np.nan, array)
+            notes.append(f"{missing:g} marks what is missing")
+        if page.photometric.name in INKS and page.compression != tifffile.COMPRESSION.JPEG:
+            notes.append(f"its colours are {page.photometric.name}, kept as stored")
+        steps = _tiff_steps(file, page, number)
+        if TURN in page.tags and (way := page.tags[TURN].value) in range(2, 9) and "Y" in axes and "X" in axes:
+            array, steps = _turned(array, axes, way, steps)
+            notes.append("turned as its metadata say")
         inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
-        return _named_axes(array, axes, _tiff_steps(file, page), inverted, notes)
+        return _named_axes(array, axes, steps, inverted, notes)
+
+
+def _turned(array: Array, axes: str, way: int, steps: dict[str, Step]) -> tuple[Array, dict[str, Step]]:
+    """Turn and mirror planes as the orientation tag says; the numbers are those of EXIF."""
+    down, across = axes.index("Y"), axes.index("X")
+    if way >= 5:
+        array = array.swapaxes(down, across)
+        steps = {{"X": "Y", "Y": "X"}.get(axis, axis): step for axis, step in steps.items()}
+    mirrored = [axis for axis, ways in ((down, (3, 4, 7, 8)), (across, (2, 3, 6, 7))) if way in ways]
+    turned: Array = np.flip(array, tuple(mirrored))
+    return turned, steps
 
 
 def _named_axes(array: Array, axes: str, steps: dict[str, Step], inverted: bool, notes: list[str]) -> FileArray:
@@ -62,14 +91,13 @@ def _named_axes(array: Array, axes: str, steps: dict[str, Step], inverted: bool,
     return FileArray(array, tuple(names), bool(own), tuple(steps.get(axes[n]) for n in rest), inverted, tuple(notes))
 
 
-def _tiff_steps(file: Any, page: Any) -> dict[str, Step]:
+def _tiff_steps(file: Any, page: Any, number: int) -> dict[str, Step]:
     """Return how far apart neighbours lie, by axis, where ImageJ or OME say so."""
     if file.is_ome:
-        pixels = next(
-            (each for each in ElementTree.fromstring(file.ome_metadata).iter() if each.tag.endswith("}Pixels")), None
-        )
-        if pixels is None:
+        images = [each for each in ElementTree.fromstring(file.ome_metadata).iter() if each.tag.endswith("}Pixels")]
+        if len(images) <= number:
             return {}
+        pixels = images[number]
         sizes = {axis: (f"PhysicalSize{axis}", f"PhysicalSize{axis}Unit", "µm") for axis in "XYZ"}
         sizes["T"] = ("TimeIncrement", "TimeIncrementUnit", "s")
         return {
@@ -110,7 +138,7 @@ def read_picture(path: Path, request: Request) -> FileArray:
             (count, image.height, image.width, 3 if image.mode in ("P", "PA") else bands), _bits_of(image.mode)
         )
         notes, frames, times = [], [], []
-        for number in range(count):
+        for number in range(int(getattr(image, "default_image", False)), count):  # which no film of an APNG shows
             image.seek(number)
             turned = operations.exif_transpose(image)
             if turned.size != image.size or turned.getexif() != image.getexif():
@@ -127,7 +155,7 @@ def read_picture(path: Path, request: Request) -> FileArray:
         return FileArray(frames[0], ("h", "w"), channels, notes=tuple(notes))
     if len(set(times)) > 1:
         notes.append(f"its frames last {min(times):g} to {max(times):g} s: they are not evenly spaced in time")
-    steps = (Step(sum(times) / count, "s") if all(times) else None, None, None)
+    steps = (Step(sum(times) / len(times), "s") if all(times) else None, None, None)
     return FileArray(np.stack(frames), ("t", "h", "w"), channels, steps, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -154,10 +182,13 @@ def _bits_of(mode: str) -> str:
 
 def read_frames(files: Sequence[Path], request: Request, read: Callable[[Path, Request], FileArray]) -> FileArray:
     """Read pictures of one size as the frames of a film ``t h w``, in the order of the numbers in their names."""
-    ordered = sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
+    ordered = sorted(files, key=lambda path: natural(path.name))
     frames: list[FileArray] = []
     for path in ordered:
-        frame = read(path, request)
+        try:
+            frame = read(path, request)
+        except OSError as cause:
+            raise RecordingError(f"{path.name} cannot be read ({one_line(cause)})") from cause
         request.allow((len(ordered), *frame.array.shape), frame.array.dtype)
         if len(frame.modes) != 2:
             raise RecordingError(f"{path.name} holds more than one image; give it alone")

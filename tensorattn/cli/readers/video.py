@@ -21,6 +21,7 @@ def read_video(path: Path, request: Request) -> FileArray:
     av = require("av", extra="video", purpose="reading video")
     frames: list[Array] = []
     times: list[float] = []
+    damaged = 0
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         if stream is None:
@@ -30,11 +31,12 @@ def read_video(path: Path, request: Request) -> FileArray:
         bits = max((component.bits for component in pixels.components), default=8)
         form, dtype, channels = _form(pixels.name, bits)
         size = (stream.codec_context.height, stream.codec_context.width, channels)
-        request.allow((_expected_frames(av, container, stream), *size), dtype)
+        expected = _expected_frames(av, container, stream)
+        request.allow((expected, *size), dtype)
         turn, aspect = 0, stream.sample_aspect_ratio
         for frame in container.decode(stream):
             request.allow((len(frames) + 1, frame.height, frame.width, channels), dtype)
-            turn = frame.rotation
+            turn, damaged = frame.rotation, damaged + frame.is_corrupt
             frames.append(np.rot90(frame.to_ndarray(format=form), round(turn / 90)))
             if frames[-1].shape != frames[0].shape:
                 raise RecordingError(f"its frames change their size: {frames[0].shape[:2]} to {frames[-1].shape[:2]}")
@@ -46,6 +48,10 @@ def read_video(path: Path, request: Request) -> FileArray:
     notes = []
     if round(turn / 90) % 4:
         notes.append(f"turned by {abs(round(turn))}° {'anti' * (turn > 0)}clockwise, as its metadata say")
+    if len(frames) < (1 - UNEVEN) * expected - 1:
+        notes.append(f"{len(frames)} of the {expected} frames that its header promises could be read")
+    if damaged:
+        notes.append(f"{damaged} of its frames are damaged")
     if 8 < bits < 16:
         notes.append(f"numbers of {bits} bits, stretched to 16")
     step = _step(times) if len(times) == len(frames) > 1 else 1 / float(rate) if rate else 0.0

@@ -83,6 +83,19 @@ def test_hdf5_by_key(tmp_path: Path) -> None:
     assert load(path, key="/g/y").array.dtype == np.uint16
 
 
+def test_hdf5_names_axes_by_their_scales_and_follows_links(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["x"], file["level"], file["hour"] = np.eye(4, 5), np.arange(4.0), np.arange(5.0)
+        for axis, name in zip(file["x"].dims, ("level", "hour"), strict=True):
+            file[name].make_scale(name)
+            axis.attach_scale(file[name])
+        file["link"] = h5py.SoftLink("/x")
+    for key in (None, "x", "link"):
+        assert str(load(path, key=key).modes) == "level hour"
+    assert load(path, key="hour").sizes == (5,)
+
+
 def test_a_large_dataset_that_was_never_written_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", (10_000, 10_000, 100), dtype="f4", chunks=True)
@@ -127,6 +140,15 @@ def test_zarr_by_key(tmp_path: Path) -> None:
         told(path, key="z") == "there is no array 'z' in it; it holds 2 arrays: x (4×4 float64), deep/y (3×2 float64)"
     )
     assert load(path, key="deep/y").sizes == (3, 2)
+
+
+def test_zarr_leaves_out_words_and_has_no_key_for_a_single_array(tmp_path: Path) -> None:
+    group = zarr.create_group(str(tmp_path / "a.zarr"), zarr_format=2)
+    for name, array in (("x", np.eye(4)), ("who", np.array(["a", "b"]))):
+        group.create_array(name, shape=array.shape, dtype=array.dtype)[...] = array
+    assert load(tmp_path / "a.zarr").sizes == (4, 4)
+    write_zarr(str(tmp_path / "b.zarr"), np.eye(4))
+    assert told(tmp_path / "b.zarr", key="x") == ("there is no array 'x' in it: it is a single array, leave out --key")
 
 
 def test_ome_zarr_gives_axes_spacing_and_the_finest_resolution(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_color_lut, apply_rescale
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
 from tensorattn.cli.readers.contents import RecordingError, Step
 from tensorattn.cli.recordings import load
@@ -121,7 +121,7 @@ def test_images_at_the_same_place_are_time(tmp_path: Path) -> None:
 
 def test_a_missing_slice_a_copy_and_no_positions_are_told(tmp_path: Path) -> None:
     write_series(tmp_path / "gap", [0, 1, 2, 4])
-    assert load(tmp_path / "gap").notes == ("its slices lie 1 to 2 mm apart: one may be missing",)
+    assert load(tmp_path / "gap").notes == ("its slices lie 1 to 2 mm apart, 1 mm is taken: one may be missing",)
     (tmp_path / "gap" / "copy").write_bytes((tmp_path / "gap" / "IM0").read_bytes())
     assert load(tmp_path / "gap").notes[0] == "copies of files left out: 1"
     (tmp_path / "bare").mkdir()
@@ -130,6 +130,54 @@ def test_a_missing_slice_a_copy_and_no_positions_are_told(tmp_path: Path) -> Non
     bare = load(tmp_path / "bare")
     assert bare.array[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert bare.notes == ("no positions in it: its images are in the order of their instance numbers",)
+
+
+def test_without_positions_names_count_as_people_count(tmp_path: Path) -> None:
+    for number in (7, 8, 10):
+        write(tmp_path / f"im{number}", image(number))
+    bare = load(tmp_path)
+    assert bare.array[:, 0, 0, 0].tolist() == [7, 8, 10]
+    assert bare.notes == ("no positions in it: its images are in the order of their slice locations and names",)
+    for number in (7, 8, 10):
+        write(tmp_path / f"im{number}", image(number), SliceLocation=-number)
+    assert load(tmp_path).array[:, 0, 0, 0].tolist() == [10, 8, 7]
+
+
+def test_slices_of_a_tilted_gantry_are_told(tmp_path: Path) -> None:
+    for number in range(3):
+        write(
+            tmp_path / f"{number}",
+            image(number),
+            ImagePositionPatient=[0, number, 3 * number],
+            ImageOrientationPatient=AXIAL,
+        )
+    recording = load(tmp_path)
+    assert recording.steps[0] == Step(3, "mm")
+    assert recording.notes == ("its slices are shifted by 1 mm from one to the next, as by a tilted gantry",)
+
+
+@pytest.mark.parametrize("tags", [{"PixelSpacing": [2, 2]}, {"PhotometricInterpretation": "MONOCHROME1"}])
+def test_images_of_other_pixels_are_another_series(tmp_path: Path, tags: dict[str, Any]) -> None:
+    write_series(tmp_path, [0, 1], SeriesDescription="a\nb", PixelSpacing=[1, 1])
+    write_series(tmp_path, [2, 3, 4], name="other", **{"PixelSpacing": [1, 1], **tags})
+    assert told(tmp_path) == (
+        "it holds 2 series: 0.1 (a b, 2 images of 4×5), 0.2 (3 images of 4×5); choose one with --key"
+    )
+
+
+def test_a_file_from_before_files_began_with_dicm(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.dcm", image(3), InstanceNumber=1)
+    whole.write_bytes(whole.read_bytes()[132:])
+    assert load(whole).array[0, 0, 0] == 3
+    assert load(tmp_path).array[0, 0, 0] == 3
+    (tmp_path / "b.dcm").write_bytes(b"rubbish" * 99)
+    assert told(tmp_path) == "b.dcm cannot be read (cannot be read as DICOM (it does not begin as such a file does))"
+
+
+def test_the_file_of_a_series_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    write_series(tmp_path, [0, 1, 2])
+    (tmp_path / "IM1").write_bytes((tmp_path / "IM1").read_bytes()[:-9])
+    assert told(tmp_path).startswith("IM1 cannot be read (The number of bytes of pixel data is less than expected")
 
 
 def test_every_slice_has_its_own_slope(tmp_path: Path) -> None:
@@ -195,6 +243,35 @@ def test_a_cine_loop_and_frames_of_nothing_known(tmp_path: Path) -> None:
     assert stack.notes == ("its frames have neither times nor places; slices z in the order of the file are assumed",)
 
 
+@pytest.mark.parametrize(
+    ("tags", "steps"),
+    [
+        ({"CineRate": 25}, (Step(0.04, "s"), None, None)),
+        ({"FrameTimeVector": [0, 30, 30]}, (Step(0.03, "s"), None, None)),
+        ({"FrameTime": 50, "PixelAspectRatio": [2, 1]}, (Step(0.05, "s"), Step(2), Step(1))),
+        ({"SpacingBetweenSlices": 3, "PixelSpacing": [1, 2]}, (Step(3, "mm"), Step(1, "mm"), Step(2, "mm"))),
+    ],
+)
+def test_steps_of_frames(tmp_path: Path, tags: dict[str, Any], steps: tuple[Step | None, ...]) -> None:
+    assert load(write(tmp_path / "a.dcm", RANDOM.integers(0, 9, (3, 4, 5)).astype(np.uint8), **tags)).steps == steps
+
+
+def test_frames_that_come_at_uneven_times_are_told(tmp_path: Path) -> None:
+    frames = RANDOM.integers(0, 9, (3, 4, 5)).astype(np.uint8)
+    recording = load(write(tmp_path / "a.dcm", frames, FrameTimeVector=[0, 30, 50]))
+    assert recording.steps[0] == Step(0.04, "s")
+    assert recording.notes == ("frames are not evenly spaced in time; 40 ms is their mean distance",)
+
+
+def test_pixels_of_ultrasound_have_a_size() -> None:
+    steps = load(DATA / "examples_ybr_color.dcm").steps
+    assert [(round(step.size, 4), step.unit) for step in steps if step] == [
+        (0.0333, "s"),
+        (0.5105, "mm"),
+        (0.5105, "mm"),
+    ]
+
+
 def test_a_dose_has_places_and_a_scale() -> None:
     dose, header = load(DATA / "rtdose.dcm"), pydicom.dcmread(DATA / "rtdose.dcm")
     assert str(dose.modes) == "z h w" and dose.steps[0] == Step(5, "mm")
@@ -254,7 +331,9 @@ def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "pixel_array",
         property(lambda _: (_ for _ in ()).throw(RuntimeError(f"{message}\n\tgdcm - requires gdcm>=3.0.10\n\tpillow"))),
     )
-    assert told(DATA / "JPEG2000.dcm") == (f"cannot be read as DICOM ({message} gdcm - requires gdcm>=3.0.10, pillow)")
+    assert told(DATA / "JPEG2000.dcm") == (
+        f"cannot be decoded ({message} gdcm - requires gdcm>=3.0.10, pillow; pip install 'tensorattn[files]' brings gdcm)"
+    )
 
 
 def test_a_folder_of_reports_alone(tmp_path: Path) -> None:
@@ -267,3 +346,14 @@ def test_an_object_that_is_too_large_is_refused(tmp_path: Path) -> None:
     assert (
         told(path, max_bytes=10**5) == "unpacked it takes 120 kB (30×40×50×1 of uint16), but --max-bytes allows 100 kB"
     )
+
+
+def test_a_deflated_file_that_is_too_large_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dataset(np.eye(300, dtype=np.uint8))
+    made.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(load(tmp_path / "a.dcm").array[..., 0], np.eye(300))
+    monkeypatch.setattr(pydicom, "dcmread", lambda *_, **__: pytest.fail("it was unpacked"))
+    assert told(tmp_path / "a.dcm", max_bytes=80_000) == "unpacked it takes more than --max-bytes, 80.0 kB"

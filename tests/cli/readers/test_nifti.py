@@ -68,3 +68,28 @@ def test_real_volumes() -> None:
 def test_surfaces_are_refused() -> None:
     with pytest.raises(RecordingError, match=r"it holds numbers on a surface \(CIFTI\), not over a grid$"):
         load(DATA / "row_major.dconn.nii")
+
+
+def test_directions_that_are_not_stated_are_told(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(ARRAY, None), tmp_path / "a.nii")
+    nibabel.save(nibabel.AnalyzeImage(ARRAY, np.eye(4)), tmp_path / "b.img")
+    nibabel.save(nibabel.Spm99AnalyzeImage(ARRAY, np.eye(4)), tmp_path / "c.img")  # writes c.mat beside it
+    nibabel.save(nibabel.MGHImage(ARRAY, np.eye(4)), tmp_path / "d.mgz")
+    ends = [load(tmp_path / name).notes[-1].endswith(" (assumed, it does not say)") for name in ("a.nii", "b.img")]
+    assert ends == [True, True]
+    assert not any("assumed" in load(tmp_path / name).notes[-1] for name in ("c.img", "d.mgz"))
+
+
+def test_a_pair_of_compressed_files(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Pair(ARRAY, np.eye(4)), tmp_path / "a.img.gz")
+    for suffix in (".img.gz", ".hdr.gz"):
+        np.testing.assert_array_equal(load(tmp_path / f"a{suffix}").array[..., 0], ARRAY)
+
+
+def test_what_a_package_logs_is_told_and_what_is_of_its_code_is_not(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(ARRAY, None)
+    image.header["pixdim"][1:4] = 0
+    nibabel.save(image, tmp_path / "a.nii")
+    assert load(tmp_path / "a.nii").notes[0] == ("while reading: pixdim[1,2,3] should be non-zero; setting 0 dims to 1")
+    nibabel.save(nibabel.MGHImage(ARRAY, np.eye(4)), tmp_path / "a.mgh")  # which nibabel leaves open
+    assert [note for note in load(tmp_path / "a.mgh").notes if "while reading" in note] == []

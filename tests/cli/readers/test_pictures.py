@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tensorattn.cli.readers.contents import RecordingError, Step
 from tensorattn.cli.recordings import load
@@ -78,6 +79,33 @@ def test_ome_axes_and_steps(tmp_path: Path) -> None:
     assert recording.steps == (Step(3, "s"), Step(2, "µm"), Step(0.5, "µm"), Step(0.5, "µm"))
 
 
+def test_every_image_of_an_ome_file_has_its_own_steps(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        for size in (5, 3):
+            said = {"axes": "ZYX", "PhysicalSizeX": size / 4, "PhysicalSizeY": size / 4}
+            file.write(RANDOM.random((2, size, 7)), metadata=said)
+    assert load(tmp_path / "a.ome.tif", key="0").steps[1:] == (Step(1.25, "µm"), Step(1.25, "µm"))
+    assert load(tmp_path / "a.ome.tif", key="1").steps[1:] == (Step(0.75, "µm"), Step(0.75, "µm"))
+
+
+@pytest.mark.parametrize("way", range(1, 9))
+def test_a_tiff_is_turned_as_a_photograph_is(tmp_path: Path, way: int) -> None:
+    array = RANDOM.integers(0, 9, (4, 6)).astype("u1")
+    recording = load(write(tmp_path / "a.tif", array, extratags=[(274, "H", 1, way, True)]))
+    photograph = Image.fromarray(array)
+    photograph.getexif()[274] = way
+    np.testing.assert_array_equal(recording.array[..., 0], np.asarray(ImageOps.exif_transpose(photograph)))
+    assert recording.notes == (() if way == 1 else ("turned as its metadata say",))
+
+
+def test_inks_are_told_and_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(RANDOM.integers(0, 255, (4, 6, 4)).astype("u1"), "CMYK").save(tmp_path / "a.tif")
+    assert load(tmp_path / "a.tif").notes == ("its colours are SEPARATED, kept as stored",)
+    path = write(tmp_path / "b.tif", RANDOM.integers(0, 9, (10, 16, 16)).astype("u1"), metadata=None)
+    path.write_bytes(path.read_bytes()[:1500])
+    assert re.fullmatch(r"cannot be read as TIFF \(.*invalid page offset \d+\)", told(path))
+
+
 @pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits", None])
 def test_volumes_and_compression(tmp_path: Path, compression: str | None) -> None:
     array = RANDOM.integers(0, 99, (8, 32, 32)).astype("u2")
@@ -91,6 +119,8 @@ def test_white_is_zero_and_what_is_missing(tmp_path: Path) -> None:
     array = RANDOM.integers(0, 9, (6, 7)).astype("i2")
     assert load(write(tmp_path / "a.tif", array.astype("u2"), photometric="miniswhite")).inverted
     array[0, 0] = -999
+    small = load(write(tmp_path / "c.tif", array.clip(0).astype("u1"), extratags=[(42113, "s", 0, "-999", True)]))
+    assert small.array.dtype == np.uint8 and small.array.min() == 0  # which no byte can be
     recording = load(write(tmp_path / "b.tif", array, extratags=[(42113, "s", 0, "-999", True)]))
     assert recording.array.min() >= 0 and not recording.inverted
     assert recording.notes == (
@@ -186,3 +216,29 @@ def test_a_folder_of_nothing_and_a_stack_in_a_folder(tmp_path: Path) -> None:
     assert told(tmp_path, key="1") == (
         "--key chooses one of several arrays or series, but a folder of pictures holds one"
     )
+
+
+def test_a_folder_with_odd_names_or_a_broken_picture_or_none(tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    for name in ("a²", "a10", "a9"):
+        Image.fromarray(RANDOM.integers(0, 9, (4, 6)).astype("u1")).save(tmp_path / "frames" / f"{name}.png")
+    ends = load(tmp_path / "frames").notes[0]
+    assert ends == "3 pictures in the order of their names, a9.png to a².png; time t is assumed"
+    assert told(tmp_path) == (
+        f"this folder holds no DICOM file, no picture and no zarr store; did you mean {tmp_path / 'frames'}?"
+    )
+    (tmp_path / "frames" / "b.png").write_bytes(b"rubbish")
+    assert told(tmp_path / "frames").startswith("b.png cannot be read (cannot identify image file")
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "a.npy", np.eye(3))
+    assert told(tmp_path / "other") == (
+        f"this folder holds no DICOM file, no picture and no zarr store; did you mean {tmp_path / 'other' / 'a.npy'}?"
+    )
+
+
+def test_the_still_of_an_animated_png_is_no_frame(tmp_path: Path) -> None:
+    frames = [Image.fromarray(RANDOM.integers(0, 255, (4, 6, 3)).astype("u1")) for _ in range(4)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], default_image=True, duration=50)
+    recording = load(tmp_path / "a.png")
+    np.testing.assert_array_equal(recording.array, np.stack([np.asarray(each) for each in frames[1:]]))
+    assert recording.steps[0] == Step(pytest.approx(0.05), "s")

@@ -83,3 +83,17 @@ def test_a_long_film_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch
     monkeypatch.setattr("tensorattn.cli.readers.video._expected_frames", lambda *_: 1)  # as of a header that is silent
     with pytest.raises(RecordingError, match=r"4×32×48×3"):
         load(path, max_bytes=3 * FRAMES[0].nbytes)
+
+
+def test_a_film_that_is_cut_short_or_damaged_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(10))
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3)).astype(np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert load(path).notes == ()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    recording = load(path)
+    assert recording.notes == (f"{recording.sizes[0]} of the 20 frames that its header promises could be read",)
