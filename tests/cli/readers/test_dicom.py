@@ -336,6 +336,16 @@ def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["MR_small_jpeg_ls_lossless", "JPEGLSNearLossless_16", "SC_rgb_jpeg_gdcm"])
+def test_compressed_pixels_are_those_of_gdcm(name: str) -> None:
+    pytest.importorskip("gdcm")
+    stored = pydicom.dcmread(DATA / f"{name}.dcm")
+    read = load(DATA / f"{name}.dcm").array
+    np.testing.assert_array_equal(read.reshape(stored.pixel_array.shape), stored.pixel_array)
+    if name.startswith("MR"):
+        np.testing.assert_array_equal(read, load(DATA / "MR_small.dcm").array)  # without loss
+
+
 def test_a_folder_of_reports_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes((DATA / "test-SR.dcm").read_bytes())
     assert told(tmp_path) == "its DICOM files hold no images"
