@@ -141,8 +141,8 @@ def _stepped(view: View, cuts: Slices) -> str:
         for name, of in zip(("the recording", *cuts.maps), images, strict=True)
     )
     name = "" if cuts.mode is None else view.place.names[cuts.mode]
-    slider = f"<p>{html.escape(view.place.words())}: the cross. {html.escape(view.which)}. "
-    slider += "Red gets more of its attention than the average position does, blue less.</p>\n"
+    slider = f"<p>The cross marks {html.escape(view.place.words())}; {html.escape(view.which)}. "
+    slider += "What is red gets more of its attention than the average position, what is blue less.</p>\n"
     if len(cuts.elements) > 1:
         slider += (
             f'<p><label>slice along {html.escape(name)} <input type="range" min="0" max="{len(cuts.elements) - 1}" '

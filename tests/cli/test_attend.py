@@ -24,6 +24,7 @@ from tensorattn.cli.readers.contents import Step
 from tensorattn.cli.recordings import FileArray, make_recording
 from tensorattn.cli.view import draw
 from tensorattn.diagnose import ErrorEstimate
+from tensorattn.errors import OptionError
 
 FIGURES = ("input", "weights", "maps")
 PROGRAM = "python -m tensorattn attend"
@@ -287,6 +288,26 @@ def test_json_is_the_report_in_numbers_and_html_is_written_beside(
         assert row["flops"] > 0 and row["seconds"] > 0 and row["ran"] is True
         assert row["centred_error"] < 5e-4 or f"{row['centred_error']:.3f}" in printed[name][-1]
     assert rows["clustered:tokens=S"]["rho"] > 0 and rows["axial"]["rho"] is None
+
+
+def test_nothing_is_written_where_the_second_recording_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["tensorattn.cli.attend"]
+    small = [make_recording(FileArray(numbers(6, 7)), name=name, source=name) for name in "ab"]
+    monkeypatch.setattr(module, "PACKAGED", [(lambda each=each: each, "2", "0,0") for each in small])
+
+    def fails_on_b(job: Any, step: Any) -> Any:
+        if job.recording.name == "b":
+            raise OptionError("it fails.")
+        return examine(job, step)
+
+    words = (*SMALL, "--operator", "additive", "--html", "--out", tmp_path / "out")
+    monkeypatch.setattr(module, "examine", fails_on_b)
+    assert attend(*words) == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.endswith(f"{PROGRAM}: it fails.\n")
+    monkeypatch.setattr(module, "examine", examine)
+    assert attend(*words) == 0 and len([*(tmp_path / "out").iterdir()]) == 8
 
 
 def test_clustered_stands_in_front() -> None:

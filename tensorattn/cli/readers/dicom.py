@@ -292,6 +292,10 @@ def _arrange(
         elif not cine:
             notes.append("its frames have neither times nor places; slices z in the order of the file are assumed")
         return ([[frame] for frame in frames], ("t",), [None], notes) if cine else ([frames], ("z",), [None], notes)
+    ways = {tuple(np.round(frame.across, 2)) for frame in frames if frame.across is not None}
+    if len(ways) > 1:  # within one file, such as the three planes of a localizer
+        told = f"its {len(frames)} images lie in {len(ways)} directions"
+        return [frames], ("z",), [None], [f"{told}; they are kept in the order of the file, as slices z"]
     ranked = sorted(frames, key=lambda frame: frame.place)  # keeps the order of frames at the same place
     slices: list[list[_Frame]] = [[ranked[0]]]
     for before, after in itertools.pairwise(ranked):

@@ -187,8 +187,9 @@ def read_frames(files: Sequence[Path], request: Request, read: Callable[[Path, R
     for path in ordered:
         try:
             frame = read(path, request)
-        except OSError as cause:
-            raise RecordingError(f"{path.name} cannot be read ({one_line(cause)})") from cause
+        except (OSError, RecordingError) as cause:
+            told = cause.rule if isinstance(cause, RecordingError) else one_line(cause)
+            raise RecordingError(f"{path.name} cannot be read ({told})") from cause
         request.allow((len(ordered), *frame.array.shape), frame.array.dtype)
         if len(frame.modes) != 2:
             raise RecordingError(f"{path.name} holds more than one image; give it alone")

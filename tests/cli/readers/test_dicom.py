@@ -234,6 +234,20 @@ def test_frames_of_an_enhanced_object_have_places_and_slopes(tmp_path: Path) -> 
     assert recording.steps == (Step(2, "mm"), Step(0.5, "mm"), Step(0.25, "mm")) and str(recording.modes) == "z h w"
 
 
+def test_frames_in_several_directions_are_no_stack(tmp_path: Path) -> None:
+    planes = [
+        group(
+            PlanePositionSequence=item(ImagePositionPatient=[0, 0, 0]),
+            PlaneOrientationSequence=item(ImageOrientationPatient=way),
+        )
+        for way in (AXIAL, [1, 0, 0, 0, 0, -1])
+    ]
+    frames = np.stack([image(10), image(20)])
+    recording = load(write(tmp_path / "a.dcm", frames, PerFrameFunctionalGroupsSequence=Items(planes)))
+    assert recording.array[:, 0, 0, 0].tolist() == [10, 20] and recording.steps[0] is None
+    assert recording.notes == ("its 2 images lie in 2 directions; they are kept in the order of the file, as slices z",)
+
+
 def test_a_cine_loop_and_frames_of_nothing_known(tmp_path: Path) -> None:
     frames = np.stack([image(1), image(2)])
     cine = load(write(tmp_path / "a.dcm", frames, FrameTime="40"))
@@ -334,6 +348,16 @@ def test_a_missing_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(DATA / "JPEG2000.dcm") == (
         f"cannot be decoded ({message} gdcm - requires gdcm>=3.0.10, pillow; pip install 'tensorattn[files]' brings gdcm)"
     )
+
+
+@pytest.mark.parametrize("name", ["MR_small_jpeg_ls_lossless", "JPEGLSNearLossless_16", "SC_rgb_jpeg_gdcm"])
+def test_compressed_pixels_are_those_of_gdcm(name: str) -> None:
+    pytest.importorskip("gdcm")
+    stored = pydicom.dcmread(DATA / f"{name}.dcm")
+    read = load(DATA / f"{name}.dcm").array
+    np.testing.assert_array_equal(read.reshape(stored.pixel_array.shape), stored.pixel_array)
+    if name.startswith("MR"):
+        np.testing.assert_array_equal(read, load(DATA / "MR_small.dcm").array)  # without loss
 
 
 def test_a_folder_of_reports_alone(tmp_path: Path) -> None:
