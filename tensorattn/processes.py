@@ -37,7 +37,7 @@ class Peers(NamedTuple):
     Attributes:
         name: Name of the group of processes, for torch.
         size: How many they are.
-        group: The group; None where they are imagined, on the meta device.
+        group: The group.
     """
 
     name: str

@@ -32,18 +32,8 @@ def layer_cases(world):
 
 def other_cases(world):
     """Cases of everything else."""
-    names = (
-        "traffic",
-        "cost",
-        "block",
-        "context",
-        "fsdp",
-        "compile",
-        "dtensor",
-        "refusals",
-        "one_refuses",
-        "unchecked",
-    )
+    names = ["traffic", "cost", "future", "block", "context", "fsdp", "dtensor", "refusals", "one_refuses"]
+    names += ["compile", "unchecked"] if world == 2 else ["bytes"]
     found = [(name, getattr(sharded, f"{name}_case")) for name in names]
     return [*found, *((f"model {settings}", sharded.model_case, settings) for settings in MODELS)]
 

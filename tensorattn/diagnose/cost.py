@@ -33,6 +33,7 @@ from tensorattn.functional import get_operator
 from tensorattn.models import TensorTransformer
 from tensorattn.modes import ModeSpec, check_order, is_integer
 from tensorattn.nn import TensorAttention, TensorTransformerBlock
+from tensorattn.processes import in_backward
 
 __all__ = ["Cost", "Part", "PeakMemory", "Spent", "cost", "count", "count_calls", "measure"]
 
@@ -255,7 +256,7 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, name: str, flops: int, read: int = 0, written: int = 0, calls: int = 0) -> None:
         """Add to one part."""
-        key = name, "backward" if torch._C._current_graph_task_id() >= 0 else "forward"  # of autograd
+        key = name, "backward" if in_backward() else "forward"
         known = self.parts.get(key, Part(*key))
         self.parts[key] = Part(
             *key, known.flops + flops, known.read + read, known.written + written, known.calls + calls

@@ -20,7 +20,8 @@ class Sent(NamedTuple):
 
     Attributes:
         calls: Number of collectives.
-        nbytes: Bytes, where collectives go around a ring, which no algorithm undercuts.
+        nbytes: Bytes, where collectives go around a ring, which no algorithm undercuts; of an exchange, the share that
+            goes to others where it is even, of what is given or of what is got, whichever is more.
     """
 
     calls: int
