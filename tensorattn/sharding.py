@@ -34,19 +34,19 @@ R = TypeVar("R")
 class Sharding:
     """Which box of a grid each process holds: the modes that are cut, each along one dimension of a mesh of processes.
 
-    It is an argument of `TensorAttention`, of blocks and of models, which are then given the box of each process and
-    return that of the output. What is said of positions is said of the box, as a mask and weights, but for
-    ``lengths``, which count indices of the whole. Processes along dimensions of the mesh that cut no mode, such as
-    those of data parallelism, are not asked.
+    It is an argument of `TensorAttention`, `TensorTransformerBlock` and `TensorTransformer`, which are then given the
+    box of each process and return that of the output. What is said of positions is said of the box, as a mask and
+    weights, but for ``lengths``, which count indices of the whole. Processes along dimensions of the mesh that cut no
+    mode, such as those of data parallelism, are not asked.
 
     The loss is the sum of the losses of the processes, so gradients of parameters are added up, not averaged: with
     FSDP2 ``set_gradient_divide_factor(1.0)``. A mean over all positions is a sum divided by their number.
 
     All processes of the mesh make it together, and call the same things in the same order. What one refuses all refuse:
-    before its first sum a call of a layer, a block or `summarize` adds up whether all is well, and a model once more
-    before its blocks. That is a sum of 24 bytes, whose result is read, so a GPU is waited for; ``checked=False`` leaves
-    it out, as does what is compiled. Then, and where a process leaves out its backward pass or is gone, the others wait
-    for it up to the time limit of their group.
+    before its first sum a call of a layer or block, or ``summarize`` of a layer, adds up whether all is well, and a
+    model once more before its blocks. That is a sum of 24 bytes, whose result is read, so a GPU is waited for;
+    ``checked=False`` leaves it out, as does what is compiled. Then, and where a process leaves out its backward pass or
+    is gone, the others wait for it up to the time limit of their group.
 
     Args:
         mesh: The processes.

@@ -536,6 +536,7 @@ def refusals_case(world):
     own, half = sharding.own(x, modes="t h w"), make("additive")
     names = ("of_t",)
     drop = ta.TensorTransformerBlock(12, 2, modes="t h w", drop_path=0.1).double()
+    averaging = ta.TensorTransformerBlock(12, 2, modes="t h w", mixer="mean").double()
 
     def cut(splits):
         return ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES, splits=splits)
@@ -556,6 +557,7 @@ def refusals_case(world):
         (lambda: make("kao_qkv", dropout=0.1)(own, sharding=sharding), "sharding has no meaning with dropout in training for operator 'kao_qkv': each process would drop weights of its own from what all share."),
         (lambda: half(own, own, sharding=sharding), "context has no meaning with sharding, which is that of x."),
         (lambda: half(own, prefix=draw(2, 1, 12), sharding=sharding), "prefix has no meaning with sharding, which is that of x."),
+        (lambda: averaging(own, sharding=sharding), "sharding has no meaning for the mixer MeanMixer, only for attention."),
         (lambda: drop(own, sharding=sharding), "sharding has no meaning with drop_path in training: each process would drop samples of its own."),
         (lambda: half(torch.cat([own, own, own[:, :1].new_zeros(2, 1, 4, 6, 12)], 1), sharding=sharding), f"mode 't' has size {2 * own.shape[1] + 1} in x, but this process holds {own.shape[1]} of 5."),
         (lambda: model_of()(draw(1, 5, 3, 8, 3), sharding=ta.Sharding(mesh, {"h": 0}, sizes=(5, 6, 8), splits={"h": (3, 3, *(0,) * (world - 2))})), "process 0 along mode 'h' has 3 indices, which patches of 2 do not divide."),

@@ -59,6 +59,7 @@ ALL = (  # what --mixers all stands for: controls, operators, full attention
     "flattened",
 )
 RESULTS = "results.jsonl"
+FIELDS = {"task", "mixer", "steps", "seed", "recipe", "metrics", "curve", "seconds", "parameters", "flops", "constant"}
 MARKERS = "os^Dv<>PX*dph"
 
 DESCRIPTION = """\
@@ -112,7 +113,7 @@ class Job(NamedTuple):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """All that decides its result beside mixer, steps and seed."""
+        """What it is trained by, beside mixer, steps and seed; a change of what is not told here is a new revision."""
         return {**RECIPE, **self.task.recipe()}
 
 
@@ -268,8 +269,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            assert {"task", "mixer", "steps", "seed", "recipe", "metrics"} <= record.keys()
-        except (ValueError, AssertionError, AttributeError):
+            if not record.keys() >= FIELDS:
+                raise ValueError
+            parse_task(record["task"])
+        except (ValueError, AttributeError):
             if place == len(lines):
                 continue
             raise OptionError(
@@ -291,7 +294,6 @@ def _check_file(path: Path) -> None:
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record in one piece, on a line of its own."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
         with path.open("ab") as file:
             if not whole:  # what a stopped command left of its last line
@@ -425,7 +427,9 @@ def report(lines: Sequence[Line]) -> str:
 
 def _figures(lines: Sequence[Line]) -> dict[str, bytes]:
     """Draw for each task and budget the first metric against FLOPs, and the learning curves."""
-    module = require("matplotlib.figure", extra="learn", purpose="drawing figures")
+    module, ticker = (
+        require(f"matplotlib.{part}", extra="learn", purpose="drawing figures") for part in ("figure", "ticker")
+    )
     files = {}
     for (label, steps), group in itertools.groupby(lines, key=lambda line: (line.task, line.steps)):
         rows, task = list(group), parse_task(label)
@@ -443,9 +447,13 @@ def _figures(lines: Sequence[Line]) -> dict[str, bytes]:
             left.errorbar([flops], [statistics.mean(values)], [spread], **style, linestyle="", label=line.mixer)
             curves = [record["curve"] for record in line.records]
             means = [statistics.mean(point) for point in zip(*([y for _, y in curve] for curve in curves), strict=True)]
-            right.plot([x for x, _ in curves[0]], means, color=colour, label=line.mixer)
+            right.plot([x for x, _ in curves[0]], means, **style, markersize=4, markevery=(place % 4, 4), linewidth=1)
         left.axhline(constant, color="0.6", linestyle=":", label="a constant")
         left.set_xscale("log")
+        if metric.lower:  # the best lie close together, far below a constant
+            left.set_yscale("log")
+            ticks = ticker.LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7))
+            left.yaxis.set(major_locator=ticks, minor_locator=ticker.NullLocator(), major_formatter="{x:g}")
         left.set_xlim(least / 4, 4 * max(flops for _, flops in (line.first("flops") for line in rows)) + least)
         left.set_xlabel("FLOPs of the mixers, one sample, without linear maps (none at the left end)")
         left.set_ylabel(f"{metric.name}, {split} ({'lower' if metric.lower else 'higher'} is better)")
@@ -498,8 +506,10 @@ def run(arguments: argparse.Namespace) -> int:
         text = report(lines_of(records))
         print(text)
         files = {"learn.txt": text.encode()}
-        with contextlib.suppress(MissingPackageError):
+        try:
             files.update(_figures(lines_of(records)))
+        except MissingPackageError as cause:
+            print(f"no figures: {cause}\n")
         print("written:", f"  {path}", *(f"  {each}" for each in write_files(arguments.out, files)), sep="\n")
     if stopped:
         print(f"stopped; {len(records)} finished runs are in {path}, and the same command goes on from there")

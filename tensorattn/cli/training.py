@@ -17,7 +17,13 @@ from tensorattn.errors import ModesError, OptionError
 __all__ = ["RECIPE", "Mixer", "attention_flops", "make_network", "train"]
 
 PIECES = 20  # of a training, each with one point of its learning curve
-RECIPE = {"optimizer": "AdamW", "weight decay": 0.01, "schedule": "one cycle", "warm-up": 0.15, "revision": 1}
+RECIPE: dict[str, Any] = {
+    "optimizer": "AdamW",
+    "weight decay": 0.01,
+    "schedule": "one cycle",
+    "warm-up": 0.15,
+    "revision": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,10 @@ def train(
     """
     network = make_network(task, mixer, seed)
     parameters = list(network.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=task.rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, total_steps=max(steps, 2), pct_start=0.15)
+    optimizer = torch.optim.AdamW(parameters, lr=task.rate, weight_decay=RECIPE["weight decay"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, task.rate, total_steps=max(steps, 2), pct_start=RECIPE["warm-up"]
+    )
     ends = [steps * (piece + 1) // PIECES for piece in range(PIECES)]
     curve: list[tuple[int, float]] = []
     data, done, begun = drawn(task, steps, seed), 0, time.process_time()

@@ -36,8 +36,8 @@ class TensorUNet(nn.Module):
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         widths: Channels of each grid, from the finest, which has half the sizes of the input, to the coarsest.
         mixer: What mixes positions: an operator of attention, ``"mean"`` of all positions, ``"local"`` filters,
-            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none. The default learned best of
-            all that cost next to nothing.
+            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none. The default learned as well
+            as any that costs next to nothing (`python -m tensorattn learn`).
         num_heads: Number of heads; they divide the widths.
         expansion: Channels inside an inverted residual over those of its input.
         drop_path: Probability of dropping a mixer of a sample in training.
@@ -95,7 +95,7 @@ class TensorUNet(nn.Module):
         self.widths = check_widths(widths, "widths")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def local(width: int) -> nn.Module:
+        def residual(width: int) -> nn.Module:
             return InvertedResidual(width, width, modes=modes, expansion=expansion, **factory)
 
         def mixing(width: int) -> nn.Module:
@@ -108,16 +108,16 @@ class TensorUNet(nn.Module):
             PatchEmbedding(before, width, 2, modes=modes, pad=True, **factory)
             for before, width in zip(finer, self.widths, strict=True)
         )
-        self.encoders = nn.ModuleList(nn.Sequential(local(width), mixing(width)) for width in self.widths[:-1])
+        self.encoders = nn.ModuleList(nn.Sequential(residual(width), mixing(width)) for width in self.widths[:-1])
         coarsest = self.widths[-1]
-        self.bottom = nn.Sequential(mixing(coarsest), local(coarsest), mixing(coarsest))
+        self.bottom = nn.Sequential(mixing(coarsest), residual(coarsest), mixing(coarsest))
         fine = self.widths[0]
         self.up = nn.ModuleList(
             PatchUnembedding(width, before, 2, modes=modes, **factory)
             for before, width in zip((fine, *finer[1:]), self.widths, strict=True)
         )
         self.joins = nn.ModuleList(nn.Linear(2 * width, width, **factory) for width in finer[1:])
-        self.decoders = nn.ModuleList(local(width) for width in self.widths[:-1])
+        self.decoders = nn.ModuleList(residual(width) for width in self.widths[:-1])
         self.local = WindowEmbedding(in_channels, fine, modes=modes, **factory)
         self.features = nn.Linear(2 * fine, 2 * fine, bias=False, **factory)
         self.norm = ChannelNorm(2 * fine, **factory)

@@ -117,8 +117,10 @@ def test_a_stopped_command_keeps_what_is_finished(capsys: Any, tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_without_matplotlib_there_are_no_figures(tmp_path: Path) -> None:
+def test_without_matplotlib_there_are_no_figures(capsys: Any, tmp_path: Path) -> None:
     assert run(*SMALL, "pointwise", "--out", tmp_path) == 0
+    hint = "no figures: drawing figures needs matplotlib, which cannot be imported"
+    assert hint in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {RESULTS, "learn.txt"}
 
 
@@ -249,6 +251,11 @@ def test_bad_words(capsys: Any, tmp_path: Path) -> None:
             ["gps:size=4", "--mixers", "truncated:kept=x"],
         ),
         ("task 'gps:rate=0': rate must be a positive number, got 0.", ["gps:rate=0"]),
+        (
+            "task 'parcellation:net=transformer:patch=0': patch must be a whole number of at least 1, got 0.",
+            ["parcellation:net=transformer:patch=0"],
+        ),
+        ("task 'digits:patch=True': patch must divide 28: 1, 2, 4, 7 or 14, got True.", ["digits:patch=True"]),
         ("task 'gps:validate=1': validate must be True or False, got 1.", ["gps:validate=1"]),
         ("--budget must be short, long or a number of steps, got quick.", ["gps", "--budget", "quick"]),
     ):
@@ -299,7 +306,10 @@ def test_results_of_another_recipe_are_not_mixed(capsys: Any, tmp_path: Path, mo
 
 
 def test_a_file_that_is_not_ours_is_left_alone(capsys: Any, tmp_path: Path) -> None:
-    for text in ("something\nelse\n", '{"a": 1}\n', "[1]\n\n"):
+    record = {name: 0 for name in learn.FIELDS}
+    unknown = json.dumps({**record, "task": "brain"}) + "\n"
+    lacking = json.dumps({name: "gps" for name in learn.FIELDS - {"curve"}}) + "\n"
+    for text in ("something\nelse\n", '{"a": 1}\n', "[1]\n\n", unknown, lacking, json.dumps(record) + "\n"):
         (tmp_path / RESULTS).write_text(text)
         told = f"--out {tmp_path}: line 1 of {RESULTS} is no result of this command"
         refused(capsys, told, *SMALL, "mean", "--out", tmp_path)

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.cli.common import require
-from tensorattn.cli.tasks.task import TEST_SEED, Batch, Metric, Task, package_file
+from tensorattn.cli.tasks.task import TEST_SEED, Batch, Metric, Task, package_file, transformer
 from tensorattn.errors import OptionError
-from tensorattn.models import TensorTransformer, TensorTransformerConfig
 
 __all__ = ["Drift", "Gps", "OfTemplate", "Template", "check_sizes", "offsets", "rotations", "uniform"]
 
@@ -132,32 +131,9 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
     return 2 * torch.rand(shape, generator=generator) - 1
 
 
-def network_of_patches(modes: str, patch: int, outputs: int, mixer: str, options: Mapping[str, Any]) -> nn.Module:
-    """Make a transformer of two blocks, and a linear map of every patch.
-
-    Args:
-        modes: Names of the modes.
-        patch: Size of a patch along each mode.
-        outputs: Numbers that are said of each patch.
-        mixer: Where patches meet.
-        options: Options of the mixer.
-    """
-    config = TensorTransformerConfig(
-        modes=modes,
-        in_channels=1,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        patch=patch,
-        mixer=mixer,
-        options=dict(options),
-    )
-    return nn.Sequential(TensorTransformer(config), nn.Linear(32, outputs))
-
-
 @dataclass(frozen=True)
 class OfTemplate(Task):
-    """What both tasks share: crops whose middles in training and in tests lie in different blocks of the brain."""
+    """What tasks of a brain share: crops to test on have their middles in other blocks of the brain than others."""
 
     def tests(self) -> Mapping[str, Sequence[Batch]]:
         """Draw crops of other places, and of another template where there is one."""
@@ -233,7 +209,7 @@ class Gps(OfTemplate):
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
-        return network_of_patches("x y z", self.patch, 3, mixer, options)
+        return nn.Sequential(transformer("x y z", self.patch, mixer, options), nn.Linear(32, 3))
 
     def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw crops."""
@@ -288,7 +264,7 @@ class Drift(OfTemplate):
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks: patches meet in the mixer only."""
-        return network_of_patches("t x y z", self.patch, 6, mixer, options)
+        return nn.Sequential(transformer("t x y z", self.patch, mixer, options), nn.Linear(32, 6))
 
     def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw clips: 1.5 voxels and 0.04 radians a frame along and about each axis at most."""

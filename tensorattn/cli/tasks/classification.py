@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorattn.cli.tasks.task import Batch, Metric, Task, package_file
+from tensorattn.cli.tasks.task import Batch, Metric, Task, package_file, transformer
 from tensorattn.errors import OptionError
-from tensorattn.models import KANet, TensorTransformer, TensorTransformerConfig
+from tensorattn.models import KANet
 
 __all__ = ["Digits", "Vowels"]
 
@@ -131,7 +131,7 @@ class Digits(_Classification):
             raise OptionError(f"net must be transformer or kanet, got {self.net!r}.")
         if self.patch is not None and self.net != "transformer":
             raise OptionError(f"patch has no meaning for net={self.net}, got {self.patch!r}.")
-        if self.patch not in (None, 1, 2, 4, 7, 14):
+        if isinstance(self.patch, bool) or self.patch not in (None, 1, 2, 4, 7, 14):
             raise OptionError(f"patch must divide 28: 1, 2, 4, 7 or 14, got {self.patch!r}.")
 
     def loaded(self) -> tuple[Labelled, Labelled]:
@@ -142,7 +142,7 @@ class Digits(_Classification):
         """Make a transformer of two blocks, or a KANet."""
         if self.net == "kanet":
             return KANet(1, 10, modes="h w", mixer=mixer, channels_first=False, **options)
-        return _classifier("h w", 10, self.patch or 4, mixer, options)
+        return transformer("h w", 4 if self.patch is None else self.patch, mixer, options, num_classes=10)
 
 
 @functools.cache
@@ -191,23 +191,4 @@ class Vowels(_Classification):
 
     def network(self, mixer: str, options: Mapping[str, Any]) -> nn.Module:
         """Make a transformer of two blocks over times and groups of three coefficients."""
-        return _classifier("t c", 9, (1, 3), mixer, options)
-
-
-def _classifier(
-    modes: str, classes: int, patch: int | tuple[int, ...], mixer: str, options: Mapping[str, Any]
-) -> nn.Module:
-    """Make a transformer of two blocks, whose patches meet in the mixer and the mean at the end only."""
-    return TensorTransformer(
-        TensorTransformerConfig(
-            modes=modes,
-            in_channels=1,
-            num_classes=classes,
-            embed_dim=32,
-            depth=2,
-            num_heads=4,
-            patch=patch,
-            mixer=mixer,
-            options=dict(options),
-        )
-    )
+        return transformer("t c", (1, 3), mixer, options, num_classes=9)

@@ -26,9 +26,9 @@ from tensorattn.cli.tasks.brain import (
     rotations,
     uniform,
 )
-from tensorattn.cli.tasks.task import Batch, Metric, package_file
+from tensorattn.cli.tasks.task import Batch, Metric, package_file, transformer
 from tensorattn.errors import OptionError, check
-from tensorattn.models import TensorTransformer, TensorTransformerConfig, TensorUNet
+from tensorattn.models import TensorUNet
 
 __all__ = ["Parcellation"]
 
@@ -116,7 +116,7 @@ class Parcellation(OfTemplate):
             raise OptionError(f"patch has no meaning for net={self.net}, got {self.patch!r}.")
         check(self.size, "size", "integer", least=SMALLEST)
         if self.net == "transformer":
-            check_sizes(self.size, self.patch or 4)
+            check_sizes(self.size, 4 if self.patch is None else self.patch)
 
     def template(self) -> Template:
         """Return the brain to train on."""
@@ -126,18 +126,8 @@ class Parcellation(OfTemplate):
         """Make a U-Net, or a transformer of two blocks."""
         if self.net == "unet":
             return TensorUNet(1, CLASSES, modes="x y z", mixer=mixer, channels_first=False, **options)
-        config = TensorTransformerConfig(
-            modes="x y z",
-            in_channels=1,
-            out_channels=CLASSES,
-            embed_dim=32,
-            depth=2,
-            num_heads=4,
-            patch=self.patch or 4,
-            mixer=mixer,
-            options=dict(options),
-        )
-        return TensorTransformer(config)
+        patch = 4 if self.patch is None else self.patch
+        return transformer("x y z", patch, mixer, options, out_channels=CLASSES)
 
     def sample(self, template: Template, generator: torch.Generator, blocks: Sequence[int]) -> Batch:
         """Draw crops."""

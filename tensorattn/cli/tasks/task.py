@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tensorattn.cli.common import MissingPackageError
 from tensorattn.errors import OptionError, check
+from tensorattn.models import TensorTransformer, TensorTransformerConfig
 
-__all__ = ["Batch", "Metric", "Task", "package_file"]
+__all__ = ["Batch", "Metric", "Task", "drawn", "package_file", "transformer"]
 
 TEST_SEED = 1_000_003  # of what is drawn to be tested on; seeds of training are smaller
 
@@ -128,6 +129,25 @@ class Task(ABC):
         """Return all that decides a result beside mixer, seed and steps."""
         decides = {"batch": self.batch, **dataclasses.asdict(self)}
         return {name: value for name, value in decides.items() if name != "validate" or value}
+
+
+def transformer(
+    modes: str, patch: int | Sequence[int], mixer: str, options: Mapping[str, Any], **head: Any
+) -> TensorTransformer:
+    """Make a transformer of two blocks of 32 channels, whose patches meet in the mixer only.
+
+    Args:
+        modes: Names of the modes.
+        patch: Size of a patch along each mode.
+        mixer: Where patches meet.
+        options: Options of the mixer.
+        **head: What it ends with; nothing for channels at every patch.
+
+    Returns:
+        The transformer.
+    """
+    settings: dict[str, Any] = {"in_channels": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "options": dict(options)}
+    return TensorTransformer(TensorTransformerConfig(modes=modes, patch=patch, mixer=mixer, **settings, **head))
 
 
 def drawn(task: Task, count: int, seed: int) -> Iterator[Batch]:
