@@ -324,9 +324,11 @@ def test_the_text_says_which_outputs_stay_in_the_range_of_the_values():
 
 
 @pytest.mark.thorough
-def test_the_lines_for_a_cluster_run_in_two_processes(tmp_path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_lines_for_a_cluster_run(world, tmp_path):
     (code,) = [text for _, text in BLOCKS if "init_device_mesh" in text]
-    file = tmp_path / "train.py"
+    code, file = code.replace('mesh("cpu", (2,)', f'mesh("cpu", ({world},)'), tmp_path / "train.py"
+    assert f"({world},)" in code
     check = "assert all(p.grad.isfinite().all() for p in model.parameters())"
     file.write_text(f"{code}{check}\ntorch.distributed.destroy_process_group()\n", encoding="utf-8")
     words = [
@@ -334,9 +336,8 @@ def test_the_lines_for_a_cluster_run_in_two_processes(tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29517",
+        str(world),
+        "--standalone",
         str(file),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
