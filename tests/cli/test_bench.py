@@ -158,8 +158,9 @@ def test_what_processes_send_is_counted(capsys, tmp_path):
     assert "--repeats 1 --world 2\n" in printed
     lines = [line.split() for line in printed.partition("2 processes, one sends")[2].splitlines()]
     found = {line[0]: line[1:3] for line in lines if line[-1:] == ["counted"]}
-    # B S C numbers, each way around a ring of two; queries, keys and values along one mode.
-    assert found == {"kao_kv": ["576", "(1)"], "axial": ["1,280", "(2)"], "a": ["call", "of"]}
+    # B S C numbers, each way around a ring of two; queries, keys and values to whole fibres, 3 of the 5 here, and their
+    # outputs back: half of 4 B n_1 3 C numbers.
+    assert found == {"kao_kv": ["576", "(1)"], "axial": ["1,536", "(2)"], "a": ["call", "of"]}
     assert "  a call of any, to refuse together" in printed
     told = [" ".join(line) for line in lines if line[-1:] == ["formula"]]
     assert told == [
