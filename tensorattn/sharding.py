@@ -115,10 +115,16 @@ class Sharding:
             OptionError: If it is none, holds partial sums, its channels are cut, or a mode is cut twice.
 
         Examples:
-            >>> import tensorattn as ta
-            >>> ta.Sharding.of(1.0)
-            Traceback (most recent call last):
-            tensorattn.errors.OptionError: Sharding.of: tensor must be a DTensor, got float.
+            >>> import torch, tensorattn as ta
+            >>> from torch.distributed.device_mesh import init_device_mesh
+            >>> from torch.distributed.tensor import Shard, distribute_tensor
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
+            >>> video = distribute_tensor(torch.randn(2, 6, 5, 8), mesh, [Shard(1)])
+            >>> ta.Sharding.of(video)
+            Sharding({0: 'time'}, sizes=(6, 5))
+            >>> torch.distributed.destroy_process_group()
         """
         if not is_shared_out(tensor):
             raise OptionError(f"tensor must be a DTensor, got {type(tensor).__name__}.")
@@ -161,6 +167,17 @@ class Sharding:
             ShapeError: If it has other sizes, or splits do not add up.
             ModesError: If a mode does not exist.
             OptionError: If a mode is cut twice, or there are not as many splits as processes.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> from torch.distributed.device_mesh import init_device_mesh
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
+            >>> sharding = ta.Sharding(mesh, {"t": "time"}, sizes=(6, 5))
+            >>> sharding.own(torch.randn(2, 6, 5, 8), modes="t h").shape  # all of it, where there is one process
+            torch.Size([2, 6, 5, 8])
+            >>> torch.distributed.destroy_process_group()
         """
         spec = ModeSpec.parse(len(self.sizes) if modes is None else modes)
         part = self.part(spec)
@@ -179,6 +196,19 @@ class Sharding:
             ShapeError: If there are other modes than sizes, or splits do not add up.
             ModesError: If a mode does not exist.
             OptionError: If a mode is cut twice, or there are not as many splits as processes.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> from torch.distributed.device_mesh import init_device_mesh
+            >>> from tensorattn.modes import ModeSpec
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
+            >>> sharding = ta.Sharding(mesh, {"t": "time"}, sizes=(6, 5))
+            >>> part = sharding.part(ModeSpec.parse("t h"))
+            >>> part.start, part.lengths
+            ((0, 0), (6, 5))
+            >>> torch.distributed.destroy_process_group()
         """
         splits = self._splits(spec)
         start, lengths, places = [0] * spec.order, list(self.sizes), [0] * spec.order
@@ -211,6 +241,18 @@ class Sharding:
         Raises:
             ShapeError: If a patch is not in one process.
             OptionError: If a process has no patch.
+
+        Examples:
+            >>> import torch, tensorattn as ta
+            >>> from torch.distributed.device_mesh import init_device_mesh
+            >>> from tensorattn.modes import ModeSpec
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
+            >>> sharding = ta.Sharding(mesh, {"t": "time"}, sizes=(6, 5))
+            >>> sharding.patched(ModeSpec.parse("t h"), (2, 2), pad=True)
+            Sharding({0: 'time'}, sizes=(3, 3), splits={0: [3]})
+            >>> torch.distributed.destroy_process_group()
         """
         splits: dict[int | str, Sequence[int]] = {}
         for mode, (_, split) in self._splits(spec).items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tensorattn.cli.common import (
     Choice,
+    aligned,
     amount,
     check_directory,
     duration,
@@ -114,7 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-bytes",
         type=_bytes,
-        default=MAX_BYTES,
         metavar="SIZE",
         help=f"refuse what takes more memory once unpacked, '2G' (default {amount(MAX_BYTES, 'B')})",
     )
@@ -231,13 +231,13 @@ def _recordings(arguments: argparse.Namespace) -> list[tuple[Recording, str | No
         modes = None if arguments.modes is None else parse_modes(arguments.modes)
         return [
             (
-                load(arguments.file, modes=modes, key=arguments.key, max_bytes=arguments.max_bytes),
+                load(arguments.file, modes=modes, key=arguments.key, max_bytes=arguments.max_bytes or MAX_BYTES),
                 arguments.patch,
                 arguments.query,
             )
         ]
-    for option in ("modes", "key", "query"):
-        if getattr(arguments, option) is not None:
+    for option in ("modes", "key", "max-bytes", "query"):
+        if getattr(arguments, option.replace("-", "_")) is not None:
             raise OptionError(f"--{option} needs a FILE: the packaged recordings have their own.")
     return [
         (sample(), patch if arguments.patch is None else arguments.patch, query) for sample, patch, query in PACKAGED
@@ -571,7 +571,7 @@ class Report:
 
     def text(self) -> str:
         """Return the report as it is printed."""
-        return "\n".join((*self.heading, "", _table(self.rows), *map(_wrapped, self.footnotes)))
+        return "\n".join((*self.heading, "", *_ruled(self.cells), *map(_wrapped, self.footnotes)))
 
     def record(self) -> dict[str, Any]:
         """Return the report in numbers, of the types that JSON has."""
@@ -614,14 +614,10 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, 110, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _table(rows: Iterable[_Row]) -> str:
-    """Lay rows out as an aligned table."""
-    cells = [row.cells() for row in rows]
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *cells, strict=True)]
-    lines = ["   ".join(map(str.ljust, HEADINGS, widths)).rstrip()]
-    for name, *others in cells:
-        lines.append("   ".join((name.ljust(widths[0]), *map(str.rjust, others, widths[1:]))))
-    return "\n".join((lines[0], "-" * max(map(len, lines)), *lines[1:]))
+def _ruled(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lay cells out in columns, with a rule under the headings."""
+    headings, *lines = aligned(cells)
+    return [headings, "-" * max(map(len, (headings, *lines))), *lines]
 
 
 def _finite(number: float | None) -> float | None:

@@ -285,7 +285,7 @@ def answer(rows: Sequence[Row]) -> str:
 def _sent(work: Work, choices: Sequence[Choice], world: int) -> list[str]:
     """What each operator sends where processes share a tensor out."""
     layers = [(choice.label, choice.record.name, dict(choice.options)) for choice in choices]
-    headings, *rows = traffic(work.batch, work.sizes, work.dim, work.heads, DTYPES[work.dtype], layers, world)
+    headings, *rows = traffic(work, layers, world)
     return aligned([headings, (str(work),), *rows])
 
 
@@ -411,12 +411,12 @@ def run(arguments: argparse.Namespace) -> int:
     for choice, work in itertools.product(choices, works):  # refuses options that have no meaning for a shape
         cost(choice.record.name, work.sizes, dim=work.dim, num_heads=work.heads, **choice.options)
     who = contenders(choices, peers=arguments.peers, plain=arguments.plain, compiled=arguments.compile)
+    sent = [_sent(work, choices, arguments.world) for work in works if arguments.world > 1]  # first: it may fail
     options = {"repeats": arguments.repeats, "limit": arguments.limit}
     with progress((len(works) + len(cubes)) * steps(who, arguments.repeats), unit="step") as started:
         groups = [examine(work, who, **options, started=started) for work in works]
         growing = [row for work in cubes for row in examine(work, who, **options, whole=False, started=started)]
-    parts = [[f"{name}: {words}" for name, words in where.items()], *map(table, groups)]
-    parts += [_sent(work, choices, arguments.world) for work in works if arguments.world > 1]
+    parts = [[f"{name}: {words}" for name, words in where.items()], *map(table, groups), *sent]
     found, rows = curves(growing), [row for group in groups for row in group]
     if found:
         exponents = [("time against positions, on cubes", "positions", f"exponent, last {plots.FITTED}")]

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -286,7 +287,9 @@ def check_directory(directory: Path) -> None:
 
 
 def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Write files into a directory, creating it: first all of them beside their places, then each into its place.
+    """Write files into a directory, creating it: all of them, or none.
+
+    First all are written beside their places, then each goes into its place; if one cannot, the others go back.
 
     Args:
         directory: Where they go.
@@ -296,21 +299,34 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, .
         The files written.
 
     Raises:
-        OptionError: If that fails. No half-written file is left, and no empty directory.
+        OptionError: If that fails. What was there is left as it was, without a new file or directory.
     """
-    new = not directory.exists()
+    new = [*itertools.takewhile(lambda folder: not folder.exists(), (directory, *directory.parents))]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=directory) as aside:
+            made, kept = Path(aside, "made"), Path(aside, "kept")
+            for folder in (made, kept):
+                folder.mkdir()
             for name, data in contents.items():
-                Path(aside, name).write_bytes(data)
+                (made / name).write_bytes(data)
             for taken in filter(Path.is_dir, (directory / name for name in contents)):
                 raise OptionError(f"--out {directory}: {taken} is a directory")
-            return tuple(Path(aside, name).replace(directory / name) for name in contents)
+            with contextlib.ExitStack() as back:
+                for name in contents:
+                    place = directory / name
+                    if os.path.lexists(place):
+                        place.replace(kept / name)
+                        back.callback((kept / name).replace, place)
+                    else:
+                        back.callback(place.unlink, missing_ok=True)
+                    (made / name).replace(place)
+                back.pop_all()
+            return tuple(directory / name for name in contents)
     except OSError as cause:
-        if new:
+        for folder in new:
             with contextlib.suppress(OSError):
-                directory.rmdir()
+                folder.rmdir()
         raise OptionError(f"--out {directory}: {cause.strerror or cause}") from cause
 
 

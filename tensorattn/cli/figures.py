@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tensorattn.cli.common import png_bytes, require
 from tensorattn.cli.readers.contents import Step
 from tensorattn.cli.recordings import MAX_ORDER, Recording
 from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.modes import ModeSpec, is_integer
+from tensorattn.functional.maps import indices_of, place_on
+from tensorattn.modes import ModeSpec
 
 __all__ = [
     "Place",
@@ -30,6 +32,7 @@ __all__ = [
     "draw_attention_maps",
     "input_figure",
     "maps_figure",
+    "read_numbers",
     "slices",
     "times_uniform",
     "weights_figure",
@@ -624,14 +627,14 @@ def draw_attention_maps(
         7
     """
     named = dict(maps) if isinstance(maps, Mapping) else {"weights": maps}
-    arrays = {name: _array(each, f"maps[{name!r}]") for name, each in named.items()}
+    arrays = {name: _real(each, f"maps[{name!r}]").astype(float) for name, each in named.items()}
     if not arrays:
         raise OptionError("maps is empty, but at least one map is needed.")
     (first, grid), *others = [(name, each.shape) for name, each in arrays.items()]
     for name, shape in others:
         if shape != grid:
             raise ShapeError(f"the map has shape {grid} in maps[{first!r}] but {shape} in maps[{name!r}].")
-    order, values = len(grid), _array(data, "data")
+    order, values = len(grid), _real(data, "data")
     if not 1 <= order <= MAX_ORDER:
         raise ShapeError(f"a map has {order} modes, but 1 to {MAX_ORDER} can be drawn.")
     if values.ndim not in (order, order + 1):
@@ -644,14 +647,28 @@ def draw_attention_maps(
         raise ShapeError(f"modes names {spec.order} modes, but the maps have {order}.")
     patch = _patch(grid, values.shape[:-1], spec)
     recording = Recording(title, title, values, spec)
-    return maps_figure(recording, Place(spec, recording.sizes, patch, _place(at, grid)), "", arrays)
+    return maps_figure(recording, Place(spec, recording.sizes, patch, place_on(grid, indices_of(at))), "", arrays)
 
 
-def _array(given: Any, what: str) -> Array:
-    """Read numbers as an array of NumPy."""
-    if isinstance(given, Tensor):
-        given = given.detach().float().cpu().numpy()
-    array = np.asarray(given)
+def read_numbers(data: Any) -> Array:
+    """Read numbers as an array of NumPy, in their own type where NumPy has it.
+
+    Args:
+        data: A tensor, an array, or what NumPy makes one of.
+
+    Examples:
+        >>> read_numbers(torch.tensor([1, 2], dtype=torch.uint8))
+        array([1, 2], dtype=uint8)
+    """
+    if isinstance(data, Tensor):
+        data = data.detach().cpu()
+        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+    return np.asarray(data)
+
+
+def _real(given: Any, what: str) -> Array:
+    """Read real numbers."""
+    array = read_numbers(given)
     if array.dtype.kind not in "fiub":
         raise OptionError(f"{what} must hold real numbers, got {array.dtype}.")
     return array
@@ -666,14 +683,3 @@ def _patch(grid: Sequence[int], sizes: Sequence[int], spec: ModeSpec) -> tuple[i
                 f"mode {spec.label(mode)} has size {size} in data, which patches of equal size do not cut into {count}."
             )
     return patch
-
-
-def _place(at: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
-    """Check the place of a query."""
-    indices = tuple(at)
-    if len(indices) != len(grid) or not all(map(is_integer, indices)):
-        raise OptionError(f"at must be {len(grid)} integers, got {at!r}.")
-    for mode, (index, size) in enumerate(zip(indices, grid, strict=True)):
-        if not -size <= index < size:
-            raise OptionError(f"at has index {index} in mode {mode}, but the size there is {size}.")
-    return tuple(int(index) % size for index, size in zip(indices, grid, strict=True))

@@ -95,8 +95,8 @@ def _error(choice: Choice, tensors: Sequence[Tensor], output: Tensor) -> float:
     """Return the largest error of an output at some queries, relative to the largest entry."""
     sizes = tensors[0].shape[2:-1]
     places = torch.tensor([[(17 * k) % size for size in sizes] for k in range(PROBES)])
-    options = dict(choice.options)
-    if choice.record.name == "clustered" and options.get("cells", "keys") == "keys":
+    options = choice.record.with_defaults(choice.options)
+    if choice.record.name == "clustered" and options["cells"] == "keys":
         query, key = (tensor.flatten(2, -2) for tensor in tensors[:2])
         labels, spread = cells_found(query, key, options["tokens"])
         if options["tokens"] < math.prod(sizes):

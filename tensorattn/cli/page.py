@@ -102,8 +102,7 @@ def _section(
     if len(view.place.sizes) > 1:
         cuts = slices(view.recording, view.place, view.maps, most=MOST_SLICES, pixels=PIXELS)
     pictures = "".join(
-        f'<p><img class="drawn" alt="{html.escape(name)}" src="{_uri(data, "image/png")}"></p>\n'
-        for name, data in own.items()
+        f'<p><img class="drawn" alt="{html.escape(name)}" src="{_uri(data)}"></p>\n' for name, data in own.items()
     )
     return (
         f"<section><h2>{html.escape(first)}</h2>\n{_list(rest)}"
@@ -192,12 +191,12 @@ def _picture(values: Array, limit: float | None = None) -> str:
         picture = picture.convert("P")
         picture.putpalette(_colours().tobytes())
     picture.save(buffer, format="PNG", optimize=True)
-    return _uri(buffer.getvalue(), "image/png")
+    return _uri(buffer.getvalue())
 
 
-def _uri(data: bytes, kind: str) -> str:
-    """Return bytes as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _uri(data: bytes) -> str:
+    """Return a PNG picture as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _json(data: Any) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
+from tensorattn.cli.contenders import Work
+from tensorattn.diagnose.cost import DTYPES
 from tensorattn.diagnose.traffic import CollectiveCounter, Sent, sent_by_others
 from tensorattn.errors import OptionError
 from tensorattn.nn import TensorAttention
@@ -21,17 +23,11 @@ __all__ = ["traffic"]
 Layer = tuple[str, str, dict[str, Any]]  # what it is called, its operator and options
 
 
-def traffic(
-    batch: int, sizes: Sequence[int], channels: int, heads: int, dtype: torch.dtype, layers: Sequence[Layer], world: int
-) -> list[tuple[str, str, str, str]]:
+def traffic(work: Work, layers: Sequence[Layer], world: int) -> list[tuple[str, str, str, str]]:
     """Count what layers send, forwards and backwards, where the first mode is cut over processes on this machine.
 
     Args:
-        batch: Size of the batch.
-        sizes: Sizes of the modes.
-        channels: Number of channels.
-        heads: Number of heads.
-        dtype: Type of the tensor.
+        work: The tensor, whose device is left aside.
         layers: The layers.
         world: Number of processes.
 
@@ -39,15 +35,15 @@ def traffic(
         Rows of a table, the heading first.
     """
     with tempfile.TemporaryDirectory() as folder:
-        told = (world, folder, (batch, *sizes, channels), heads, dtype, layers)
-        spawn(_process, told, world)
+        spawn(_process, (world, folder, work, layers), world)
         found: Mapping[str, Any] = torch.load(Path(folder) / "found")
     rows = [(f"{world} processes, one sends", "forward: bytes (calls)", "backward: bytes (calls)", "how it is known")]
     for name in found:
         sent = found[name]
         shown = [_shown(Sent(*each)) for each in sent] if isinstance(sent, list) else ["-", "-"]
         rows.append((f"  {name}", shown[0], shown[1], "counted" if isinstance(sent, list) else sent))
-    for name, each in sent_by_others(batch, sizes, channels, dtype.itemsize, world).items():
+    itemsize = DTYPES[work.dtype].itemsize
+    for name, each in sent_by_others(work.batch, work.sizes, work.dim, itemsize, world).items():
         rows.append((f"  full attention by {name}", _shown(each), "-", "formula"))
     return rows
 
@@ -57,20 +53,19 @@ def _shown(sent: Sent) -> str:
     return f"{sent.nbytes:,.0f} ({sent.calls})"
 
 
-def _process(
-    rank: int, world: int, folder: str, shape: Sequence[int], heads: int, dtype: torch.dtype, layers: Sequence[Layer]
-) -> None:
+def _process(rank: int, world: int, folder: str, work: Work, layers: Sequence[Layer]) -> None:
     """Run each layer once in one of the processes; the first saves what it sent."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
-    sizes = tuple(shape[1:-1])
+    order, dtype, first = len(work.sizes), DTYPES[work.dtype], work.channels_first
     found: dict[str, Any] = {}
     meeting = Sent(0, 0)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("processes",))
-    sharding = Sharding(mesh, {0: "processes"}, sizes=sizes)
-    part = sharding.own(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+    sharding = Sharding(mesh, {0: "processes"}, sizes=work.sizes)
+    part = sharding.own(torch.empty(work.shape, dtype=dtype, device="meta"), dim=2 if first else 1)
     for name, operator, options in layers:
-        layer = TensorAttention(shape[-1], heads, modes=len(sizes), operator=operator, dtype=dtype, **options)
+        told: dict[str, Any] = {"channels_first": first, "dtype": dtype, **options}
+        layer = TensorAttention(work.dim, work.heads, modes=order, operator=operator, **told)
         x = torch.randn(part.shape, dtype=dtype, requires_grad=True)
         try:
             with CollectiveCounter() as forward:
@@ -85,4 +80,5 @@ def _process(
     found["a call of any, to refuse together"] = [tuple(meeting), (0, 0)]
     if rank == 0:
         torch.save(found, Path(folder) / "found")
+    torch.distributed.barrier()  # nobody goes while another still talks
     torch.distributed.destroy_process_group()

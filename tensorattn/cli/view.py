@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from tensorattn.cli.common import Choice, parse_choices
 from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
-from tensorattn.cli.figures import Array, Place, input_figure, maps_figure, weights_figure
+from tensorattn.cli.figures import Array, Place, input_figure, maps_figure, read_numbers, weights_figure
 from tensorattn.cli.recordings import FileArray, Recording, load, make_recording
 from tensorattn.diagnose import takes_any_positions
-from tensorattn.errors import OptionError, ShapeError, check, is_integer, retells
+from tensorattn.errors import ModesError, OptionError, ShapeError, check, is_integer, retells
 from tensorattn.functional import OPERATORS, Operator, find_cells
 from tensorattn.functional.flattened import flattened_attention
 from tensorattn.functional.maps import attention_map, indices_of, place_on
@@ -52,8 +53,12 @@ class View(NamedTuple):
     @property
     def which(self) -> str:
         """The head in words."""
-        heads = len(self.exact)
-        return f"head {self.head + 1}" + (f" of {heads}, the sharpest" if heads > 1 else "")
+        return _which(self.head, len(self.exact))
+
+
+def _which(head: int, heads: int) -> str:
+    """Say which of the heads is shown."""
+    return f"head {head + 1}" + (f" of {heads}, the sharpest" if heads > 1 else "")
 
 
 def look(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[Choice], *, every: bool = False) -> View:
@@ -217,9 +222,10 @@ def show(
         A ``matplotlib.figure.Figure``: the last line of a cell shows it, ``figure.savefig("maps.png")`` keeps it.
 
     Raises:
-        OptionError: If there is no such operator or option, or ``at`` does not name a position.
+        OptionError: If there is no such operator or option, ``at`` does not name a position, or a layer is given what
+            is for an operator.
         ShapeError: If the data do not fit the layer or the modes.
-        ModesError: If ``modes`` does not fit the data.
+        ModesError: If modes are named badly, or ``modes`` does not fit the layer.
         RecordingError: If the data hold no numbers that differ, or cannot be read.
         MissingPackageError: If matplotlib is not installed.
 
@@ -233,6 +239,10 @@ def show(
         >>> figure = show(layer, torch.randn(12, 10, 8), at=(3, 4))
     """
     if isinstance(what, nn.Module):
+        given = {"patch": patch, "dim": dim, "heads": heads, "logit_std": logit_std, "seed": seed}
+        for name, value in given.items():
+            if np.any(value != inspect.signature(show).parameters[name].default):
+                raise OptionError(f"{name} has no meaning for a layer, which is drawn as it is, got {value!r}.")
         return _show_layer(what, data, at, modes)
     try:
         choices = parse_choices(_labels(what))
@@ -288,21 +298,13 @@ def _recording(data: Any, modes: ModeSpec | None) -> Recording:
     """Read an array or a file."""
     if isinstance(data, str | PathLike):
         return load(Path(data), modes=modes)
-    array = _numbers(data)
+    array = read_numbers(data)
     if modes is not None and array.ndim not in (modes.order, modes.order + 1):
         raise ShapeError(
             f"data has {array.ndim} dimensions, but {modes.order} modes need {modes.order}, or {modes.order + 1} with "
             "channels."
         )
     return make_recording(FileArray(array), name="data", source="data", modes=modes)
-
-
-def _numbers(data: Any) -> Array:
-    """Read numbers as an array of NumPy, in their own type where NumPy has it."""
-    if isinstance(data, Tensor):
-        data = data.detach().cpu()
-        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
-    return np.asarray(data)
 
 
 def _parts(patch: int | Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -318,6 +320,9 @@ def _show_layer(layer: Any, data: Any, at: Sequence[int] | None, modes: Any) -> 
     if not hasattr(layer, "attention_map"):
         raise OptionError(f"what must be a layer with attention_map, as TensorAttention, got {type(layer).__name__}.")
     order, weight = layer.modes.order, layer.k_proj.weight
+    spec = layer.modes if modes is None else ModeSpec.parse(modes)
+    if spec.order != order:
+        raise ModesError(f"modes names {spec.order} modes, but the layer has {order}.")
     x = torch.as_tensor(data)
     if x.ndim not in (order + 1, order + 2):
         raise ShapeError(
@@ -328,7 +333,7 @@ def _show_layer(layer: Any, data: Any, at: Sequence[int] | None, modes: Any) -> 
     last = x.movedim(1, -1) if layer.channels_first else x
     sizes = tuple(last.shape[1:-1])
     place = Place(
-        layer.modes if modes is None else ModeSpec.parse(modes),
+        spec,
         sizes,
         (1,) * order,
         tuple(size // 2 for size in sizes) if at is None else place_on(sizes, indices_of(at)),
@@ -340,7 +345,7 @@ def _show_layer(layer: Any, data: Any, at: Sequence[int] | None, modes: Any) -> 
     maps = {} if exact is None else {FULL: exact[head]}
     maps[layer.operator if layer.operator != "flattened" else FULL] = spread[head]
     recording = Recording(type(layer).__name__, "data", last[0].float().cpu().numpy(), place.modes)
-    which = f"head {head + 1}" + (f" of {len(spread)}, the sharpest" if len(spread) > 1 else "")
+    which = _which(head, len(spread))
     return maps_figure(recording, place, which, {name: each.float().cpu().numpy() for name, each in maps.items()})
 
 
@@ -349,8 +354,9 @@ def _full_attention(layer: Any, x: Tensor, at: Sequence[int]) -> Tensor | None:
     others = ("position_bias", "rotary", "q_norm", "causal")
     if any(getattr(layer, name) is not None for name in others) or layer.mode_projections:
         return None
-    cut = (layer.num_heads, -1)
-    query = layer.q_proj(x[0][tuple(at)]).unflatten(-1, cut).unsqueeze(-2)
-    key = layer.k_proj(x[0]).unflatten(-1, cut).movedim(-2, 0).contiguous()
-    (weights,) = flattened_attention(query, key, key, order=len(at), return_attention=True).attention
+    query = layer.q_proj(x[0][tuple(at)]).unflatten(-1, (layer.num_heads, -1)).unsqueeze(-2)
+    key = layer.k_proj(x[0]).unflatten(-1, (layer.num_kv_heads, -1)).movedim(-2, 0)
+    key = key.repeat_interleave(layer.num_heads // layer.num_kv_heads, 0).contiguous()  # heads of a group share it
+    settings = {"order": len(at), "scale": layer.scale, "return_attention": True}
+    (weights,) = flattened_attention(query, key, key, **settings).attention
     return weights.squeeze(1)

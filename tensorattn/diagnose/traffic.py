@@ -65,7 +65,7 @@ class CollectiveCounter(TorchDispatchMode):
             world = self.size_of(args[-1])
             most = max(args[0].nbytes, result.nbytes)  # what is gathered, or scattered
             share = most * (world - 1) / world * (2 if kind == KINDS[0] else 1)
-            kind = "meeting" if "max" in args else kind
+            kind = "meeting" if kind == KINDS[0] and args[1] == "max" else kind
             calls, nbytes = self.sent.get(kind, Sent(0, 0))
             self.sent[kind] = Sent(calls + 1, nbytes + share)
         return result

@@ -180,7 +180,24 @@ class _Mixer(nn.Module):
 
 
 class IdentityMixer(_Mixer):
-    """Return the input: no mixing, no weights."""
+    r"""Return the input: no mixing, no weights.
+
+    Args:
+        embed_dim: Channels C of input and output.
+        modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        bias: Whether linear maps have a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+
+    Examples:
+        >>> import torch
+        >>> mixer = IdentityMixer(8, modes="h w")
+        >>> mixer(torch.randn(2, 4, 5, 8)).shape, sum(p.numel() for p in mixer.parameters())
+        (torch.Size([2, 4, 5, 8]), 0)
+    """
 
     def _build(self, bias: bool, factory: dict[str, Any]) -> None:
         """Make nothing."""
@@ -191,11 +208,45 @@ class IdentityMixer(_Mixer):
 
 
 class PointwiseMixer(_Mixer):
-    """Map each position by itself: no mixing, as many weights as attention has."""
+    r"""Map each position by itself: no mixing, as many weights as attention has.
+
+    Args:
+        embed_dim: Channels C of input and output.
+        modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        bias: Whether linear maps have a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+
+    Examples:
+        >>> import torch
+        >>> mixer = PointwiseMixer(8, modes="h w")
+        >>> mixer(torch.randn(2, 4, 5, 8)).shape, sum(p.numel() for p in mixer.parameters())
+        (torch.Size([2, 4, 5, 8]), 280)
+    """
 
 
 class MeanMixer(_Mixer):
-    """Add to each position a map of the mean over all positions: the least that is global."""
+    r"""Add to each position a map of the mean over all positions: the least that is global.
+
+    Args:
+        embed_dim: Channels C of input and output.
+        modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        bias: Whether linear maps have a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+
+    Examples:
+        >>> import torch
+        >>> mixer = MeanMixer(8, modes="h w")
+        >>> mixer(torch.randn(2, 4, 5, 8)).shape, sum(p.numel() for p in mixer.parameters())
+        (torch.Size([2, 4, 5, 8]), 294)
+    """
 
     def _build(self, bias: bool, factory: dict[str, Any]) -> None:
         """Make a map in for the position and one for the mean, each with a third more channels."""
@@ -210,7 +261,24 @@ class MeanMixer(_Mixer):
 
 
 class LocalMixer(_Mixer):
-    """Filter channels over the neighbours of each position: a `DepthwiseFilter` between two maps."""
+    r"""Filter channels over the neighbours of each position: a `DepthwiseFilter` between two maps.
+
+    Args:
+        embed_dim: Channels C of input and output.
+        modes: Modes of the input: their number, or their names as in ``"t h w"``.
+        bias: Whether linear maps have a bias.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+
+    Examples:
+        >>> import torch
+        >>> mixer = LocalMixer(8, modes="h w")
+        >>> mixer(torch.randn(2, 4, 5, 8)).shape, sum(p.numel() for p in mixer.parameters())
+        (torch.Size([2, 4, 5, 8]), 376)
+    """
 
     def _build(self, bias: bool, factory: dict[str, Any]) -> None:
         """Make a filter too."""

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import tensorattn as ta
-from tensorattn.cli.attend import _Row, _table, default_choices, examine, means_of_cells, prepare
+from tensorattn.cli.attend import HEADINGS, _Row, _ruled, default_choices, examine, means_of_cells, prepare
 from tensorattn.cli.common import parse_choices
 from tensorattn.cli.main import main
 from tensorattn.cli.readers.contents import Step
@@ -257,13 +257,14 @@ def test_the_words_of_a_row() -> None:
     estimate = ErrorEstimate(3.2e-7, 1e-8, 64)
     row = _Row("additive", 1200, 8.04, None, estimate)
     assert row.cells() == ("additive", "1.20 k", "8.04 s", "n/a", "-", "3e-07")
-    assert _table([_Row("additive", 10**9, 0.25, 147_000_000, ErrorEstimate(0.5731, 0.0124, 64, 0.25))]) == (
-        "operator   FLOPs    CPU time   peak extra memory   rho     centred error\n"
-        "------------------------------------------------------------------------\n"
-        "additive   1.00 G   250.0 ms              147 MB   0.250   0.573 ± 0.012"
-    )
+    row = _Row("additive", 10**9, 0.25, 147_000_000, ErrorEstimate(0.5731, 0.0124, 64, 0.25))
+    assert _ruled([HEADINGS, row.cells()]) == [
+        "operator    FLOPs   CPU time   peak extra memory     rho   centred error",
+        "------------------------------------------------------------------------",
+        "additive   1.00 G   250.0 ms              147 MB   0.250   0.573 ± 0.012",
+    ]
     rows = [_Row("a", 0, 0.0, 0, ErrorEstimate(error, 0.0001, 9), ran=False) for error in (0.0, 0.25, float("nan"))]
-    assert [line.split("   ")[-1].strip() for line in _table(rows).splitlines()[2:]] == ["0", "0.250", "not a number"]
+    assert [row.cells()[-1] for row in rows] == ["0", "0.250", "not a number"]
 
 
 def test_json_is_the_report_in_numbers_and_html_is_written_beside(
@@ -470,7 +471,7 @@ def test_a_constant_recording_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--modes", "--key", "--query"])
+@pytest.mark.parametrize("option", ["--modes", "--key", "--max-bytes", "--query"])
 def test_options_of_a_file_need_one(option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert attend(option, "1", "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err == (f"{PROGRAM}: {option} needs a FILE: the packaged recordings have their own.\n")

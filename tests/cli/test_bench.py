@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from tensorattn.cli import gain
+from tensorattn.cli import bench as commands
+from tensorattn.cli import gain, traffic
 from tensorattn.cli.bench import Phase, Row, answer, curves, examine, table
 from tensorattn.cli.common import parse_choices
 from tensorattn.cli.contenders import FULL, LIBRARY, OTHERS, PEERS, PLAINLY, Work, contenders
 from tensorattn.cli.main import main
 from tensorattn.cli.plain import PLAIN
 from tensorattn.cli.plots import Curve
+from tensorattn.errors import OptionError
 from tensorattn.functional import OPERATORS
+from tensorattn.nn import TensorAttention
 
 PROGRAM = "python -m tensorattn bench"
 SMALL = ("--heads", "2", "--repeats", "1", "--shape", "2,4,5,8")
@@ -166,6 +169,34 @@ def test_what_processes_send_is_counted(capsys, tmp_path):
     ]
 
 
+def test_what_processes_send_is_counted_before_anything_is_timed(capsys, tmp_path, monkeypatch):
+    """So that nothing measured is lost where processes do not meet."""
+    measured: list[Any] = []
+
+    def lost(*given: Any) -> Any:
+        raise OptionError("the processes do not meet.")
+
+    monkeypatch.setattr(commands, "traffic", lost)
+    monkeypatch.setattr(commands, "examine", lambda *given, **named: measured.append(given))
+    assert bench(*SMALL, "--operator", "kao_kv", "--world", "2", "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"{PROGRAM}: the processes do not meet.\n" and measured == []
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
+def test_what_is_counted_has_the_layout_that_is_told(tmp_path, monkeypatch, layout):
+    work, seen = dataclasses.replace(PLANE, layout=layout), []
+
+    class Watched(TensorAttention):
+        def forward(self, x: torch.Tensor, **named: Any) -> torch.Tensor:
+            seen.append((self.channels_first, tuple(x.shape)))
+            return super().forward(x, **named)
+
+    monkeypatch.setattr(traffic, "TensorAttention", Watched)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    traffic._process(0, 1, str(tmp_path), work, [("kao_kv", "kao_kv", {})])
+    assert seen == [(work.channels_first, work.shape)]
+
+
 def test_without_matplotlib_there_is_no_plot_and_it_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert bench(*SMALL, "--operator", "kao_qkv", "--out", tmp_path) == 0
@@ -295,6 +326,14 @@ def test_gains_are_told_for_grids_of_known_models(capsys: Any, monkeypatch):
     assert lines[0] == f"command: python -m tensorattn bench {words}" and "device: cpu, CPU time of one thread" in lines
     assert lines[-2].split() == ["grid", "P", "full", "attention,", "ms", "kao_kv", "clustered:tokens=16"]
     assert re.fullmatch(r"ViT-S, 14×14 +196 +[\d.]+; [\d.]+( +[\d.]+; [\d.]+){2}", lines[-1])
+
+
+@pytest.mark.parametrize("operator", ["clustered", "clustered:tokens=16"])
+def test_parity_is_found_with_the_options_by_default(operator: str):
+    (choice,) = parse_choices([operator])
+    tensors = gain.Grid("a grid", (9, 9), 2, 8).tensors(torch.device("cpu"))
+    output = choice.record.function(*tensors, order=2, **choice.options)
+    assert gain._error(choice, tensors, output) < gain.TOLERANCE
 
 
 def test_what_fails_parity_is_not_timed(capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,22 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
             write_files(directory, {"a.png": b"1", too_long: b"2"})
         assert str(caught.value) == f"--out {directory}: File name too long"
         assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_put_in_their_places_leave_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"old")
+    replace = Path.replace
+
+    def fails_at_c(path: Path, target: Path) -> Any:
+        if target.name == "c.png":
+            raise OSError(5, "Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fails_at_c)
+    for directory in (tmp_path, tmp_path / "new" / "nested"):
+        with pytest.raises(ta.OptionError) as caught:
+            write_files(directory, {"a.png": b"1", "b.png": b"2", "c.png": b"3"})
+        assert str(caught.value) == f"--out {directory}: Input/output error"
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": b"old"}

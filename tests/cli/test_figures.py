@@ -399,6 +399,16 @@ def test_the_weights_lie_where_the_data_are() -> None:
     assert image.get_extent() == [-0.5, 14.5, -0.5, 7.5]
 
 
+def test_a_tensor_is_drawn_as_the_same_array() -> None:
+    """In colour, where it holds bytes; and maps of whole numbers do not overflow."""
+    colours = np.random.default_rng(0).integers(0, 255, (8, 15, 3)).astype(np.uint8)
+    counts = np.full((4, 5), 200, np.uint8)
+    for convert in (np.asarray, torch.as_tensor):
+        figure = ta.draw_attention_maps(convert(counts), convert(colours), at=(1, 3))
+        np.testing.assert_array_equal(figure.axes[0].get_images()[0].get_array(), colours)
+        np.testing.assert_allclose(figure.axes[1].get_images()[0].get_array(), np.log2(4000.0))
+
+
 def test_every_map_of_a_series_is_drawn() -> None:
     maps = {f"map {k}": weights(6, seed=k) for k in range(9)}
     figure = ta.draw_attention_maps(maps, torch.rand(6), at=(2,))
@@ -437,9 +447,9 @@ def test_every_map_of_a_series_is_drawn() -> None:
             "mode 1 has size 2 in data, which patches of equal size do not cut into 7.",
         ),
         ({"modes": "t h w"}, ta.ShapeError, "modes names 3 modes, but the maps have 2."),
-        ({"at": (0,)}, ta.OptionError, "at must be 2 integers, got (0,)."),
-        ({"at": (0, 1.5)}, ta.OptionError, "at must be 2 integers, got (0, 1.5)."),
-        ({"at": (0, 7)}, ta.OptionError, "at has index 7 in mode 1, but the size there is 7."),
+        ({"at": (0,)}, ta.OptionError, "at has 1 indices, but there are 2 modes."),
+        ({"at": (0, 1.5)}, ta.OptionError, "at must be integers, got (0, 1.5)."),
+        ({"at": (0, 7)}, ta.OptionError, "at has index 7 at place 1, but the size there is 7."),
     ],
 )
 def test_maps_that_do_not_fit(changed: dict[str, Any], error: type[Exception], message: str) -> None:

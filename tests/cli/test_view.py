@@ -83,6 +83,17 @@ def test_a_layer_is_drawn_as_it_is(operator: str, channels_first: bool) -> None:
         np.testing.assert_allclose(drawn(figure, "full attention"), exact[head], rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"scale": 3.0}, {"num_kv_heads": 2}])
+def test_full_attention_beside_a_layer_has_its_scale_and_its_heads(settings: dict[str, Any]) -> None:
+    x, layer = noise(5, 4, 8), ta.TensorAttention(8, 4, modes="h w", operator="additive", **settings)
+    twin = ta.TensorAttention(8, 4, modes="h w", operator="flattened", **settings)
+    twin.load_state_dict(layer.state_dict())
+    figure = ta.show(layer, x, at=(2, 3))
+    head = int(figure.get_suptitle().split("head ")[1][0]) - 1
+    expected = twin.attention_map(x[None], at=(2, 3))[0, head].detach() * 20
+    np.testing.assert_allclose(drawn(figure, "full attention"), expected, rtol=1e-4)
+
+
 def test_a_layer_with_more_in_its_logits_is_drawn_alone() -> None:
     for settings in (
         {"causal": 0},
@@ -121,6 +132,19 @@ LAYER = ta.TensorAttention(8, 2, modes="h w")
             {"what": LAYER, "data": noise(4, 8)},
             ta.ShapeError,
             "data has 2 dimensions, but the layer has 2 modes: it needs 3, or 4 with a batch in front.",
+        ),
+        (
+            {"what": LAYER, "data": noise(4, 5, 8), "modes": "t h w"},
+            ta.ModesError,
+            "modes names 3 modes, but the layer has 2.",
+        ),
+        *(
+            (
+                {"what": LAYER, "data": noise(4, 5, 8), name: value},
+                ta.OptionError,
+                f"{name} has no meaning for a layer, which is drawn as it is, got {value!r}.",
+            )
+            for name, value in {"patch": (3, 3), "dim": -4, "heads": 99, "logit_std": 2.0, "seed": 1}.items()
         ),
         ({"at": (1,)}, ta.OptionError, "at has 1 indices, but there are 2 modes."),
         ({"at": (0, 7)}, ta.OptionError, "at has index 7 at place 1, but the size there is 7."),

@@ -243,7 +243,7 @@ def _frames(path: Path, header: Any) -> list[_Frame]:
             where, plane = (np.array(each, np.float64) for each in (position, across))
             if len(offsets) == count:
                 where = where + offsets[number] * np.cross(plane[:3], plane[3:])
-        turn = [_tag(header, number, sequence, name) for name in ORDERED_BY for sequence in ("FrameContentSequence",)]
+        turn = [_tag(header, number, "FrameContentSequence", name) for name in ORDERED_BY]
         found.append(
             _Frame(
                 path,
