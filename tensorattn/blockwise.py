@@ -393,7 +393,9 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
         raise OptionError("sink is read-only.")
     if not np.issubdtype(np.dtype(sink.dtype), np.floating):
         raise DtypeError(f"sink must be floating point, got {sink.dtype}.")
-    files = [None if (file := _memmap_of(each)) is None else os.path.realpath(file.filename) for each in (source, sink)]
+    files = [
+        None if (file := _memmap_of(each)) is None else os.path.realpath(str(file.filename)) for each in (source, sink)
+    ]
     arrays = isinstance(source, np.ndarray) and isinstance(sink, np.ndarray)
     if (
         sink is source

@@ -493,6 +493,7 @@ def one_refuses_case(world):
         (asked(layer, weights=(either(None, own.new_ones(own.shape[1])), None, own.new_ones(6))), "torch.float64 (5,)", "torch.float64 (6,)"),
         (without_gradient, "torch.float64 (2, 5, 12) with a gradient", "torch.float64 (2, 5, 12)"),
     ]  # fmt: skip
+    differ.append((asked(layer, lengths={"h": either(2, 3)}), "the lengths [3]", "the lengths [2]"))
     for call, one, other in differ:
         assert rule_of(call) == f"process 0 has {one} where process 1 has {other}."
     torch.testing.assert_close(layer(own, sharding=sharding), sharding.own(layer(whole), modes="t h w"), **CLOSE)
@@ -542,6 +543,11 @@ def refusals_case(world):
         (lambda: ta.Sharding(mesh, "t", sizes=SIZES), "modes must be a mapping from modes, got 't'."),
         (lambda: ta.Sharding(mesh, {"t": "rows"}, sizes=SIZES), f"the mesh has no dimension 'rows' among {names}."),
         (lambda: ta.Sharding(mesh, {"t": "of_t", "h": 0}, sizes=SIZES), "dimension 'of_t' of the mesh cuts 2 modes."),
+        (lambda: ta.Sharding(None, {}, sizes=SIZES), "mesh must be a DeviceMesh, got NoneType."),
+        (lambda: ta.Sharding(mesh, {"t": 0}, sizes=5), "sizes must be a sequence of integers, got 5."),
+        (lambda: cut({"t": 3}), "splits of mode 't' must be a sequence of integers, got 3."),
+        (lambda: sharding.own(x.numpy(), modes="t h w"), "tensor must be a torch.Tensor, got ndarray."),
+        (lambda: ta.TensorTransformerBlock(12, 2, modes="t h w", mixer="mean").double()(own, sharding=sharding), "sharding has no meaning for MeanMixer, which is no attention."),
         (lambda: ta.Sharding(mesh, {}, sizes=(5, 0)), "sizes of mode 1 must be at least 1, got 0."),
         (lambda: half(own, sharding=ta.Sharding(mesh, {"z": 0}, sizes=SIZES)), "there is no mode 'z' among 't h w' (order 3)."),
         (lambda: half(own, sharding=ta.Sharding(mesh, {"t": 0}, sizes=(5, 4))), "sharding has sizes for 2 modes, but there are 3."),

@@ -59,7 +59,7 @@ ALL = (  # what --mixers all stands for: controls, operators, full attention
     "flattened",
 )
 RESULTS = "results.jsonl"
-FIELDS = {  # of a result, as the table and the figures need them
+FIELDS: dict[str, Any] = {  # of a result, as the table and the figures need them
     **{"task": str, "mixer": str, "steps": int, "seed": int, "metrics": dict, "constant": dict, "recipe": dict},
     **{"curve": list, "flops": list, "parameters": int, "seconds": (int, float)},
 }

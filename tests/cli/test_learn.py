@@ -334,7 +334,7 @@ def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
 
 
 def test_options_are_told_to_the_task() -> None:
-    with pytest.raises(OptionError, match="task 'gps:size=26:size=20': size is told twice."):
+    with pytest.raises(OptionError, match="task 'gps:size=26:size=20': size is told twice"):
         parse_task("gps:size=26:size=20")
     settings = {"rate": 0.008, "validate": False, "size": 26, "patch": 2}
     assert dataclasses.asdict(parse_task("gps:size=26")) == settings
