@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +84,10 @@ def attend_blockwise(
 
     Raises:
         OptionError: If the layer or its operator cannot work in parts, source and sink are the same or cannot be
-            sliced, chunks are no positive integers or cut the causal mode, or the state is that of another run.
+            sliced, the source has masked values, the sink is read-only, chunks are no positive integers or cut the
+            causal mode, or the state is no state, or that of another run.
         ShapeError: If source, sink or mask do not fit.
-        DtypeError: If the sink holds no floating-point numbers, or the mask is not bool.
+        DtypeError: If the source holds no real numbers, the sink no floating-point numbers, or the mask is not bool.
         ModesError: If chunks name a mode that does not exist, or are not one a mode.
 
     Examples:
@@ -103,6 +104,7 @@ def attend_blockwise(
     if mask is not None:
         _check_mask(layer, mask, sizes)
     lengths = _chunk_lengths(layer, chunks, sizes, channels)
+    _check_state(state)
     parameter = parameter_of(layer)
     if device is not None and parameter is not None and parameter.device != torch.device(device):
         layer = copy.deepcopy(layer).to(device)
@@ -123,6 +125,7 @@ class _Run:
         self.shown = shown and sys.stderr.isatty()
         self.sums: list[list[Tensor]] = []  # of each time that the layer asks for the total
         self.known, self.done, self.asked, self.saved = False, 0, 0, 0.0
+        self.facts: dict[str, Any] = {}  # what must be the same to go on
 
     def run(self) -> None:
         """Add up, attend, and take the mark off the sink."""
@@ -181,19 +184,23 @@ class _Run:
             self.sums[place] = [one + other for one, other in zip(self.sums[place], wide, strict=True)]
         return found
 
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same to go on."""
-        files, digest = self.files, hashlib.sha256()
-        for name, tensor in files.layer.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    def _found(self) -> dict[str, Any]:
+        """Return what must be the same to go on; of the source its first chunk stands for all."""
+        files, state = self.files, self.files.layer.state_dict()
+        x, _ = files.read(self.boxes[0])
         return {
-            "layer": f"{files.layer.extra_repr()}, weights {digest.hexdigest()[:16]}",
-            "source": f"{tuple(files.source.shape)} {files.source.dtype}",
-            "chunks": hashlib.sha256(repr(self.boxes).encode()).hexdigest()[:16],
+            "layer": f"{files.layer.extra_repr()}, weights {' '.join(state)} {_digest(map(_bytes, state.values()))}",
+            "chunks": _digest([repr(self.boxes).encode()]),
             "mask": files.mask is not None,
             "channel_mode": files.channel_mode,
+            "source": f"{tuple(files.source.shape)} {files.source.dtype} {_digest([_bytes(x)])}",
         }
+
+    def _written(self) -> str:
+        """Tell the first and the last chunk that are written from others, where the sink can be read."""
+        if not (self.known and self.done and hasattr(self.files.sink, "__getitem__")):
+            return ""
+        return _digest(self.files.written(self.boxes[place]) for place in (0, self.done - 1))
 
     def _save(self) -> None:
         """Save what is known, after what was written: whatever happens the file is an old state or this one."""
@@ -201,7 +208,8 @@ class _Run:
             return
         self.files.flush()
         temporary = self.state.with_name(f"{self.state.name}.new")
-        saved = {"facts": self._facts(), "known": self.known, "done": self.done, "sums": self.sums}
+        saved = {"facts": self.facts, "known": self.known, "done": self.done, "sums": self.sums}
+        saved["written"] = self._written()
         with temporary.open("wb") as file:
             torch.save(saved, file)
             file.flush()
@@ -212,16 +220,37 @@ class _Run:
     def _load(self) -> None:
         """Go on from a state that was saved."""
         self.saved = time.monotonic()
-        if self.state is None or not self.state.exists():
+        if self.state is None:
             return
+        self.facts = self._found()
+        if not self.state.exists():
+            return
+        told, hint = f"state {str(self.state)!r} is", "Delete it to start anew."
         device = parameter_of(self.files.layer)
-        saved = torch.load(self.state, weights_only=True, map_location=None if device is None else device.device)
-        for name, fact in self._facts().items():
-            if saved["facts"].get(name) != fact:
-                raise OptionError(
-                    f"state {str(self.state)!r} is that of a run with another {name}.", hint="Delete it to start anew."
-                )
-        self.known, self.done, self.sums = saved["known"], saved["done"], saved["sums"]
+        try:
+            saved = torch.load(self.state, weights_only=True, map_location=None if device is None else device.device)
+            facts, written = saved["facts"], saved["written"]
+            self.known, self.done, self.sums = saved["known"], saved["done"], saved["sums"]
+        except Exception as cause:  # there are many ways to be another file
+            raise OptionError(f"{told} no state of this function.", hint=hint) from cause
+        for name, fact in self.facts.items():
+            if facts.get(name) != fact:
+                raise OptionError(f"{told} that of a run with another {name}.", hint=hint)
+        if self._written() != written:  # the sink was made anew
+            self.done = 0
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """Return a short word for bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor of any type."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -246,7 +275,12 @@ class _Files:
         parameter = parameter_of(self.layer)
         assert parameter is not None
         kind = np.float64 if parameter.dtype == torch.float64 else np.float32
-        array = np.array(self.source[self._slices(box)], dtype=kind)
+        part = self.source[self._slices(box)]
+        if np.ma.is_masked(part):
+            raise OptionError(
+                "source has masked values.", hint="Give its data, and mask=, True where it is not masked."
+            )
+        array = np.array(part, dtype=kind)
         x = torch.from_numpy(array).to(parameter.device, parameter.dtype).unsqueeze(0)
         x = x.unsqueeze(-1) if self.channel_mode is None else x.movedim(1 + self.channel_mode % (len(box) + 1), -1)
         lengths, mask = tuple([length for _, length in box]), None
@@ -262,9 +296,13 @@ class _Files:
         y = y.squeeze(-1) if self.channel_mode is None else y.movedim(-1, self.channel_mode % (len(box) + 1))
         self.sink[self._slices(box)] = y.to("cpu", accumulation_dtype(y.dtype)).numpy()
 
+    def written(self, box: Box) -> bytes:
+        """Return what the sink holds of a chunk."""
+        return np.asarray(self.sink[self._slices(box)]).tobytes()
+
     def flush(self) -> None:
         """Bring what was written to the disk, where the sink has a way to."""
-        for owner in (self.sink, getattr(self.sink, "file", None)):
+        for owner in (_memmap_of(self.sink), self.sink, getattr(self.sink, "file", None)):
             if callable(flush := getattr(owner, "flush", None)):
                 flush()
                 return
@@ -275,8 +313,8 @@ class _Mark:
 
     def __init__(self, sink: Any) -> None:
         self.attributes = getattr(sink, "attrs", None)
-        name = sink.filename if isinstance(sink, np.memmap) else None
-        self.file = None if name is None else Path(f"{name}.incomplete")
+        file = _memmap_of(sink)
+        self.file = None if file is None else Path(f"{file.filename}.incomplete")
 
     def set(self) -> None:
         """Mark it."""
@@ -291,6 +329,25 @@ class _Mark:
             del self.attributes["incomplete"]
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def _memmap_of(array: Any) -> np.memmap[Any, Any] | None:
+    """Return the file that an array is, or is a view of."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap) and array.filename is not None:
+            return array
+        array = array.base
+    return None
+
+
+def _check_state(state: Any) -> None:
+    """Check that a state can be written."""
+    if state is None:
+        return
+    if not isinstance(state, (str, os.PathLike)):
+        raise OptionError(f"state must be a path or None, got {type(state).__name__}.")
+    if Path(state).is_dir() or not Path(state).parent.is_dir():
+        raise OptionError(f"state {os.fspath(state)!r} must be a file in a folder that exists.")
 
 
 def _check_layer(layer: Any) -> None:
@@ -311,6 +368,8 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
         for attribute in ("shape", "dtype", needed):
             if not hasattr(array, attribute):
                 raise OptionError(f"{name} has no {attribute}, got {type(array).__name__}.")
+        if isinstance(array, Tensor):
+            raise OptionError(f"{name} must be an array, got a tensor of torch.", hint="Give tensor.numpy().")
     shape, order, dims = tuple(source.shape), layer.modes.order, layer.modes.order + (channel_mode is not None)
     if channel_mode is not None and not (is_integer(channel_mode) and -dims <= channel_mode < dims):
         raise OptionError(f"channel_mode must be an integer from {-dims} to {dims - 1} or None, got {channel_mode!r}.")
@@ -328,9 +387,15 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
             raise ShapeError(f"mode {label} has size 0 in source, but every mode needs at least 1 index.")
     if tuple(sink.shape) != shape:
         raise ShapeError(f"sink has shape {tuple(sink.shape)}, but source has {shape}.")
+    if np.dtype(source.dtype).kind not in "biuf":
+        raise DtypeError(f"source must hold real numbers, got {source.dtype}.")
+    if isinstance(sink, np.ndarray) and not sink.flags.writeable:
+        raise OptionError("sink is read-only.")
     if not np.issubdtype(np.dtype(sink.dtype), np.floating):
         raise DtypeError(f"sink must be floating point, got {sink.dtype}.")
-    files = [each.filename if isinstance(each, np.memmap) else None for each in (source, sink)]
+    files = [
+        None if (file := _memmap_of(each)) is None else os.path.realpath(str(file.filename)) for each in (source, sink)
+    ]
     arrays = isinstance(source, np.ndarray) and isinstance(sink, np.ndarray)
     if (
         sink is source

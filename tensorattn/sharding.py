@@ -89,6 +89,14 @@ class Sharding:
             if not isinstance(given, Mapping) and (name == "modes" or given is not None):
                 raise OptionError(f"{name} must be a mapping from modes, got {given!r}.")
         check(self.checked, "checked", "switch")
+        if not hasattr(self.mesh, "mesh_dim_names"):
+            raise OptionError(f"mesh must be a DeviceMesh, got {type(self.mesh).__name__}.")
+        for name, numbers in (
+            ("sizes", self.sizes),
+            *((f"splits of mode {m!r}", n) for m, n in (self.splits or {}).items()),
+        ):
+            if isinstance(numbers, str) or not isinstance(numbers, Sequence):
+                raise OptionError(f"{name} must be a sequence of integers, got {numbers!r}.")
         object.__setattr__(self, "sizes", tuple(self.sizes))
         for mode, size in enumerate(self.sizes):
             check(size, f"sizes of mode {mode}", "integer", least=1)
@@ -181,6 +189,8 @@ class Sharding:
         """
         spec = ModeSpec.parse(len(self.sizes) if modes is None else modes)
         part = self.part(spec)
+        if not isinstance(tensor, Tensor):
+            raise OptionError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}.")
         found = tuple(tensor.shape[dim : dim + spec.order])
         if found != self.sizes:
             raise ShapeError(f"tensor has the sizes {found} from dimension {dim}, but sizes is {self.sizes}.")
@@ -370,7 +380,10 @@ def in_common(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         spoken = [name for name, given in sorted(kwargs.items()) if given is not None]
         inputs = [f"{t.dtype} of batch {t.shape[0]}" for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim()]
-        facts = (repr(sharding), f"the arguments {', '.join(spoken)}", *inputs)
+        counts = [
+            t.tolist() if isinstance(t, Tensor) and not t.is_meta else t for t in tree_leaves(kwargs.get("lengths"))
+        ]
+        facts = (repr(sharding), f"the arguments {', '.join(spoken)}", f"the lengths {counts}", *inputs)
         meeting = Meeting(sharding.peers, torch.device(sharding.mesh.device_type), type(args[0]).__name__, facts)
         return take_part(meeting, functools.partial(function, *args, **kwargs))
 

@@ -495,6 +495,7 @@ def one_refuses_case(world):
         (asked(layer, weights=(either(None, own.new_ones(own.shape[1])), None, own.new_ones(6))), "torch.float64 (5,)", "torch.float64 (6,)"),
         (without_gradient, "torch.float64 (2, 5, 12) with a gradient", "torch.float64 (2, 5, 12)"),
     ]  # fmt: skip
+    differ.append((asked(layer, lengths={"h": either(2, 3)}), "the lengths [3]", "the lengths [2]"))
     for call, one, other in differ:
         assert rule_of(call) == f"process 0 has {one} where process 1 has {other}."
     torch.testing.assert_close(layer(own, sharding=sharding), sharding.own(layer(whole), modes="t h w"), **CLOSE)
@@ -536,7 +537,6 @@ def refusals_case(world):
     own, half = sharding.own(x, modes="t h w"), make("additive")
     names = ("of_t",)
     drop = ta.TensorTransformerBlock(12, 2, modes="t h w", drop_path=0.1).double()
-    averaging = ta.TensorTransformerBlock(12, 2, modes="t h w", mixer="mean").double()
 
     def cut(splits):
         return ta.Sharding(mesh, {"t": "of_t"}, sizes=SIZES, splits=splits)
@@ -545,6 +545,11 @@ def refusals_case(world):
         (lambda: ta.Sharding(mesh, "t", sizes=SIZES), "modes must be a mapping from modes, got 't'."),
         (lambda: ta.Sharding(mesh, {"t": "rows"}, sizes=SIZES), f"the mesh has no dimension 'rows' among {names}."),
         (lambda: ta.Sharding(mesh, {"t": "of_t", "h": 0}, sizes=SIZES), "dimension 'of_t' of the mesh cuts 2 modes."),
+        (lambda: ta.Sharding(None, {}, sizes=SIZES), "mesh must be a DeviceMesh, got NoneType."),
+        (lambda: ta.Sharding(mesh, {"t": 0}, sizes=5), "sizes must be a sequence of integers, got 5."),
+        (lambda: cut({"t": 3}), "splits of mode 't' must be a sequence of integers, got 3."),
+        (lambda: sharding.own(x.numpy(), modes="t h w"), "tensor must be a torch.Tensor, got ndarray."),
+        (lambda: ta.TensorTransformerBlock(12, 2, modes="t h w", mixer="mean").double()(own, sharding=sharding), "sharding has no meaning for MeanMixer, which is no attention."),
         (lambda: ta.Sharding(mesh, {}, sizes=(5, 0)), "sizes of mode 1 must be at least 1, got 0."),
         (lambda: half(own, sharding=ta.Sharding(mesh, {"z": 0}, sizes=SIZES)), "there is no mode 'z' among 't h w' (order 3)."),
         (lambda: half(own, sharding=ta.Sharding(mesh, {"t": 0}, sizes=(5, 4))), "sharding has sizes for 2 modes, but there are 3."),
@@ -557,7 +562,6 @@ def refusals_case(world):
         (lambda: make("kao_qkv", dropout=0.1)(own, sharding=sharding), "sharding has no meaning with dropout in training for operator 'kao_qkv': each process would drop weights of its own from what all share."),
         (lambda: half(own, own, sharding=sharding), "context has no meaning with sharding, which is that of x."),
         (lambda: half(own, prefix=draw(2, 1, 12), sharding=sharding), "prefix has no meaning with sharding, which is that of x."),
-        (lambda: averaging(own, sharding=sharding), "sharding has no meaning for the mixer MeanMixer, only for attention."),
         (lambda: drop(own, sharding=sharding), "sharding has no meaning with drop_path in training: each process would drop samples of its own."),
         (lambda: half(torch.cat([own, own, own[:, :1].new_zeros(2, 1, 4, 6, 12)], 1), sharding=sharding), f"mode 't' has size {2 * own.shape[1] + 1} in x, but this process holds {own.shape[1]} of 5."),
         (lambda: model_of()(draw(1, 5, 3, 8, 3), sharding=ta.Sharding(mesh, {"h": 0}, sizes=(5, 6, 8), splits={"h": (3, 3, *(0,) * (world - 2))})), "process 0 along mode 'h' has 3 indices, which patches of 2 do not divide."),

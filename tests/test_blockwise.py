@@ -157,7 +157,7 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     assert sink.attrs == {"incomplete": True} and state.exists()
     source.read, sink.lives = [], 9
     ta.attend_blockwise(layer, source, sink, chunks={"t": 1}, state=state)
-    assert source.read == [2, 3] and sink.written == [0, 1, 2, 3]
+    assert source.read == [0, 2, 3] and sink.written == [0, 1, 2, 3]  # the first once more: is it the same source?
     assert sink.attrs == {} and list(tmp_path.iterdir()) == []
     np.testing.assert_allclose(sink.array, of_whole(layer, source.array), rtol=1e-11, atol=1e-12)
 
@@ -175,7 +175,7 @@ def test_reading_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert error.value.__notes__ == ["The sink is incomplete: 0 of 4 chunks are written."]
     source = Array(whole)
     ta.attend_blockwise(layer, source, sink, chunks={"t": 1}, state=state)
-    assert source.read == [2, 3, 0, 1, 2, 3]
+    assert source.read == [0, 2, 3, 0, 1, 2, 3]
     np.testing.assert_allclose(sink, of_whole(layer, whole), rtol=1e-11, atol=1e-12)
 
 
@@ -198,6 +198,49 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
         layer.q_proj.bias += 1
     with pytest.raises(ta.OptionError, match="another layer"):
         ta.attend_blockwise(layer, source, np.zeros_like(source), chunks={"t": 1}, state=state)
+
+
+def test_a_sink_that_was_made_anew_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(blockwise, "SECONDS", 0)
+    layer, source, state = make("additive"), draw(*SIZES, 12).numpy(), tmp_path / "state"
+    with pytest.raises(OSError, match="no space"):
+        ta.attend_blockwise(layer, source, Array(source.copy(), lives=2), chunks={"t": 1}, state=state)
+    read, sink = Array(source), np.zeros_like(source)
+    ta.attend_blockwise(layer, read, sink, chunks={"t": 1}, state=state)
+    assert read.read == [0, 0, 1, 2, 3]  # what was added up is still known
+    np.testing.assert_allclose(sink, of_whole(layer, source), rtol=1e-11, atol=1e-12)
+
+
+def test_other_data_and_other_files_are_no_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(blockwise, "SECONDS", 0)
+    layer, source, state = make("additive"), draw(*SIZES, 12).numpy(), tmp_path / "state"
+    with pytest.raises(OSError, match="no space"):
+        ta.attend_blockwise(layer, source, Array(source.copy(), lives=2), chunks={"t": 1}, state=state)
+    with pytest.raises(ta.OptionError, match="that of a run with another source"):
+        ta.attend_blockwise(layer, source + 1, np.zeros_like(source), chunks={"t": 1}, state=state)
+    told, hint = f"attend_blockwise: state {str(state)!r} is no state of this function.", "  Delete it to start anew."
+    for write in (lambda: state.write_bytes(b"junk"), lambda: state.write_bytes(b""), lambda: torch.save([1], state)):
+        write()
+        before = state.read_bytes()
+        with pytest.raises(ta.OptionError) as error:
+            ta.attend_blockwise(layer, source, np.zeros_like(source), state=state)
+        assert str(error.value) == f"{told}\n{hint}" and state.read_bytes() == before
+    for path in (tmp_path, tmp_path / "no" / "state"):
+        with pytest.raises(ta.OptionError, match="must be a file in a folder that exists"):
+            ta.attend_blockwise(layer, source, np.zeros_like(source), state=path)
+
+
+def test_one_file_under_two_names_is_one_file(tmp_path):
+    layer, path, link = make("additive"), tmp_path / "x.npy", tmp_path / "link.npy"
+    np.save(path, draw(*SIZES, 12).numpy())
+    link.symlink_to(path)
+    source, same = np.load(path, mmap_mode="r"), np.load(link, mmap_mode="r+")
+    for sink in (same, np.asarray(same)):
+        with pytest.raises(ta.OptionError, match="sink is the source"):
+            ta.attend_blockwise(layer, source, sink)
+    with pytest.raises(ta.OptionError, match="sink is read-only"):
+        ta.attend_blockwise(layer, draw(*SIZES, 12).numpy(), source)
+    assert {each.name for each in tmp_path.iterdir()} == {"x.npy", "link.npy"}
 
 
 def test_a_file_is_marked_until_it_is_complete(tmp_path):
@@ -245,6 +288,14 @@ def errors():
             f"{parts} 'clustered': additive_control needs the cells of all positions at once.",
         ),
         "source": ({"source": [1.0]}, "source has no shape, got list."),
+        "complex": ({"source": source + 1j}, "source must hold real numbers, got complex128."),
+        "words": ({"source": source.astype("U3")}, "source must hold real numbers, got <U3."),
+        "masked": (
+            {"source": np.ma.masked_equal(source, 0)},
+            "source has masked values.\n  Give its data, and mask=, True where it is not masked.",
+        ),
+        "tensor": ({"sink": torch.ones(1)}, "sink must be an array, got a tensor of torch.\n  Give tensor.numpy()."),
+        "state": ({"state": 3}, "state must be a path or None, got int."),
         "sink": ({"sink": range(3)}, "sink has no shape, got range."),
         "dimensions": ({"source": source[0]}, "source has 3 dimensions, but 3 modes and channels need 4."),
         "no channels": ({"channel_mode": None}, "source has 4 dimensions, but 3 modes need 3."),

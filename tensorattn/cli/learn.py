@@ -59,7 +59,10 @@ ALL = (  # what --mixers all stands for: controls, operators, full attention
     "flattened",
 )
 RESULTS = "results.jsonl"
-FIELDS = {"task", "mixer", "steps", "seed", "recipe", "metrics", "curve", "seconds", "parameters", "flops", "constant"}
+FIELDS: dict[str, Any] = {  # of a result, as the table and the figures need them
+    **{"task": str, "mixer": str, "steps": int, "seed": int, "metrics": dict, "constant": dict, "recipe": dict},
+    **{"curve": list, "flops": list, "parameters": int, "seconds": (int, float)},
+}
 MARKERS = "os^Dv<>PX*dph"
 
 DESCRIPTION = """\
@@ -206,6 +209,8 @@ def parse_task(text: str) -> Task:
         if not equals or option not in known:
             shown = ", ".join(f"{each}=" for each in known)
             raise OptionError(f"task {text!r}: there is no option {setting!r}; its options are: {shown}.")
+        if option in options:
+            raise OptionError(f"task {text!r}: {option} is told twice.")
         options[option] = value
         with contextlib.suppress(ValueError, SyntaxError):  # no number: a word
             options[option] = ast.literal_eval(value)
@@ -265,21 +270,26 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise OptionError(f"--out {path.parent}: {path.name}: {cause.strerror}") from cause
     found = []
     for place, line in enumerate(lines, 1):
-        if not line.strip():
+        record = _parsed(line)
+        if not line.strip() or (record is None and place == len(lines)):
             continue
+        told = f"--out {path.parent}: line {place} of {path.name}"
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in FIELDS.items()):
+            raise OptionError(f"{told} is no result of this command")
         try:
-            record = json.loads(line)
-            if not record.keys() >= FIELDS:
-                raise ValueError
             parse_task(record["task"])
-        except (ValueError, AttributeError):
-            if place == len(lines):
-                continue
-            raise OptionError(
-                f"--out {path.parent}: line {place} of {path.name} is no result of this command"
-            ) from None
+        except OptionError as cause:
+            raise OptionError(f"{told}: {cause.rule}") from None
         found.append(record)
     return found
+
+
+def _parsed(line: bytes) -> Any:
+    """Read a line; None where it was not written to its end."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _check_file(path: Path) -> None:
@@ -294,11 +304,14 @@ def _check_file(path: Path) -> None:
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record in one piece, on a line of its own."""
     try:
-        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        ended = not lines[-1] or _parsed(lines[-1]) is not None
         with path.open("ab") as file:
-            if not whole:  # what a stopped command left of its last line
-                kept = path.read_bytes().rfind(b"\n") + 1
-                file.truncate(kept)
+            if not ended:  # what a stopped command left of its last line
+                file.truncate(file.tell() - len(lines[-1]))
+            elif lines[-1]:
+                file.write(b"\n")
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

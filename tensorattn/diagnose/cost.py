@@ -497,8 +497,7 @@ def _title(subject: Callable[..., Any], inputs: Sequence[Any]) -> str:
 
 def _layer(
     operator: str,
-    sizes: Any = (),
-    *,
+    *given: Any,
     dtype: torch.dtype,
     dim: Any = None,
     batch: int = 1,
@@ -509,6 +508,10 @@ def _layer(
 ) -> tuple[str, nn.Module, tuple[int, ...]]:
     """Return what the layer of an operator is called, the layer, and the shape of its input."""
     get_operator(operator)
+    sizes = given[0] if len(given) == 1 else given
+    if not isinstance(sizes, Sequence) or (sizes is given and given):
+        shown = ", ".join(map(repr, given))
+        raise OptionError(f"an operator needs the sizes of its modes as one tuple (n_1, …, n_N), got {shown}.")
     check_order(len(sizes), "the number of sizes")
     spec = ModeSpec.parse(len(sizes) if modes is None else modes)
     if spec.order != len(sizes):

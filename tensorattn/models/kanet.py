@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class KANet(nn.Module):
         check(channels_first, "channels_first", "switch")
         check_mixer(mixer)
         check_expansion(expansion)
+        check_options(options)
         self.in_channels, self.channels_first = in_channels, channels_first
         self.widths = check_widths(widths, "widths")
         repeats = (depths,) * len(self.widths) if isinstance(depths, int) else depths
@@ -181,6 +182,19 @@ def check_widths(given: Sequence[int], called: str) -> tuple[int, ...]:
     for number in given:
         check(number, f"every one of {called}", "integer", least=1)
     return tuple(given)
+
+
+def check_options(options: Iterable[str]) -> None:
+    """Check that options of attention are none that a network sets by itself.
+
+    Args:
+        options: Their names.
+
+    Raises:
+        OptionError: If one of them is.
+    """
+    for name in {"embed_dim", "mlp_ratio"} & set(options):
+        raise OptionError(f"{name} is set by the network, so it is no option of its attention.")
 
 
 def check_expansion(expansion: float) -> None:

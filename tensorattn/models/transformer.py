@@ -99,6 +99,8 @@ class TensorTransformerConfig:
         check(self.depth, "depth", "integer", least=1)
         if self.num_classes is not None:
             check(self.num_classes, "num_classes", "integer", least=1)
+        if not isinstance(self.options, Mapping):
+            raise OptionError(f"options must be a mapping from names, got {self.options!r}.")
         rule, told = "", {"device", "dtype", *vars(self)} & set(self.options)
         if self.positions not in ("sincos", "learned", None):
             rule = f"positions must be 'sincos', 'learned' or None, got {self.positions!r}."

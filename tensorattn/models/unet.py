@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tensorattn.errors import check, retells
 from tensorattn.masks import is_recorded
 from tensorattn.models.convolution import ChannelNorm, InvertedResidual, WindowEmbedding
-from tensorattn.models.kanet import check_expansion, check_widths
+from tensorattn.models.kanet import check_expansion, check_options, check_widths
 from tensorattn.modes import ModeSpec
 from tensorattn.nn import PatchEmbedding, PatchUnembedding, TensorTransformerBlock
 from tensorattn.nn.layout import channels_last, check_input, check_parameters
@@ -91,6 +91,7 @@ class TensorUNet(nn.Module):
         check(channels_first, "channels_first", "switch")
         check_mixer(mixer)
         check_expansion(expansion)
+        check_options(options)
         self.in_channels, self.channels_first = in_channels, channels_first
         self.widths = check_widths(widths, "widths")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

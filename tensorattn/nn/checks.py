@@ -95,7 +95,7 @@ def check_sharding(layer: Any, sharding: Any, *, context: Any, prefix: Any) -> P
     if not isinstance(sharding, Sharding):
         raise OptionError(f"sharding must be a Sharding, got {type(sharding).__name__}.")
     if not hasattr(layer, "operator"):
-        raise OptionError(f"sharding has no meaning for the mixer {type(layer).__name__}, only for attention.")
+        raise OptionError(f"sharding has no meaning for {type(layer).__name__}, which is no attention.")
     for name, given in (("context", context), ("prefix", prefix)):
         if given is not None and not isinstance(given, Summary):
             hint = "Give its sharding to summarize, and the summary as context." if name == "context" else ""

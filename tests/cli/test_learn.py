@@ -306,17 +306,43 @@ def test_results_of_another_recipe_are_not_mixed(capsys: Any, tmp_path: Path, mo
 
 
 def test_a_file_that_is_not_ours_is_left_alone(capsys: Any, tmp_path: Path) -> None:
-    record = {name: 0 for name in learn.FIELDS}
-    unknown = json.dumps({**record, "task": "brain"}) + "\n"
-    lacking = json.dumps({name: "gps" for name in learn.FIELDS - {"curve"}}) + "\n"
-    for text in ("something\nelse\n", '{"a": 1}\n', "[1]\n\n", unknown, lacking, json.dumps(record) + "\n"):
+    for text in ("something\nelse\n", '{"a": 1}\n', "[1]\n\n"):
         (tmp_path / RESULTS).write_text(text)
         told = f"--out {tmp_path}: line 1 of {RESULTS} is no result of this command"
         refused(capsys, told, *SMALL, "mean", "--out", tmp_path)
         assert (tmp_path / RESULTS).read_text() == text
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_records_that_cannot_be_shown_are_told_before_any_work(capsys: Any, tmp_path: Path) -> None:
+    assert run(*SMALL, "pointwise", "--out", tmp_path) == 0
+    capsys.readouterr()
+    path = tmp_path / RESULTS
+    record, told = json.loads(path.read_bytes()), f"--out {tmp_path}: line 1 of {RESULTS}"
+    kinds = f"there is no task 'old'; there are: {', '.join(TASKS)}, all."
+    nothing = {name: value for name, value in record.items() if name != "flops"}
+    for changed, rule in (
+        ({**record, "task": "old"}, f": {kinds}"),
+        ({**record, "seed": [0]}, " is no result of this command"),
+        (nothing, " is no result of this command"),
+    ):
+        path.write_text(json.dumps(changed))
+        refused(capsys, told + rule, *SMALL, "mean", "--out", tmp_path)
+        assert json.loads(path.read_bytes()) == changed
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
+    assert run(*SMALL, "pointwise", "--out", tmp_path) == 0
+    path = tmp_path / RESULTS
+    path.write_bytes(path.read_bytes().rstrip())
+    assert run(*SMALL, "mean", "--out", tmp_path) == 0
+    assert [record["mixer"] for record in records(tmp_path)] == ["pointwise", "mean"]
+
+
 def test_options_are_told_to_the_task() -> None:
+    with pytest.raises(OptionError, match="task 'gps:size=26:size=20': size is told twice"):
+        parse_task("gps:size=26:size=20")
     settings = {"rate": 0.008, "validate": False, "size": 26, "patch": 2}
     assert dataclasses.asdict(parse_task("gps:size=26")) == settings
     assert dataclasses.asdict(parse_task("gps:validate=True:rate=4e-3")) == {

@@ -100,6 +100,8 @@ def test_what_has_no_meaning_is_refused():
         (lambda: ta.cost("kao_kv", (8, 6), dim=8, world=2, **{**RATES, "bandwidth": "fast"}), "bandwidth must be a number, got 'fast'."),
         (lambda: ta.cost("kao_kv", (8, 6), dim=8, world=11, **RATES), "world is 11, which does not divide a grid of 8×6 into so many parts."),
         (lambda: ta.cost("clustered", (8, 6), dim=8, additive_control=True, world=2, **RATES), "sharding has no meaning for operator 'clustered': additive_control needs the cells of all positions at once."),
+        (lambda: ta.cost("kao_kv", 8, 6, dim=8), "an operator needs the sizes of its modes as one tuple (n_1, …, n_N), got 8, 6."),
+        (lambda: ta.cost(ta.TensorTransformerBlock(8, 2, modes=2, mixer="mean"), (1, 8, 6, 8), world=2, **RATES), "sharding has no meaning for MeanMixer, which is no attention."),
         (lambda: ta.cost(nn.Linear(8, 8), (8, 8), world=2, **RATES), "world has no meaning for Linear: it takes no sharding."),
         (lambda: ta.cost(ta.TensorAttention(8, 2, modes="h w"), (1, 5, 8), world=2, **RATES), "world needs one input of order 2, got TensorAttention of 1×5×8."),
     ):  # fmt: skip

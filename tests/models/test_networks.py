@@ -143,6 +143,7 @@ class TestBoth:
             ("widths must be one number a stage, got tensor([8, 8]).", {"widths": torch.tensor([8, 8])}),
             ("every one of widths must be at least 1, got 0.", {"widths": (16, 0)}),
             ("expansion must be a positive number, got 0.", {"expansion": 0}),
+            ("mlp_ratio is set by the network, so it is no option of its attention.", {"mlp_ratio": 2}),
             ("channels_first must be True or False, got 'yes'.", {"channels_first": "yes"}),
         ):
             with pytest.raises(OptionError) as error:

@@ -373,6 +373,7 @@ CONFIGS = {
     ),
     "periodic": ({"positions": None, "periodic": ("w",)}, "periodic has no meaning without positions."),
     "depths": ({"depth": 2.0}, "depth must be an integer, got 2.0."),
+    "no options": ({"options": None}, "options must be a mapping from names, got None."),
     "options": ({"options": {"operator": "axial"}}, "options holds 'operator', which the model is told beside them."),
 }
 
