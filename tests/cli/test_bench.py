@@ -257,7 +257,7 @@ def test_curves_are_of_those_who_were_timed():
             "--shape must be B,n_1,...,n_N,C with at least one mode and no size below 1, got '1,0,4'.",
         ),
         (("--shape", "1,x,4"), "--shape must be B,n_1,...,n_N,C in whole numbers, got '1,x,4'."),
-        (("--shape", "2,3,4", "--world", "4"), "--world 4 processes cut the first mode, but it has size 3 in 2,3,4."),
+        (("--shape", "2,3,4", "--world", "4"), "--world 4 processes cut the first mode, of size 3 in 2,3,4."),
         (("--shape", "1,3,4", "--heads", "3"), "--heads must divide the channels, but 3 do not divide 4 of 1,3,4."),
         (("--dtype", "int8"), "--dtype must be one of float64, float32, bfloat16, float16, got 'int8'."),
         (("--layout", "nhwc"), "--layout must be one of channels_last, channels_first, both, got 'nhwc'."),
