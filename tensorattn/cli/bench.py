@@ -369,8 +369,8 @@ def _works(arguments: argparse.Namespace) -> tuple[list[Work], list[Work]]:
         if dim % heads:
             raise OptionError(f"--heads must divide the channels, but {heads} do not divide {dim} of {text}.")
         if arguments.world > sizes[0]:
-            told = f"--world {arguments.world} processes cut the first mode, but it has size {sizes[0]} in {text}."
-            raise OptionError(told)
+            cut = f"--world {arguments.world} processes cut the first mode, but it has size {sizes[0]} in {text}."
+            raise OptionError(cut)
         works += [Work(batch, sizes, dim, layout=layout, **told) for layout in layouts]
     edges = _parse_cubes(arguments.cubes)
     return works, [Work(1, (edge,) * 3, CHANNELS * heads, layout=layouts[0], **told) for edge in edges]
