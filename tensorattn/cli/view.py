@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tensorattn.cli.common import Choice, parse_choices
 from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
 from tensorattn.cli.figures import Array, Place, input_figure, maps_figure, read_numbers, weights_figure
-from tensorattn.cli.recordings import FileArray, Recording, load, make_recording
+from tensorattn.cli.recordings import FileArray, Recording, RecordingError, load, make_recording
 from tensorattn.diagnose import takes_any_positions
-from tensorattn.errors import ModesError, OptionError, ShapeError, check, is_integer, retells
+from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, check, is_integer, retells
 from tensorattn.functional import OPERATORS, Operator, find_cells
 from tensorattn.functional.flattened import flattened_attention
 from tensorattn.functional.maps import attention_map, indices_of, place_on
@@ -225,8 +225,9 @@ def show(
         OptionError: If there is no such operator or option, ``at`` does not name a position, or a layer is given what
             is for an operator.
         ShapeError: If the data do not fit the layer or the modes.
-        ModesError: If modes are named badly, or ``modes`` does not fit the layer.
-        RecordingError: If the data hold no numbers that differ, or cannot be read.
+        ModesError: If modes are named badly, or ``modes`` does not fit the layer or the data.
+        DtypeError: If the input of a layer holds no real numbers.
+        RecordingError: If the data hold no numbers that differ, for a layer one that is not finite, or cannot be read.
         MissingPackageError: If matplotlib is not installed.
 
     Shape:
@@ -323,13 +324,20 @@ def _show_layer(layer: Any, data: Any, at: Sequence[int] | None, modes: Any) -> 
     spec = layer.modes if modes is None else ModeSpec.parse(modes)
     if spec.order != order:
         raise ModesError(f"modes names {spec.order} modes, but the layer has {order}.")
-    x = torch.as_tensor(data)
+    array = read_numbers(data)
+    if array.dtype.kind not in "biuf":
+        raise DtypeError(f"data must hold real numbers, got the type {array.dtype}.")
+    x = torch.from_numpy(array.astype(np.float64))
     if x.ndim not in (order + 1, order + 2):
         raise ShapeError(
             f"data has {x.ndim} dimensions, but the layer has {order} modes: "
             f"it needs {order + 1}, or {order + 2} with a batch in front."
         )
+    if x.shape[0] == 0:
+        raise ShapeError(f"data has shape {tuple(x.shape)}, there is nothing in it.")
     x = (x if x.ndim == order + 1 else x[0]).unsqueeze(0).to(weight)
+    if missing := x.numel() - int(x.isfinite().sum()):
+        raise RecordingError(f"data: {missing} of its {x.numel()} numbers are not finite, so the layer has no weights")
     last = x.movedim(1, -1) if layer.channels_first else x
     sizes = tuple(last.shape[1:-1])
     place = Place(

@@ -146,6 +146,23 @@ LAYER = ta.TensorAttention(8, 2, modes="h w")
             )
             for name, value in {"patch": (3, 3), "dim": -4, "heads": 99, "logit_std": 2.0, "seed": 1}.items()
         ),
+        ({"what": LAYER, "data": None}, ta.DtypeError, "data must hold real numbers, got the type object."),
+        ({"what": LAYER, "data": "x.npy"}, ta.DtypeError, "data must hold real numbers, got the type <U5."),
+        (
+            {"what": LAYER, "data": noise(6, 7, 8) * 1j},
+            ta.DtypeError,
+            "data must hold real numbers, got the type complex64.",
+        ),
+        (
+            {"what": LAYER, "data": noise(6, 7, 8) * float("nan")},
+            ta.TensorAttentionError,
+            "data: 336 of its 336 numbers are not finite, so the layer has no weights",
+        ),
+        (
+            {"what": LAYER, "data": noise(0, 6, 7, 8)},
+            ta.ShapeError,
+            "data has shape (0, 6, 7, 8), there is nothing in it.",
+        ),
         ({"at": (1,)}, ta.OptionError, "at has 1 indices, but there are 2 modes."),
         ({"at": (0, 7)}, ta.OptionError, "at has index 7 at place 1, but the size there is 7."),
         ({"at": (0, 1.5)}, ta.OptionError, "at must be integers, got (0, 1.5)."),
