@@ -12,9 +12,10 @@ import hashlib
 import itertools
 import math
 import os
+import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ __all__ = ["attend_blockwise"]
 
 CHUNK = 1 << 22  # elements of a chunk where none is told
 SECONDS = 1.0  # between two states that are saved
+SPOT = 8  # indices a mode, in the middle of a chunk, that tell one array from another
+FORMAT = "tensorattn.attend_blockwise 1"
 
 Box = tuple[tuple[int, int], ...]  # start and length a mode
 
@@ -78,15 +81,17 @@ def attend_blockwise(
         mask: True where a position takes part, ``(n_1, …, n_N)``, read by slices as the source is; None for all.
         channel_mode: Which dimension of source and sink holds the channels; None where there are none, for a layer
             with one.
-        state: A file to go on from, which is there while the sink is incomplete; None for none.
+        state: A file to go on from, which is there while the sink is incomplete; None for none. It knows layer, source,
+            mask and sink again, by parts of what was read and written, so that the sink must be readable, too.
         progress: Whether to count chunks on the standard error where that is a terminal.
         device: Where to work; that of the layer if None. A layer elsewhere is copied.
 
     Raises:
         OptionError: If the layer or its operator cannot work in parts, source and sink are the same or cannot be
-            sliced, chunks are no positive integers or cut the causal mode, or the state is that of another run.
+            sliced, chunks are no positive integers or cut the causal mode, or the state is that of another run, is no
+            state at all, or would be in a folder that does not exist.
         ShapeError: If source, sink or mask do not fit.
-        DtypeError: If the sink holds no floating-point numbers, or the mask is not bool.
+        DtypeError: If the source holds no real numbers, the sink no floating-point numbers, or the mask is not bool.
         ModesError: If chunks name a mode that does not exist, or are not one a mode.
 
     Examples:
@@ -103,6 +108,8 @@ def attend_blockwise(
     if mask is not None:
         _check_mask(layer, mask, sizes)
     lengths = _chunk_lengths(layer, chunks, sizes, channels)
+    if state is not None:
+        _check_state(state, sink)
     parameter = parameter_of(layer)
     if device is not None and parameter is not None and parameter.device != torch.device(device):
         layer = copy.deepcopy(layer).to(device)
@@ -123,12 +130,15 @@ class _Run:
         self.shown = shown and sys.stderr.isatty()
         self.sums: list[list[Tensor]] = []  # of each time that the layer asks for the total
         self.known, self.done, self.asked, self.saved = False, 0, 0, 0.0
+        self.facts: dict[str, Any] = {}
+        self.seen = ["", ""]  # spots of the source in the first chunk and in the last that was read
+        self.mark = _Mark(files.sink)
 
     def run(self) -> None:
         """Add up, attend, and take the mark off the sink."""
         self._load()
-        mark = _Mark(self.files.sink)
-        mark.set()
+        self.mark.set()
+        self.files.flush()  # before a row of the sink changes
         try:
             if not self.known:
                 for box, x, weights in self._chunks("summarise"):
@@ -144,7 +154,8 @@ class _Run:
         self.files.flush()
         if self.state is not None:
             self.state.unlink(missing_ok=True)
-        mark.clear()
+        self.mark.clear()
+        self.files.flush()
 
     def _chunks(self, what: str) -> Iterator[tuple[Box, Tensor, Weights]]:
         """Read chunks that are not done, each while the one before is worked on, and count those that are."""
@@ -156,6 +167,8 @@ class _Run:
                 coming += [reader.submit(self.files.read, following) for following in left[place + 1 : place + 2]]
                 self.asked = 0
                 yield box, x, weights
+                spot = _spot_of(x)
+                self.seen = [self.seen[0] if self.done else spot, spot]
                 self.done += 1
                 if self.shown:
                     end = "\n" if self.done == len(self.boxes) else ""
@@ -181,17 +194,18 @@ class _Run:
             self.sums[place] = [one + other for one, other in zip(self.sums[place], wide, strict=True)]
         return found
 
-    def _facts(self) -> dict[str, Any]:
+    def _find_facts(self) -> dict[str, Any]:
         """What must be the same to go on."""
-        files, digest = self.files, hashlib.sha256()
-        for name, tensor in files.layer.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        files = self.files
+        layer = [
+            part for name, tensor in files.layer.state_dict().items() for part in (name.encode(), _bytes_of(tensor))
+        ]
+        masks = None if files.mask is None else (np.packbits(files.read_mask(box)).tobytes() for box in self.boxes)
         return {
-            "layer": f"{files.layer.extra_repr()}, weights {digest.hexdigest()[:16]}",
+            "layer": f"{files.layer.extra_repr()}, weights {_digest(layer)}",
             "source": f"{tuple(files.source.shape)} {files.source.dtype}",
-            "chunks": hashlib.sha256(repr(self.boxes).encode()).hexdigest()[:16],
-            "mask": files.mask is not None,
+            "chunks": _digest([repr(self.boxes).encode()]),
+            "mask": None if masks is None else _digest(masks),
             "channel_mode": files.channel_mode,
         }
 
@@ -201,7 +215,9 @@ class _Run:
             return
         self.files.flush()
         temporary = self.state.with_name(f"{self.state.name}.new")
-        saved = {"facts": self._facts(), "known": self.known, "done": self.done, "sums": self.sums}
+        written = self.files.read_back(self.boxes[self.done - 1]) if self.known and self.done else None
+        saved: dict[str, Any] = {"format": FORMAT, "facts": self.facts, "seen": self.seen, "written": written}
+        saved |= {"known": self.known, "done": self.done, "sums": self.sums}
         with temporary.open("wb") as file:
             torch.save(saved, file)
             file.flush()
@@ -212,16 +228,58 @@ class _Run:
     def _load(self) -> None:
         """Go on from a state that was saved."""
         self.saved = time.monotonic()
-        if self.state is None or not self.state.exists():
+        if self.state is None:
+            return
+        self.facts = self._find_facts()
+        if not self.state.exists():
             return
         device = parameter_of(self.files.layer)
-        saved = torch.load(self.state, weights_only=True, map_location=None if device is None else device.device)
-        for name, fact in self._facts().items():
-            if saved["facts"].get(name) != fact:
-                raise OptionError(
-                    f"state {str(self.state)!r} is that of a run with another {name}.", hint="Delete it to start anew."
-                )
-        self.known, self.done, self.sums = saved["known"], saved["done"], saved["sums"]
+        try:
+            saved = torch.load(self.state, weights_only=True, map_location=None if device is None else device.device)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError):
+            saved = None
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise OptionError(f"state {str(self.state)!r} is a file, but no state of attend_blockwise.")
+        for name, fact in self.facts.items():
+            self._require(saved["facts"][name] == fact, name)
+        self.known, self.done, self.sums, self.seen = (saved[name] for name in ("known", "done", "sums", "seen"))
+        spots = [_spot_of(self.files.read(self.boxes[place])[0]) for place in (0, self.done - 1)]
+        self._require(spots == self.seen, "source")
+        if saved["written"] is not None:
+            same = self.mark.is_set() and self.files.read_back(self.boxes[self.done - 1]) == saved["written"]
+            self._require(same, "sink")
+
+    def _require(self, same: bool, name: str) -> None:
+        """Refuse a state of a run with another of something."""
+        if not same:
+            raise OptionError(
+                f"state {str(self.state)!r} is that of a run with another {name}.", hint="Delete it to start anew."
+            )
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """Return a short digest of bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _middle(box: Box) -> Box:
+    """Return a small part in the middle of a chunk."""
+    return tuple([(start + max(0, length - SPOT) // 2, min(length, SPOT)) for start, length in box])
+
+
+def _spot_of(x: Tensor) -> str:
+    """Return a digest of the middle of a chunk ``(1, l_1, …, l_N, C)``."""
+    middle = _middle(tuple([(0, length) for length in x.shape[1:-1]]))
+    places = tuple([slice(start, start + length) for start, length in middle])
+    return _digest([_bytes_of(x[0][places])])
 
 
 @dataclass(frozen=True)
@@ -251,10 +309,18 @@ class _Files:
         x = x.unsqueeze(-1) if self.channel_mode is None else x.movedim(1 + self.channel_mode % (len(box) + 1), -1)
         lengths, mask = tuple([length for _, length in box]), None
         if self.mask is not None:
-            mask = torch.from_numpy(np.array(self.mask[tuple([slice(start, start + n) for start, n in box])]))
+            mask = torch.from_numpy(self.read_mask(box))
         grid = GridShape((1,), lengths, x.shape[-1])
         weights = read_weights(None, mask, None, grid, x, self.layer.modes, of="source", part_of=range(len(box)))
         return x if mask is None else torch.where(weights.present.unsqueeze(-1), x, 0.0), weights  # type: ignore[union-attr]
+
+    def read_mask(self, box: Box) -> Any:
+        """Read the mask of a chunk."""
+        return np.array(self.mask[tuple([slice(start, start + length) for start, length in box])])
+
+    def read_back(self, box: Box) -> str:
+        """Return a digest of the middle of a chunk that was written."""
+        return _digest([np.array(self.sink[self._slices(_middle(box))]).tobytes()])
 
     def write(self, box: Box, y: Tensor) -> None:
         """Write the output of a chunk."""
@@ -264,7 +330,7 @@ class _Files:
 
     def flush(self) -> None:
         """Bring what was written to the disk, where the sink has a way to."""
-        for owner in (self.sink, getattr(self.sink, "file", None)):
+        for owner in (getattr(self.sink, "file", None), self.sink):  # a file of h5py flushes attributes, too
             if callable(flush := getattr(owner, "flush", None)):
                 flush()
                 return
@@ -284,6 +350,12 @@ class _Mark:
             self.attributes["incomplete"] = True
         if self.file is not None:
             self.file.touch()
+
+    def is_set(self) -> bool:
+        """Whether a sink is marked, or nothing could mark it."""
+        if self.attributes is not None:
+            return "incomplete" in self.attributes
+        return self.file is None or self.file.exists()
 
     def clear(self) -> None:
         """Take the mark off."""
@@ -311,6 +383,11 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
         for attribute in ("shape", "dtype", needed):
             if not hasattr(array, attribute):
                 raise OptionError(f"{name} has no {attribute}, got {type(array).__name__}.")
+    real = not source.dtype.is_complex if isinstance(source, Tensor) else np.dtype(source.dtype).kind in "biuf"
+    if not real:
+        raise DtypeError(f"source must hold real numbers, got {source.dtype}.")
+    if isinstance(sink, Tensor):
+        raise OptionError("sink must take NumPy arrays, got Tensor.", hint="Give its .numpy().")
     shape, order, dims = tuple(source.shape), layer.modes.order, layer.modes.order + (channel_mode is not None)
     if channel_mode is not None and not (is_integer(channel_mode) and -dims <= channel_mode < dims):
         raise OptionError(f"channel_mode must be an integer from {-dims} to {dims - 1} or None, got {channel_mode!r}.")
@@ -330,15 +407,42 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
         raise ShapeError(f"sink has shape {tuple(sink.shape)}, but source has {shape}.")
     if not np.issubdtype(np.dtype(sink.dtype), np.floating):
         raise DtypeError(f"sink must be floating point, got {sink.dtype}.")
-    files = [each.filename if isinstance(each, np.memmap) else None for each in (source, sink)]
-    arrays = isinstance(source, np.ndarray) and isinstance(sink, np.ndarray)
-    if (
-        sink is source
-        or (files[0] is not None and files[0] == files[1])
-        or (arrays and np.may_share_memory(source, sink))
-    ):
+    if _is_same(source, sink):
         raise OptionError("sink is the source, which is read after parts of the output are written.")
     return sizes, channels
+
+
+def _is_same(source: Any, sink: Any) -> bool:
+    """Whether two arrays are one, or share memory or a file."""
+    if sink is source:
+        return True
+    arrays = [isinstance(each, np.ndarray) for each in (source, sink)]
+    if all(arrays):
+        files = [_file_of(each) for each in (source, sink)]
+        return np.may_share_memory(source, sink) or (None not in files and os.path.samefile(*files))
+    return not any(arrays) and type(sink) is type(source) and (sink == source) is True  # two handles of h5py or zarr
+
+
+def _file_of(array: Any) -> Any:
+    """Return the name of the file that an array is a part of; None where there is none."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap) and array.filename is not None:
+            return array.filename
+        array = array.base
+    return None
+
+
+def _check_state(state: Any, sink: Any) -> None:
+    """Check that a state can be kept."""
+    if not isinstance(state, (str, os.PathLike)):
+        raise OptionError(f"state must be a path, got {type(state).__name__}.")
+    path = Path(state)
+    if not path.parent.is_dir():
+        raise OptionError(f"state {str(path)!r} is in a folder that does not exist.")
+    if path.exists() and not path.is_file():
+        raise OptionError(f"state {str(path)!r} is no file.")
+    if not hasattr(sink, "__getitem__"):
+        raise OptionError(f"sink has no __getitem__, which a state needs, got {type(sink).__name__}.")
 
 
 def _check_mask(layer: TensorAttention, mask: Any, sizes: tuple[int, ...]) -> None:
