@@ -217,7 +217,7 @@ class _Run:
         temporary = self.state.with_name(f"{self.state.name}.new")
         written = self.files.read_back(self.boxes[self.done - 1]) if self.known and self.done else None
         saved: dict[str, Any] = {"format": FORMAT, "facts": self.facts, "seen": self.seen, "written": written}
-        saved |= {"known": self.known, "done": self.done, "sums": self.sums}
+        saved.update({"known": self.known, "done": self.done, "sums": self.sums})
         with temporary.open("wb") as file:
             torch.save(saved, file)
             file.flush()
