@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ __all__ = ["attend_blockwise"]
 
 CHUNK = 1 << 22  # elements of a chunk where none is told
 SECONDS = 1.0  # between two states that are saved
+SPOT = 8  # indices a mode, in the middle of a chunk, that tell one array from another
+FORMAT = "tensorattn.attend_blockwise 1"
 
 Box = tuple[tuple[int, int], ...]  # start and length a mode
 
@@ -78,14 +81,15 @@ def attend_blockwise(
         mask: True where a position takes part, ``(n_1, …, n_N)``, read by slices as the source is; None for all.
         channel_mode: Which dimension of source and sink holds the channels; None where there are none, for a layer
             with one.
-        state: A file to go on from, which is there while the sink is incomplete; None for none.
+        state: A file to go on from, which is there while the sink is incomplete; None for none. It knows layer, source,
+            mask and sink again, by parts of what was read and written, so that the sink must be readable, too.
         progress: Whether to count chunks on the standard error where that is a terminal.
         device: Where to work; that of the layer if None. A layer elsewhere is copied.
 
     Raises:
         OptionError: If the layer or its operator cannot work in parts, source and sink are the same or cannot be
-            sliced, the source has masked values, the sink is read-only, chunks are no positive integers or cut the
-            causal mode, or the state is no state, or that of another run.
+            sliced, the source is masked or the sink read-only, chunks are no positive integers or cut the causal mode,
+            or the state is that of another run, is no state at all, or would be in a folder that does not exist.
         ShapeError: If source, sink or mask do not fit.
         DtypeError: If the source holds no real numbers, the sink no floating-point numbers, or the mask is not bool.
         ModesError: If chunks name a mode that does not exist, or are not one a mode.
@@ -104,7 +108,8 @@ def attend_blockwise(
     if mask is not None:
         _check_mask(layer, mask, sizes)
     lengths = _chunk_lengths(layer, chunks, sizes, channels)
-    _check_state(state)
+    if state is not None:
+        _check_state(state, sink)
     parameter = parameter_of(layer)
     if device is not None and parameter is not None and parameter.device != torch.device(device):
         layer = copy.deepcopy(layer).to(device)
@@ -125,13 +130,15 @@ class _Run:
         self.shown = shown and sys.stderr.isatty()
         self.sums: list[list[Tensor]] = []  # of each time that the layer asks for the total
         self.known, self.done, self.asked, self.saved = False, 0, 0, 0.0
-        self.facts: dict[str, Any] = {}  # what must be the same to go on
+        self.facts: dict[str, Any] = {}
+        self.seen = ["", ""]  # spots of the source in the first chunk and in the last that was read
+        self.mark = _Mark(files.sink)
 
     def run(self) -> None:
         """Add up, attend, and take the mark off the sink."""
         self._load()
-        mark = _Mark(self.files.sink)
-        mark.set()
+        self.mark.set()
+        self.files.flush()  # before a row of the sink changes
         try:
             if not self.known:
                 for box, x, weights in self._chunks("summarise"):
@@ -147,7 +154,8 @@ class _Run:
         self.files.flush()
         if self.state is not None:
             self.state.unlink(missing_ok=True)
-        mark.clear()
+        self.mark.clear()
+        self.files.flush()
 
     def _chunks(self, what: str) -> Iterator[tuple[Box, Tensor, Weights]]:
         """Read chunks that are not done, each while the one before is worked on, and count those that are."""
@@ -159,6 +167,8 @@ class _Run:
                 coming += [reader.submit(self.files.read, following) for following in left[place + 1 : place + 2]]
                 self.asked = 0
                 yield box, x, weights
+                spot = _spot_of(x)
+                self.seen = [self.seen[0] if self.done else spot, spot]
                 self.done += 1
                 if self.shown:
                     end = "\n" if self.done == len(self.boxes) else ""
@@ -184,23 +194,20 @@ class _Run:
             self.sums[place] = [one + other for one, other in zip(self.sums[place], wide, strict=True)]
         return found
 
-    def _found(self) -> dict[str, Any]:
-        """Return what must be the same to go on; of the source its first chunk stands for all."""
-        files, state = self.files, self.files.layer.state_dict()
-        x, _ = files.read(self.boxes[0])
+    def _find_facts(self) -> dict[str, Any]:
+        """What must be the same to go on."""
+        files = self.files
+        layer = [
+            part for name, tensor in files.layer.state_dict().items() for part in (name.encode(), _bytes_of(tensor))
+        ]
+        masks = None if files.mask is None else (np.packbits(files.read_mask(box)).tobytes() for box in self.boxes)
         return {
-            "layer": f"{files.layer.extra_repr()}, weights {' '.join(state)} {_digest(map(_bytes, state.values()))}",
+            "layer": f"{files.layer.extra_repr()}, weights {_digest(layer)}",
+            "source": f"{tuple(files.source.shape)} {files.source.dtype}",
             "chunks": _digest([repr(self.boxes).encode()]),
-            "mask": files.mask is not None,
+            "mask": None if masks is None else _digest(masks),
             "channel_mode": files.channel_mode,
-            "source": f"{tuple(files.source.shape)} {files.source.dtype} {_digest([_bytes(x)])}",
         }
-
-    def _written(self) -> str:
-        """Tell the first and the last chunk that are written from others, where the sink can be read."""
-        if not (self.known and self.done and hasattr(self.files.sink, "__getitem__")):
-            return ""
-        return _digest(self.files.written(self.boxes[place]) for place in (0, self.done - 1))
 
     def _save(self) -> None:
         """Save what is known, after what was written: whatever happens the file is an old state or this one."""
@@ -208,8 +215,9 @@ class _Run:
             return
         self.files.flush()
         temporary = self.state.with_name(f"{self.state.name}.new")
-        saved = {"facts": self.facts, "known": self.known, "done": self.done, "sums": self.sums}
-        saved["written"] = self._written()
+        written = self.files.read_back(self.boxes[self.done - 1]) if self.known and self.done else None
+        saved: dict[str, Any] = {"format": FORMAT, "facts": self.facts, "seen": self.seen, "written": written}
+        saved.update({"known": self.known, "done": self.done, "sums": self.sums})
         with temporary.open("wb") as file:
             torch.save(saved, file)
             file.flush()
@@ -222,35 +230,56 @@ class _Run:
         self.saved = time.monotonic()
         if self.state is None:
             return
-        self.facts = self._found()
+        self.facts = self._find_facts()
         if not self.state.exists():
             return
-        told, hint = f"state {str(self.state)!r} is", "Delete it to start anew."
         device = parameter_of(self.files.layer)
         try:
             saved = torch.load(self.state, weights_only=True, map_location=None if device is None else device.device)
-            facts, written = saved["facts"], saved["written"]
-            self.known, self.done, self.sums = saved["known"], saved["done"], saved["sums"]
-        except Exception as cause:  # there are many ways to be another file
-            raise OptionError(f"{told} no state of this function.", hint=hint) from cause
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError):
+            saved = None
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise OptionError(f"state {str(self.state)!r} is a file, but no state of attend_blockwise.")
         for name, fact in self.facts.items():
-            if facts.get(name) != fact:
-                raise OptionError(f"{told} that of a run with another {name}.", hint=hint)
-        if self._written() != written:  # the sink was made anew
-            self.done = 0
+            self._require(saved["facts"][name] == fact, name)
+        self.known, self.done, self.sums, self.seen = (saved[name] for name in ("known", "done", "sums", "seen"))
+        spots = [_spot_of(self.files.read(self.boxes[place])[0]) for place in (0, self.done - 1)]
+        self._require(spots == self.seen, "source")
+        if saved["written"] is not None:
+            same = self.mark.is_set() and self.files.read_back(self.boxes[self.done - 1]) == saved["written"]
+            self._require(same, "sink")
+
+    def _require(self, same: bool, name: str) -> None:
+        """Refuse a state of a run with another of something."""
+        if not same:
+            raise OptionError(
+                f"state {str(self.state)!r} is that of a run with another {name}.", hint="Delete it to start anew."
+            )
 
 
 def _digest(parts: Iterable[bytes]) -> str:
-    """Return a short word for bytes."""
+    """Return a short digest of bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    """Return the bytes of a tensor of any type."""
+def _bytes_of(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _middle(box: Box) -> Box:
+    """Return a small part in the middle of a chunk."""
+    return tuple([(start + max(0, length - SPOT) // 2, min(length, SPOT)) for start, length in box])
+
+
+def _spot_of(x: Tensor) -> str:
+    """Return a digest of the middle of a chunk ``(1, l_1, …, l_N, C)``."""
+    middle = _middle(tuple([(0, length) for length in x.shape[1:-1]]))
+    places = tuple([slice(start, start + length) for start, length in middle])
+    return _digest([_bytes_of(x[0][places])])
 
 
 @dataclass(frozen=True)
@@ -275,20 +304,23 @@ class _Files:
         parameter = parameter_of(self.layer)
         assert parameter is not None
         kind = np.float64 if parameter.dtype == torch.float64 else np.float32
-        part = self.source[self._slices(box)]
-        if np.ma.is_masked(part):
-            raise OptionError(
-                "source has masked values.", hint="Give its data, and mask=, True where it is not masked."
-            )
-        array = np.array(part, dtype=kind)
+        array = np.array(self.source[self._slices(box)], dtype=kind)
         x = torch.from_numpy(array).to(parameter.device, parameter.dtype).unsqueeze(0)
         x = x.unsqueeze(-1) if self.channel_mode is None else x.movedim(1 + self.channel_mode % (len(box) + 1), -1)
         lengths, mask = tuple([length for _, length in box]), None
         if self.mask is not None:
-            mask = torch.from_numpy(np.array(self.mask[tuple([slice(start, start + n) for start, n in box])]))
+            mask = torch.from_numpy(self.read_mask(box))
         grid = GridShape((1,), lengths, x.shape[-1])
         weights = read_weights(None, mask, None, grid, x, self.layer.modes, of="source", part_of=range(len(box)))
         return x if mask is None else torch.where(weights.present.unsqueeze(-1), x, 0.0), weights  # type: ignore[union-attr]
+
+    def read_mask(self, box: Box) -> Any:
+        """Read the mask of a chunk."""
+        return np.array(self.mask[tuple([slice(start, start + length) for start, length in box])])
+
+    def read_back(self, box: Box) -> str:
+        """Return a digest of the middle of a chunk that was written."""
+        return _digest([np.array(self.sink[self._slices(_middle(box))]).tobytes()])
 
     def write(self, box: Box, y: Tensor) -> None:
         """Write the output of a chunk."""
@@ -296,13 +328,9 @@ class _Files:
         y = y.squeeze(-1) if self.channel_mode is None else y.movedim(-1, self.channel_mode % (len(box) + 1))
         self.sink[self._slices(box)] = y.to("cpu", accumulation_dtype(y.dtype)).numpy()
 
-    def written(self, box: Box) -> bytes:
-        """Return what the sink holds of a chunk."""
-        return np.asarray(self.sink[self._slices(box)]).tobytes()
-
     def flush(self) -> None:
         """Bring what was written to the disk, where the sink has a way to."""
-        for owner in (_memmap_of(self.sink), self.sink, getattr(self.sink, "file", None)):
+        for owner in (getattr(self.sink, "file", None), self.sink):  # a file of h5py flushes attributes, too
             if callable(flush := getattr(owner, "flush", None)):
                 flush()
                 return
@@ -313,8 +341,8 @@ class _Mark:
 
     def __init__(self, sink: Any) -> None:
         self.attributes = getattr(sink, "attrs", None)
-        file = _memmap_of(sink)
-        self.file = None if file is None else Path(f"{file.filename}.incomplete")
+        name = sink.filename if isinstance(sink, np.memmap) else None
+        self.file = None if name is None else Path(f"{name}.incomplete")
 
     def set(self) -> None:
         """Mark it."""
@@ -323,31 +351,18 @@ class _Mark:
         if self.file is not None:
             self.file.touch()
 
+    def is_set(self) -> bool:
+        """Whether a sink is marked, or nothing could mark it."""
+        if self.attributes is not None:
+            return "incomplete" in self.attributes
+        return self.file is None or self.file.exists()
+
     def clear(self) -> None:
         """Take the mark off."""
         if self.attributes is not None:
             del self.attributes["incomplete"]
         if self.file is not None:
             self.file.unlink(missing_ok=True)
-
-
-def _memmap_of(array: Any) -> np.memmap[Any, Any] | None:
-    """Return the file that an array is, or is a view of."""
-    while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap) and array.filename is not None:
-            return array
-        array = array.base
-    return None
-
-
-def _check_state(state: Any) -> None:
-    """Check that a state can be written."""
-    if state is None:
-        return
-    if not isinstance(state, (str, os.PathLike)):
-        raise OptionError(f"state must be a path or None, got {type(state).__name__}.")
-    if Path(state).is_dir() or not Path(state).parent.is_dir():
-        raise OptionError(f"state {os.fspath(state)!r} must be a file in a folder that exists.")
 
 
 def _check_layer(layer: Any) -> None:
@@ -368,8 +383,15 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
         for attribute in ("shape", "dtype", needed):
             if not hasattr(array, attribute):
                 raise OptionError(f"{name} has no {attribute}, got {type(array).__name__}.")
-        if isinstance(array, Tensor):
-            raise OptionError(f"{name} must be an array, got a tensor of torch.", hint="Give tensor.numpy().")
+    real = not source.dtype.is_complex if isinstance(source, Tensor) else np.dtype(source.dtype).kind in "biuf"
+    if not real:
+        raise DtypeError(f"source must hold real numbers, got {source.dtype}.")
+    if isinstance(sink, Tensor):
+        raise OptionError("sink must take NumPy arrays, got Tensor.", hint="Give its .numpy().")
+    if isinstance(source, np.ma.MaskedArray):
+        raise OptionError("source has masked values.", hint="Give its data, and mask=, True where it is not masked.")
+    if isinstance(sink, np.ndarray) and not sink.flags.writeable:
+        raise OptionError("sink is read-only.")
     shape, order, dims = tuple(source.shape), layer.modes.order, layer.modes.order + (channel_mode is not None)
     if channel_mode is not None and not (is_integer(channel_mode) and -dims <= channel_mode < dims):
         raise OptionError(f"channel_mode must be an integer from {-dims} to {dims - 1} or None, got {channel_mode!r}.")
@@ -387,23 +409,46 @@ def _sizes_of(layer: TensorAttention, source: Any, sink: Any, channel_mode: int 
             raise ShapeError(f"mode {label} has size 0 in source, but every mode needs at least 1 index.")
     if tuple(sink.shape) != shape:
         raise ShapeError(f"sink has shape {tuple(sink.shape)}, but source has {shape}.")
-    if np.dtype(source.dtype).kind not in "biuf":
-        raise DtypeError(f"source must hold real numbers, got {source.dtype}.")
-    if isinstance(sink, np.ndarray) and not sink.flags.writeable:
-        raise OptionError("sink is read-only.")
     if not np.issubdtype(np.dtype(sink.dtype), np.floating):
         raise DtypeError(f"sink must be floating point, got {sink.dtype}.")
-    files = [
-        None if (file := _memmap_of(each)) is None else os.path.realpath(str(file.filename)) for each in (source, sink)
-    ]
-    arrays = isinstance(source, np.ndarray) and isinstance(sink, np.ndarray)
-    if (
-        sink is source
-        or (files[0] is not None and files[0] == files[1])
-        or (arrays and np.may_share_memory(source, sink))
-    ):
+    if _is_same(source, sink):
         raise OptionError("sink is the source, which is read after parts of the output are written.")
     return sizes, channels
+
+
+def _is_same(source: Any, sink: Any) -> bool:
+    """Whether two arrays are one, or share memory or a file."""
+    if sink is source:
+        return True
+    arrays = [isinstance(each, np.ndarray) for each in (source, sink)]
+    if all(arrays):
+        files = [_file_of(each) for each in (source, sink)]
+        return np.may_share_memory(source, sink) or (
+            all(file is not None and os.path.exists(file) for file in files) and os.path.samefile(*files)
+        )
+    return not any(arrays) and type(sink) is type(source) and (sink == source) is True  # two handles of h5py or zarr
+
+
+def _file_of(array: Any) -> Any:
+    """Return the name of the file that an array is a part of; None where there is none."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap) and array.filename is not None:
+            return array.filename
+        array = array.base
+    return None
+
+
+def _check_state(state: Any, sink: Any) -> None:
+    """Check that a state can be kept."""
+    if not isinstance(state, (str, os.PathLike)):
+        raise OptionError(f"state must be a path, got {type(state).__name__}.")
+    path = Path(state)
+    if not path.parent.is_dir():
+        raise OptionError(f"state {str(path)!r} is in a folder that does not exist.")
+    if path.exists() and not path.is_file():
+        raise OptionError(f"state {str(path)!r} is no file.")
+    if not hasattr(sink, "__getitem__"):
+        raise OptionError(f"sink has no __getitem__, which a state needs, got {type(sink).__name__}.")
 
 
 def _check_mask(layer: TensorAttention, mask: Any, sizes: tuple[int, ...]) -> None:

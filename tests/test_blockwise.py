@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     assert sink.attrs == {"incomplete": True} and state.exists()
     source.read, sink.lives = [], 9
     ta.attend_blockwise(layer, source, sink, chunks={"t": 1}, state=state)
-    assert source.read == [0, 2, 3] and sink.written == [0, 1, 2, 3]  # the first once more: is it the same source?
+    assert source.read == [0, 1, 2, 3] and sink.written == [0, 1, 2, 3]
     assert sink.attrs == {} and list(tmp_path.iterdir()) == []
     np.testing.assert_allclose(sink.array, of_whole(layer, source.array), rtol=1e-11, atol=1e-12)
 
@@ -175,7 +176,7 @@ def test_reading_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert error.value.__notes__ == ["The sink is incomplete: 0 of 4 chunks are written."]
     source = Array(whole)
     ta.attend_blockwise(layer, source, sink, chunks={"t": 1}, state=state)
-    assert source.read == [0, 2, 3, 0, 1, 2, 3]
+    assert source.read == [0, 1, 2, 3, 0, 1, 2, 3]
     np.testing.assert_allclose(sink, of_whole(layer, whole), rtol=1e-11, atol=1e-12)
 
 
@@ -200,47 +201,101 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
         ta.attend_blockwise(layer, source, np.zeros_like(source), chunks={"t": 1}, state=state)
 
 
-def test_a_sink_that_was_made_anew_is_written_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(blockwise, "SECONDS", 0)
-    layer, source, state = make("additive"), draw(*SIZES, 12).numpy(), tmp_path / "state"
+def stopped(tmp_path, sink, **call):
+    """Stop a run after two chunks of four are written; return the layer, the source and what to call again with."""
+    layer, source = make("additive"), draw(*SIZES, 12).numpy()
+    call = {"chunks": {"t": 1}, "state": tmp_path / "state", **call}
     with pytest.raises(OSError, match="no space"):
-        ta.attend_blockwise(layer, source, Array(source.copy(), lives=2), chunks={"t": 1}, state=state)
-    read, sink = Array(source), np.zeros_like(source)
-    ta.attend_blockwise(layer, read, sink, chunks={"t": 1}, state=state)
-    assert read.read == [0, 0, 1, 2, 3]  # what was added up is still known
-    np.testing.assert_allclose(sink, of_whole(layer, source), rtol=1e-11, atol=1e-12)
+        ta.attend_blockwise(layer, source, sink, **call)
+    return layer, source, call
 
 
-def test_other_data_and_other_files_are_no_state(tmp_path, monkeypatch):
+def refusal(layer, source, sink, **call):
+    """The message of what is refused."""
+    with pytest.raises(ta.TensorAttentionError) as error:
+        ta.attend_blockwise(layer, source, sink, **call)
+    return str(error.value)
+
+
+def test_a_state_knows_source_mask_and_sink_again(tmp_path, monkeypatch):
     monkeypatch.setattr(blockwise, "SECONDS", 0)
-    layer, source, state = make("additive"), draw(*SIZES, 12).numpy(), tmp_path / "state"
-    with pytest.raises(OSError, match="no space"):
-        ta.attend_blockwise(layer, source, Array(source.copy(), lives=2), chunks={"t": 1}, state=state)
-    with pytest.raises(ta.OptionError, match="that of a run with another source"):
-        ta.attend_blockwise(layer, source + 1, np.zeros_like(source), chunks={"t": 1}, state=state)
-    told, hint = f"attend_blockwise: state {str(state)!r} is no state of this function.", "  Delete it to start anew."
-    for write in (lambda: state.write_bytes(b"junk"), lambda: state.write_bytes(b""), lambda: torch.save([1], state)):
-        write()
-        before = state.read_bytes()
-        with pytest.raises(ta.OptionError) as error:
-            ta.attend_blockwise(layer, source, np.zeros_like(source), state=state)
-        assert str(error.value) == f"{told}\n{hint}" and state.read_bytes() == before
-    for path in (tmp_path, tmp_path / "no" / "state"):
-        with pytest.raises(ta.OptionError, match="must be a file in a folder that exists"):
-            ta.attend_blockwise(layer, source, np.zeros_like(source), state=path)
+    mask = np.ones(SIZES, bool)
+    sink = Array(np.full((*SIZES, 12), np.nan), lives=2)
+    layer, source, call = stopped(tmp_path, sink, mask=mask)
+    rule = f"attend_blockwise: state {str(tmp_path / 'state')!r} is that of a run with another"
+    sink.lives, hint, other = 9, "\n  Delete it to start anew.", source.copy()
+    other[1, 2, 3, 4] += 1
+    assert refusal(layer, other, sink, **call) == f"{rule} source.{hint}"
+    other = mask.copy()
+    other[3, 4, 5] = False
+    assert refusal(layer, source, sink, **{**call, "mask": other}) == f"{rule} mask.{hint}"
+    fresh = Array(np.zeros_like(source))
+    fresh.attrs["incomplete"] = True
+    assert refusal(layer, source, fresh, **call) == f"{rule} sink.{hint}"
+    assert refusal(layer, source, Array(sink.array), **call) == f"{rule} sink.{hint}"  # it has no mark
+    ta.attend_blockwise(layer, source, sink, **call)
+    np.testing.assert_allclose(sink.array, of_whole(layer, source), rtol=1e-11, atol=1e-12)
 
 
-def test_one_file_under_two_names_is_one_file(tmp_path):
-    layer, path, link = make("additive"), tmp_path / "x.npy", tmp_path / "link.npy"
-    np.save(path, draw(*SIZES, 12).numpy())
-    link.symlink_to(path)
-    source, same = np.load(path, mmap_mode="r"), np.load(link, mmap_mode="r+")
-    for sink in (same, np.asarray(same)):
-        with pytest.raises(ta.OptionError, match="sink is the source"):
-            ta.attend_blockwise(layer, source, sink)
-    with pytest.raises(ta.OptionError, match="sink is read-only"):
-        ta.attend_blockwise(layer, draw(*SIZES, 12).numpy(), source)
-    assert {each.name for each in tmp_path.iterdir()} == {"x.npy", "link.npy"}
+def test_a_sink_that_was_made_anew_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(blockwise, "SECONDS", 0)
+    opened = lambda: np.lib.format.open_memmap(tmp_path / "y.npy", "w+", np.float64, (*SIZES, 12))  # noqa: E731
+    written = []
+    write = blockwise._Files.write
+
+    def fails(self, box, y):
+        if len(written) == 2:
+            raise OSError("no space left on device")
+        written.append(box)
+        write(self, box, y)
+
+    monkeypatch.setattr(blockwise._Files, "write", fails)
+    layer, source, call = stopped(tmp_path, opened())
+    monkeypatch.setattr(blockwise._Files, "write", write)
+    rule = f"attend_blockwise: state {str(tmp_path / 'state')!r} is that of a run with another sink."
+    assert refusal(layer, source, opened(), **call) == f"{rule}\n  Delete it to start anew."
+    call["state"].unlink()
+    ta.attend_blockwise(layer, source, opened(), **call)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), of_whole(layer, source), rtol=1e-11, atol=1e-12)
+
+
+def test_what_is_no_state_is_refused_before_any_work(tmp_path):
+    layer, source = make("additive"), Array(draw(*SIZES, 12).numpy())
+    sink = np.full((*SIZES, 12), np.nan)
+    torch.save({"weights": torch.ones(2)}, tmp_path / "model.pt")
+    (tmp_path / "text").write_text("words")
+    (tmp_path / "empty").touch()
+    for path, rule in {
+        tmp_path / "none" / "state": "is in a folder that does not exist.",
+        tmp_path: "is no file.",
+        tmp_path / "model.pt": "is a file, but no state of attend_blockwise.",
+        tmp_path / "text": "is a file, but no state of attend_blockwise.",
+        tmp_path / "empty": "is a file, but no state of attend_blockwise.",
+    }.items():
+        assert refusal(layer, source, sink, state=path) == f"attend_blockwise: state {str(path)!r} {rule}"
+    assert refusal(layer, source, sink, state=3) == "attend_blockwise: state must be a path, got int."
+    assert source.read == [] and np.isnan(sink).all()
+
+
+SAME = "attend_blockwise: sink is the source, which is read after parts of the output are written."
+
+
+def test_two_handles_of_one_array_are_refused(tmp_path):
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    layer, numbers = make("additive"), draw(*SIZES, 12).numpy()
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"], file["y"] = numbers, numbers
+        assert refusal(layer, file["x"], file["x"]) == SAME
+        np.testing.assert_array_equal(file["x"], numbers)
+        ta.attend_blockwise(layer, file["x"], file["y"])
+        np.testing.assert_allclose(file["y"], of_whole(layer, numbers), rtol=1e-11, atol=1e-12)
+    zarr.save_array(tmp_path / "x.zarr", numbers)
+    assert refusal(layer, *(zarr.open_array(tmp_path / "x.zarr", mode="r+") for _ in range(2))) == SAME
+    np.save(tmp_path / "x.npy", numbers)
+    os.link(tmp_path / "x.npy", tmp_path / "link.npy")
+    source, sink = np.load(tmp_path / "x.npy", mmap_mode="r"), np.load(tmp_path / "link.npy", mmap_mode="r+")
+    assert refusal(layer, source, sink) == SAME
+    assert refusal(layer, np.asarray(source)[::-1], np.asarray(sink)) == SAME
 
 
 def test_a_file_is_marked_until_it_is_complete(tmp_path):
@@ -288,14 +343,6 @@ def errors():
             f"{parts} 'clustered': additive_control needs the cells of all positions at once.",
         ),
         "source": ({"source": [1.0]}, "source has no shape, got list."),
-        "complex": ({"source": source + 1j}, "source must hold real numbers, got complex128."),
-        "words": ({"source": source.astype("U3")}, "source must hold real numbers, got <U3."),
-        "masked": (
-            {"source": np.ma.masked_equal(source, 0)},
-            "source has masked values.\n  Give its data, and mask=, True where it is not masked.",
-        ),
-        "tensor": ({"sink": torch.ones(1)}, "sink must be an array, got a tensor of torch.\n  Give tensor.numpy()."),
-        "state": ({"state": 3}, "state must be a path or None, got int."),
         "sink": ({"sink": range(3)}, "sink has no shape, got range."),
         "dimensions": ({"source": source[0]}, "source has 3 dimensions, but 3 modes and channels need 4."),
         "no channels": ({"channel_mode": None}, "source has 4 dimensions, but 3 modes need 3."),
@@ -312,6 +359,15 @@ def errors():
             {"sink": source[::-1], "source": source},
             "sink is the source, which is read after parts of the output are written.",
         ),
+        "masked": (
+            {"source": np.ma.masked_equal(source, 0)},
+            "source has masked values.\n  Give its data, and mask=, True where it is not masked.",
+        ),
+        "read-only": ({"sink": np.broadcast_to(np.float32(0), source.shape)}, "sink is read-only."),
+        "words": ({"source": source.astype("U3")}, "source must hold real numbers, got <U3."),
+        "complex": ({"source": source + 1j}, "source must hold real numbers, got complex128."),
+        "complex tensor": ({"source": torch.ones(2) + 1j}, "source must hold real numbers, got torch.complex64."),
+        "tensor": ({"sink": torch.ones(2)}, "sink must take NumPy arrays, got Tensor.\n  Give its .numpy()."),
         "mask": ({"mask": True}, "mask must be an array, got bool."),
         "mask shape": (
             {"mask": np.ones((4, 5), bool)},
@@ -373,6 +429,32 @@ def test_what_was_killed_is_told_and_goes_on(tmp_path):
     last = run(-1)
     assert last.returncode == 0 and float(last.stdout) < 1e-6, last.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"y.npy"}
+
+
+KILLED_HDF5 = """
+import os, signal, sys, h5py, numpy as np, torch, tensorattn as ta
+from tensorattn import blockwise
+write = blockwise._Files.write
+def killed(self, box, y):
+    write(self, box, y)
+    if box[0][0] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+blockwise._Files.write = killed
+file = h5py.File(sys.argv[1], "r+")
+source = np.random.default_rng(0).standard_normal((6, 4000, 8)).astype(np.float32)
+ta.attend_blockwise(ta.TensorAttention(8, 2, modes="t h"), source, file["y"], chunks={"t": 1})
+"""
+
+
+@pytest.mark.thorough
+def test_what_was_killed_is_told_in_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["y"] = np.zeros((6, 4000, 8), np.float32)  # contiguous, and longer than what is held back
+    run = subprocess.run([sys.executable, "-c", KILLED_HDF5, str(tmp_path / "y.h5")], capture_output=True, text=True)
+    assert run.returncode == -9, run.stderr
+    with h5py.File(tmp_path / "y.h5", "r") as file:
+        assert file["y"][0].any() and dict(file["y"].attrs) == {"incomplete": True}
 
 
 LIMITED = """

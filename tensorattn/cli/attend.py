@@ -33,12 +33,13 @@ from tensorattn.cli.common import (
 )
 from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
 from tensorattn.cli.figures import Place
+from tensorattn.cli.large import Large, bytes_held
 from tensorattn.cli.page import page
-from tensorattn.cli.readers.contents import MAX_BYTES
+from tensorattn.cli.readers.contents import MAX_BYTES, Slices
 from tensorattn.cli.recordings import Recording, load, parse_modes, sample_video, sample_volume
 from tensorattn.cli.view import LARGEST_DEVIATION, MAX_POSITIONS, View, draw, look
 from tensorattn.diagnose import ErrorEstimate, centred_error, sample_positions, takes_any_positions
-from tensorattn.diagnose.cost import cost, measure
+from tensorattn.diagnose.cost import PeakMemory, cost, measure
 from tensorattn.errors import OptionError, TensorAttentionError
 from tensorattn.functional import OPERATORS, Cells, find_cells
 from tensorattn.functional.cells import block_counts, block_labels
@@ -112,11 +113,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--key", help="which to take where there are several: an array of .npz, HDF5 or zarr, a series of DICOM or TIFF"
     )
-    add(
+    limits = parser.add_mutually_exclusive_group()
+    limits.add_argument(
         "--max-bytes",
         type=_bytes,
         metavar="SIZE",
         help=f"refuse what takes more memory once unpacked, '2G' (default {amount(MAX_BYTES, 'B')})",
+    )
+    limits.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="where FILE and its tokens take more than about this, '300M', read it by slices, apply --operator "
+        "(additive) chunk by chunk, and write the output as .npy",
     )
     add(
         "--operator",
@@ -203,6 +212,9 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     check_directory(arguments.out)
+    if arguments.memory is not None and (printed := _in_chunks(arguments, settle)) is not None:
+        print(printed)
+        return 0
     require("matplotlib.figure", extra="examples", purpose="drawing figures")
     jobs = [settle(recording, patch=patch, query=query) for recording, patch, query in _recordings(arguments)]
     files: dict[str, bytes] = {}
@@ -225,13 +237,60 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _in_chunks(arguments: argparse.Namespace, settle: Callable[..., Job]) -> str | None:
+    """Apply operators to a file that does not fit into ``--memory``; return what to print, or None where it fits."""
+    if arguments.file is None:
+        raise OptionError("--memory needs a FILE: the packaged recordings are small.")
+    memory = arguments.memory
+    recording = load(
+        arguments.file,
+        modes=None if arguments.modes is None else parse_modes(arguments.modes),
+        key=arguments.key,
+        max_bytes=memory,
+        sliced=True,
+        limit="--memory",
+    )
+    choices = parse_choices(arguments.operator or ["additive"])
+    job = settle(recording, choices=choices, lenient=False, patch=arguments.patch, query=arguments.query)
+    held = bytes_held(recording, job.place.patch, job.dim)
+    if held <= memory:
+        return None
+    if not isinstance(recording.array, Slices):
+        raise OptionError(
+            f"{arguments.file}: it and its tokens take {amount(held, 'B')}, but --memory allows "
+            f"{amount(memory, 'B')}, and it cannot be read by slices."
+        )
+    for option, asked in (("--html", arguments.html), ("--query", arguments.query is not None)):
+        if asked:
+            raise OptionError(
+                f"{option} needs all of {amount(held, 'B')} at once, but --memory allows {amount(memory, 'B')}."
+            )
+    large = Large(recording, job.place.patch, dim=job.dim, heads=job.heads, memory=memory)
+    for choice in job.flops:
+        large.check(choice)
+    with PeakMemory() as peak:
+        scale, applied = large.apply(tuple(job.flops), arguments.out, logit_std=job.logit_std, seed=job.seed)
+    if arguments.json:
+        operators = [{"name": each.name, "file": str(each.file), "seconds": each.seconds} for each in applied]
+        told = {"name": recording.name, "source": recording.source, "positions": math.prod(job.grid), "scale": scale}
+        return json.dumps(
+            {**told, "chunks": len(large.boxes), "needed_bytes": held, "peak_bytes": peak.bytes, "operators": operators}
+        )
+    return large.report(applied, _heading(job, scale), memory, peak.bytes)
+
+
 def _recordings(arguments: argparse.Namespace) -> list[tuple[Recording, str | None, str | None]]:
     """Load what was asked for, each with its patch and query."""
     if arguments.file is not None:
         modes = None if arguments.modes is None else parse_modes(arguments.modes)
         return [
             (
-                load(arguments.file, modes=modes, key=arguments.key, max_bytes=arguments.max_bytes or MAX_BYTES),
+                load(
+                    arguments.file,
+                    modes=modes,
+                    key=arguments.key,
+                    max_bytes=arguments.memory or arguments.max_bytes or MAX_BYTES,
+                ),
                 arguments.patch,
                 arguments.query,
             )
@@ -387,7 +446,7 @@ def examine(job: Job, step: Callable[[str], object], *, budget: float = BUDGET_S
     start("figures")
     view = look(job.recording, job.place, tokens, tuple(job.flops))
     notes = (*_footnotes(rows, tokens, sample, budget), *job.notes)
-    return Report(job, tokens.scale, tuple(rows), tuple(_heading(job, tokens)), notes, view)
+    return Report(job, tokens.scale, tuple(rows), tuple(_heading(job, tokens.scale)), notes, view)
 
 
 def _sample(tokens: Tokens, seed: int) -> _Sample:
@@ -625,7 +684,7 @@ def _finite(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else float(number)
 
 
-def _heading(job: Job, tokens: Tokens) -> list[str]:
+def _heading(job: Job, scale: float) -> list[str]:
     """Say what was read and what it was turned into."""
     place, grid = job.place, job.grid
     padded = [
@@ -641,7 +700,7 @@ def _heading(job: Job, tokens: Tokens) -> list[str]:
         *([f"  padded with its last entries: {', '.join(padded)}"] if padded else []),
         *(f"  {note}" for note in job.recording.notes),
         f"  {job.heads} heads of {job.dim // job.heads} channels, random maps of seed {job.seed}, "
-        f"logit standard deviation {job.logit_std:g} (scale {tokens.scale:.3g})",
+        f"logit standard deviation {job.logit_std:g} (scale {scale:.3g})",
     ]
 
 

@@ -13,7 +13,8 @@ sharp attention, so a ranking means nothing without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,17 @@ from torch import Tensor
 
 from tensorattn.cli.recordings import RecordingError
 
-__all__ = ["Tokens", "choose_patch", "embed", "grid_of", "logit_scale", "patchify"]
+__all__ = [
+    "Embedding",
+    "Tokens",
+    "choose_patch",
+    "embed",
+    "grid_of",
+    "logit_scale",
+    "make_embedding",
+    "patchify",
+    "scale_of_moments",
+]
 
 CUT_ELEMENTS = 2**22  # elements cut at a time, so that a long recording is never held twice
 
@@ -124,28 +135,70 @@ def embed(array: Array, patch: Sequence[int], *, dim: int, heads: int, logit_std
     Raises:
         RecordingError: If every patch is the same.
     """
-    generator = torch.Generator().manual_seed(seed)
-    centre, spread = _feature_statistics(array, patch)
-    features = centre.numel()
-    weight, bias = (2 * torch.rand(n, dim, generator=generator) - 1 for n in (features, 1))  # as torch.nn.Linear starts
-    pieces = (((cut - centre) / spread).float() @ weight + bias for cut in _patches(array, patch))
-    embedded = torch.cat([torch.nn.functional.layer_norm(piece / features**0.5, (dim,)) for piece in pieces])
-    grid, maps = grid_of(array.shape[:-1], patch), torch.randn(3, dim, dim, generator=generator) / dim**0.5
-    query, key, value = ((embedded @ each).reshape(*grid, heads, -1).movedim(-2, 0).contiguous() for each in maps)
+    cuts, grid = partial(_patches, array, patch), grid_of(array.shape[:-1], patch)
+    embedding = make_embedding(cuts, math.prod(grid), dim=dim, seed=seed)
+    embedded = torch.cat([embedding(cut) for cut in cuts()])
+    query, key, value = (
+        (embedded @ each).reshape(*grid, heads, -1).movedim(-2, 0).contiguous() for each in embedding.maps
+    )
     return Tokens(query, key, value, logit_scale(query, key, logit_std))
 
 
-def _feature_statistics(array: Array, patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+class Embedding(NamedTuple):
+    """Random maps of patches ``(positions, F)`` in float64: to channels, and from those to queries, keys and values."""
+
+    centre: Tensor
+    spread: Tensor
+    weight: Tensor
+    bias: Tensor
+    maps: Tensor
+
+    def __call__(self, cut: Tensor) -> Tensor:
+        """Return the channels ``(positions, dim)`` of patches."""
+        features, dim = self.weight.shape
+        piece = ((cut - self.centre) / self.spread).float() @ self.weight + self.bias
+        return torch.nn.functional.layer_norm(piece / features**0.5, (dim,))
+
+
+def make_embedding(cuts: Callable[[], Iterator[Tensor]], count: int, *, dim: int, seed: int) -> Embedding:
+    """Draw the random maps of a recording, and find what its patches are standardised by.
+
+    Args:
+        cuts: Gives all patches, some ``(positions, F)`` at a time; it is called twice.
+        count: How many there are.
+        dim: Channels, all heads together.
+        seed: Seed of the random maps.
+
+    Raises:
+        RecordingError: If every patch is the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centre, spread = _feature_statistics(cuts, count)
+    features = centre.numel()
+    weight, bias = (2 * torch.rand(n, dim, generator=generator) - 1 for n in (features, 1))  # as torch.nn.Linear starts
+    return Embedding(centre, spread, weight, bias, torch.randn(3, dim, dim, generator=generator) / dim**0.5)
+
+
+def _feature_statistics(cuts: Callable[[], Iterator[Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of every entry of a patch, in float64; 1 where an entry never changes."""
-    extents = [torch.stack(cut.aminmax(dim=0)) for cut in _patches(array, patch)]
-    low, high = torch.stack(extents)[:, 0].amin(dim=0), torch.stack(extents)[:, 1].amax(dim=0)
+    low = high = None
+    for cut in cuts():  # what is kept is written in place: small tensors between large ones would keep memory apart
+        least, most = cut.aminmax(dim=0)
+        if low is None or high is None:
+            low, high = least, most
+        torch.minimum(low, least, out=low)
+        torch.maximum(high, most, out=high)
+    assert low is not None and high is not None
     still = low == high
     if bool(still.all()):
         raise RecordingError("the recording is constant: every patch is the same, there is nothing to attend to")
     width = torch.where(still, 1.0, high - low)
-    shares = ((cut - low) / width for cut in _patches(array, patch))  # between 0 and 1: their squares do not cancel
-    sums = torch.stack([torch.stack((share.sum(dim=0), share.square().sum(dim=0))) for share in shares]).sum(dim=0)
-    mean, square = sums / math.prod(grid_of(array.shape[:-1], patch))
+    shares = ((cut - low) / width for cut in cuts())  # between 0 and 1: their squares do not cancel
+    sums = torch.zeros(2, len(low), dtype=torch.float64)
+    for share in shares:
+        sums[0] += share.sum(dim=0)
+        sums[1] += share.square().sum(dim=0)
+    mean, square = sums / count
     return low + width * mean, torch.where(still, 1.0, width * (square - mean**2).sqrt())
 
 
@@ -173,6 +226,11 @@ def logit_scale(query: Tensor, key: Tensor, logit_std: float) -> float:
     mean = keys.mean(dim=1).double()
     covariance = (keys.mT @ keys / keys.shape[1]).double() - mean[:, :, None] * mean[:, None, :]
     second_moment = (queries.mT @ queries / queries.shape[1]).double()
+    return scale_of_moments(covariance, second_moment, logit_std)
+
+
+def scale_of_moments(covariance: Tensor, second_moment: Tensor, logit_std: float) -> float:
+    """Return what `logit_scale` does, from the covariance of keys and the second moment of queries ``(H, d, d)``."""
     variance = float((covariance * second_moment).sum(dim=(-2, -1)).mean())
     if not variance > 0:
         raise RecordingError("all keys are the same, there is nothing to attend to: take another --seed or --dim")

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorattn.cli.common import MissingPackageError, require
 from tensorattn.cli.readers.arrays import read_hdf5, read_npy, read_npz, read_zarr
-from tensorattn.cli.readers.contents import MAX_BYTES, Array, FileArray, RecordingError, Request, Step, one_line
+from tensorattn.cli.readers.contents import MAX_BYTES, FileArray, RecordingError, Request, Slices, Step, one_line
 from tensorattn.cli.readers.dicom import is_dicom, read_dicom, read_series
 from tensorattn.cli.readers.nifti import read_nifti
 from tensorattn.cli.readers.pictures import read_frames, read_picture, read_tiff
@@ -25,6 +25,7 @@ from tensorattn.errors import ModesError
 from tensorattn.modes import ModeSpec
 
 __all__ = [
+    "LARGEST",
     "MAX_ORDER",
     "FileArray",
     "Recording",
@@ -48,7 +49,7 @@ class Recording:
     Attributes:
         name: Short name, safe in a file name.
         source: Where it comes from, in words.
-        array: Values ``(n_1, …, n_N, C)``, real, of the type they were stored in.
+        array: Values ``(n_1, …, n_N, C)``, real, of the type they were stored in; or `Slices` of them.
         modes: Names of the modes.
         notes: What was done or assumed on the way, one sentence each.
         steps: How far apart neighbours lie, one a mode, None where it is not known; empty where nothing is.
@@ -57,7 +58,7 @@ class Recording:
 
     name: str
     source: str
-    array: Array
+    array: Any
     modes: ModeSpec
     notes: tuple[str, ...] = ()
     steps: tuple[Step | None, ...] = ()
@@ -66,12 +67,12 @@ class Recording:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the modes, in elements."""
-        return self.array.shape[:-1]
+        return tuple(self.array.shape[:-1])
 
     @property
     def channels(self) -> int:
         """Number of channels."""
-        return self.array.shape[-1]
+        return int(self.array.shape[-1])
 
     def describe(self) -> str:
         """Return sizes and channels in words.
@@ -107,7 +108,15 @@ def parse_modes(text: str) -> ModeSpec:
     return spec
 
 
-def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, max_bytes: int = MAX_BYTES) -> Recording:
+def load(
+    path: Path,
+    *,
+    modes: ModeSpec | None = None,
+    key: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    sliced: bool = False,
+    limit: str = "--max-bytes",
+) -> Recording:
     """Read a recording from a file, or from a folder that holds a DICOM series, pictures or a zarr store.
 
     Args:
@@ -116,6 +125,8 @@ def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, m
             (``.npy``, ``.npz``), every axis is a mode.
         key: Name of the array, or of the series, where there are several.
         max_bytes: How much memory the array may take; what a header promises is checked before it is unpacked.
+        sliced: Whether the array stays in its file, where it can: it is `Slices` then, of unseen numbers.
+        limit: What the user gave as the limit.
 
     Returns:
         The recording.
@@ -136,7 +147,7 @@ def load(path: Path, *, modes: ModeSpec | None = None, key: str | None = None, m
         raise RecordingError(f"{path}: cannot be read ({one_line(cause)})") from cause
     with _listening() as heard:
         try:
-            contents = kind.read(path, Request(key, max_bytes))
+            contents = kind.read(path, Request(key, max_bytes, sliced, limit))
         except RecordingError as cause:
             raise RecordingError(f"{path}: {cause.rule}") from None
         except MissingPackageError:
@@ -221,6 +232,9 @@ def make_recording(
         )
     else:  # an axis keeps its step, whatever it is called
         steps = (*steps, *(None,) * array.ndim)[: modes.order] if steps else ()
+    if isinstance(array, Slices):  # what its numbers are is seen when they are read
+        array = array.with_channel() if array.ndim == modes.order else array
+        return Recording(name, source, array, modes, notes + told, steps, inverted)
     if array.ndim == modes.order:
         array = array[..., None]
     array, filled = _fill_gaps(array, source)
@@ -229,7 +243,7 @@ def make_recording(
     return Recording(name, source, array, modes, notes + told + filled, steps, inverted)
 
 
-def _fill_gaps(array: Array, source: str) -> tuple[Array, tuple[str, ...]]:
+def _fill_gaps(array: Any, source: str) -> tuple[Any, tuple[str, ...]]:
     """Fill what is not finite with the mean of its channel, and say how much that was."""
     if array.dtype.kind != "f":
         return array, ()

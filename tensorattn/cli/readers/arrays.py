@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tensorattn.cli.common import require
-from tensorattn.cli.readers.contents import FileArray, RecordingError, Request, Step, choose
+from tensorattn.cli.readers.contents import FileArray, RecordingError, Request, Slices, Step, choose
 
 __all__ = ["read_hdf5", "read_npy", "read_npz", "read_zarr"]
 
@@ -21,9 +22,24 @@ UNITS |= {"second": "s", "millisecond": "ms", "microsecond": "µs", "minute": "m
 def read_npy(path: Path, request: Request) -> FileArray:
     """Read a NumPy array of any layout. Object arrays are refused: no pickle is ever opened."""
     with path.open("rb") as file:
-        _check_header(file, path.stat().st_size, request)
+        _check_header(file, path.stat().st_size, None if request.sliced else request)
+        if request.sliced:
+            return FileArray(Slices(_Mapped(path)))
         file.seek(0)
         return FileArray(np.lib.format.read_array(file, allow_pickle=False))
+
+
+class _Mapped:
+    """An array of NumPy in its file, which is mapped anew for each part, so that no more than that is held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape, self.dtype = mapped.shape, mapped.dtype
+
+    def __getitem__(self, places: tuple[slice, ...]) -> Any:
+        """Read a part."""
+        return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[places])
 
 
 def read_npz(path: Path, request: Request) -> FileArray:
@@ -40,12 +56,13 @@ def read_npz(path: Path, request: Request) -> FileArray:
             return FileArray(np.lib.format.read_array(file, allow_pickle=False))
 
 
-def _check_header(file: Any, length: int, request: Request) -> None:
-    """Refuse an array that is too large, or that promises more bytes than there are."""
+def _check_header(file: Any, length: int, request: Request | None) -> None:
+    """Refuse an array that is too large, where it is to be read whole, or that promises more bytes than there are."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    request.allow(shape, dtype)
+    if request is not None:
+        request.allow(shape, dtype)
     promised = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not dtype.hasobject and promised > length:
         raise RecordingError(f"its header promises {promised:,} bytes, but it holds {length:,}; it is cut short")
@@ -54,7 +71,8 @@ def _check_header(file: Any, length: int, request: Request) -> None:
 def read_hdf5(path: Path, request: Request) -> FileArray:
     """Read one dataset of an HDF5 file: the one called ``key``, or the only one that is an array of numbers."""
     h5py = require("h5py", extra="files", purpose="reading HDF5")
-    with h5py.File(path, "r") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(h5py.File(path, "r"))
         held: dict[str, str] = {}
         key = None if request.key is None else request.key.strip("/")
 
@@ -68,8 +86,12 @@ def read_hdf5(path: Path, request: Request) -> FileArray:
         if key and isinstance(linked := file.get(key), h5py.Dataset):  # a visit does not follow links
             note(key, linked)
         dataset = file[choose(held, key)]
+        names = [axis.label or next(iter(axis.keys()), "") for axis in dataset.dims]
+        if request.sliced:
+            stack.pop_all()  # it stays open
+            return _named(Slices(dataset), names)
         request.allow(dataset.shape, dataset.dtype)
-        return _named(dataset[()], [axis.label or next(iter(axis.keys()), "") for axis in dataset.dims])
+        return _named(dataset[()], names)
 
 
 def read_zarr(path: Path, request: Request) -> FileArray:
@@ -97,8 +119,10 @@ def _is_numbers(zarr: Any, item: Any) -> bool:
 
 def _from_zarr(array: Any, request: Request) -> FileArray:
     """Read an array of zarr."""
-    request.allow(array.shape, array.dtype)
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+    if request.sliced:
+        return _named(Slices(array), names or ())
+    request.allow(array.shape, array.dtype)
     return _named(np.asarray(array[...]), names or ())
 
 
@@ -118,7 +142,7 @@ def _with_ome_axes(found: FileArray, scale: Mapping[str, Any], finest: Mapping[s
     ]
     count = sum(is_channel[n] for n in order)
     array = array.transpose(*order, *(n for n in range(array.ndim) if n not in order))
-    array = array.reshape(array.shape[: len(order)])
+    array = array.squeeze(tuple(range(len(order), array.ndim)))
     names = tuple({"y": "h", "x": "w"}.get(named[n]["name"], named[n]["name"]) for n in order)
     modes = len(order) - count
     notes = (f"the finest of {len(scale['datasets'])} resolutions",) if len(scale["datasets"]) > 1 else ()
@@ -134,7 +158,8 @@ def _named(array: Any, names: Iterable[str | None]) -> FileArray:
     if len(channels) != 1 or array.ndim == 1:
         return FileArray(array, tuple(words))
     (axis,) = channels
-    return FileArray(np.moveaxis(array, axis, -1), tuple(words[:axis] + words[axis + 1 :]), channels=True)
+    array = array.transpose(*(n for n in range(array.ndim) if n != axis), axis)
+    return FileArray(array, tuple(words[:axis] + words[axis + 1 :]), channels=True)
 
 
 def _shape_in_words(array: Any) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "FileArray",
     "RecordingError",
     "Request",
+    "Slices",
     "Step",
     "as_bytes",
     "choose",
@@ -46,11 +47,56 @@ class Step(NamedTuple):
     unit: str = ""
 
 
+class Slices:
+    """An array that stays in its file: its axes may change their places, and a part of it is read by slices.
+
+    Args:
+        stored: What has ``shape``, ``dtype`` and slices.
+        dtype: Type of what is read; that of the file if None.
+
+    Examples:
+        >>> array = Slices(np.arange(6).reshape(2, 1, 3)).squeeze((1,)).transpose(1, 0)
+        >>> array.shape, array[1:, :1].tolist()
+        ((3, 2), [[1], [2]])
+    """
+
+    def __init__(self, stored: Any, dtype: Any = None, axes: tuple[int | None, ...] | None = None) -> None:
+        self.stored = stored
+        self.dtype = np.dtype(stored.dtype if dtype is None else dtype)
+        self.axes = tuple(range(len(stored.shape))) if axes is None else axes  # None is an axis that was added
+        self.shape = tuple([1 if axis is None else int(stored.shape[axis]) for axis in self.axes])
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+
+    def transpose(self, *order: int) -> Slices:
+        """Return it with its axes in another order."""
+        return Slices(self.stored, self.dtype, tuple([self.axes[axis] for axis in order]))
+
+    def squeeze(self, axes: tuple[int, ...]) -> Slices:
+        """Return it without axes of size 1."""
+        return self.transpose(*(axis for axis in range(self.ndim) if axis not in axes))
+
+    def with_channel(self) -> Slices:
+        """Return it with an axis of one channel at the end."""
+        return Slices(self.stored, self.dtype, (*self.axes, None))
+
+    def __getitem__(self, places: tuple[slice, ...]) -> Array:
+        """Read a part."""
+        cut = [slice(0, 1)] * len(self.stored.shape)
+        for axis, place in zip(self.axes, places, strict=True):
+            if axis is not None:
+                cut[axis] = place
+        part = np.asarray(self.stored[tuple(cut)], dtype=self.dtype)
+        kept = [axis for axis in self.axes if axis is not None]
+        part = part.transpose(*kept, *(axis for axis in range(part.ndim) if axis not in kept))
+        sizes = iter(part.shape)
+        return part.reshape([1 if axis is None else next(sizes) for axis in self.axes])
+
+
 class FileArray(NamedTuple):
     """What a file holds.
 
     Attributes:
-        array: The numbers, in the type of the file.
+        array: The numbers, in the type of the file; or `Slices` of them.
         modes: Names of the modes; empty where the format does not say what the axes are.
         channels: Whether the last axis holds channels.
         steps: How far apart neighbours lie, one a mode, None where the file does not say; empty where it never does.
@@ -58,7 +104,7 @@ class FileArray(NamedTuple):
         notes: What was done or assumed, one sentence each.
     """
 
-    array: Array
+    array: Any
     modes: tuple[str, ...] = ()
     channels: bool = False
     steps: tuple[Step | None, ...] = ()
@@ -72,10 +118,14 @@ class Request(NamedTuple):
     Attributes:
         key: Which of several arrays or series, or None.
         max_bytes: How much memory the array may take.
+        sliced: Whether a reader that can leaves the array in its file.
+        limit: What the user gave as the limit.
     """
 
     key: str | None = None
     max_bytes: int = MAX_BYTES
+    sliced: bool = False
+    limit: str = "--max-bytes"
 
     def allow(self, shape: Sequence[int], dtype: Any) -> None:
         """Refuse an array that is too large. Readers call it with what a header says, before anything is unpacked.
@@ -98,7 +148,8 @@ but --max-bytes allows 1.00 MB
         if needed > self.max_bytes:
             raise RecordingError(
                 f"unpacked it takes {amount(needed, 'B')} ({'×'.join(map(str, shape))} of {dtype.name}), "
-                f"but --max-bytes allows {amount(self.max_bytes, 'B')}"
+                f"but {self.limit} allows {amount(self.max_bytes, 'B')}"
+                f"{', and it cannot be read by slices' if self.sliced else ''}"
             )
 
 

@@ -105,7 +105,7 @@ def _open(pydicom: Any, request: Request, path: Path, **options: Any) -> Any:
         if about.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:  # packed, header and all
             packed = path.read_bytes()[PREAMBLE + about.FileMetaInformationGroupLength :]
             if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, request.max_bytes + 1)) > request.max_bytes:
-                raise RecordingError(f"unpacked it takes more than --max-bytes, {amount(request.max_bytes, 'B')}")
+                raise RecordingError(f"unpacked it takes more than {request.limit}, {amount(request.max_bytes, 'B')}")
         return pydicom.dcmread(path, **options)
     header = pydicom.dcmread(path, force=True, **options)
     if not all(tag in header for tag in NEEDED):

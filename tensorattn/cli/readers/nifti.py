@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tensorattn.cli.common import require
-from tensorattn.cli.readers.contents import FileArray, RecordingError, Request, Step
+from tensorattn.cli.readers.contents import FileArray, RecordingError, Request, Slices, Step
 
 __all__ = ["read_nifti"]
 
@@ -26,8 +26,12 @@ def read_nifti(path: Path, request: Request) -> FileArray:
         raise RecordingError("it holds numbers on a surface (CIFTI), not over a grid")
     scaled = (getattr(proxy, "slope", 1), getattr(proxy, "inter", 0)) not in ((1, 0), (None, None))
     small = stored.kind in "iu" and stored.itemsize <= 2  # single precision holds them, scaled too
-    request.allow(image.shape, (np.float32 if small else np.float64) if scaled else stored)
-    array = np.asarray(proxy, dtype=np.float32 if scaled and small else None)
+    kind = (np.float32 if small else np.float64) if scaled else stored
+    if request.sliced and stored.names is None and path.suffix.lower() not in (".gz", ".mgz"):
+        array: Any = Slices(proxy, kind)
+    else:
+        request.allow(image.shape, kind)
+        array = np.asarray(proxy, dtype=np.float32 if scaled and small else None)
     channels = array.ndim == 5 and array.shape[4] > 1
     if array.dtype.names is not None:  # the colours of NIfTI
         array, channels = np.stack([array[name] for name in array.dtype.names], axis=-1), True
