@@ -452,17 +452,23 @@ def test_the_table_of_networks_is_what_was_measured():
     lines = {(line.task, line.steps, line.mixer): line for line in lines_of(read_results(RESULTS))}
     rows = {name: cells for name, *cells in table_rows(section("Networks"))}
     assert set(MIXERS) == set(rows) - {"`local`; `mean`"}
-    columns = [("gps", 300, 1, 1), ("gps", 900, 1, 1), ("drift", 400, 1, 2), ("digits", 400, 100, 1)]
+    columns = [
+        ("gps", 300, 1, 1),
+        ("gps", 900, 1, 1),
+        ("drift", 400, 1, 2),
+        ("drift", 1200, 1, 2),
+        ("digits", 400, 100, 1),
+    ]
     whole = lines["gps", 900, "flattened"].first("flops")[1]
     for name, mixer in MIXERS.items():
         for (task, steps, unit, digits), cell in zip(columns, rows[name], strict=False):
             values = [unit * value for value in lines[task, steps, mixer].values("unseen", 0)]
             assert len(values) == 3 and cell == f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
         line = lines["gps", 900, mixer]
-        assert float(rows[name][4].removesuffix(" %")) == pytest.approx(
+        assert float(rows[name][5].removesuffix(" %")) == pytest.approx(
             100 * line.first("flops")[1] / whole, rel=0.05, abs=0.05
         )
-        assert rows[name][5] == f"{line.seconds():.0f} s"
+        assert rows[name][6] == f"{line.seconds():.0f} s"
     for place, mixer in enumerate(("local", "mean")):
         for (task, steps, unit, digits), cell in zip(columns, rows["`local`; `mean`"], strict=False):
             line = lines.get((task, steps, mixer))
