@@ -44,9 +44,9 @@ class Sharding:
 
     All processes of the mesh make it together, and call the same things in the same order. What one refuses all refuse:
     before its first sum a call of a layer or block, or ``summarize`` of a layer, adds up whether all is well, and a
-    model once more before its blocks. That is a sum of 24 bytes, whose result is read, so a GPU is waited for;
-    ``checked=False`` leaves it out, as does what is compiled. Then, and where a process leaves out its backward pass or
-    is gone, the others wait for it up to the time limit of their group.
+    model once more before its blocks. That is a sum of 24 bytes, whose result is read, as ``lengths`` are, so a GPU is
+    waited for; ``checked=False`` leaves it out, as does what is compiled. Then, and where a process leaves out its
+    backward pass or is gone, the others wait for it up to the time limit of their group.
 
     Args:
         mesh: The processes.
@@ -164,7 +164,7 @@ class Sharding:
 
     @retells
     def own(self, tensor: Tensor, *, modes: int | str | Sequence[str] | None = None, dim: int = 1) -> Tensor:
-        """Return the box that this process holds of a tensor that is whole.
+        """Return the box that this process holds of a tensor that is whole, as in the example of `Sharding`.
 
         Args:
             tensor: The tensor.
@@ -175,17 +175,6 @@ class Sharding:
             ShapeError: If it has other sizes, or splits do not add up.
             ModesError: If a mode does not exist.
             OptionError: If a mode is cut twice, or there are not as many splits as processes.
-
-        Examples:
-            >>> import torch, tensorattn as ta
-            >>> from torch.distributed.device_mesh import init_device_mesh
-            >>> store = torch.distributed.HashStore()
-            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-            >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
-            >>> sharding = ta.Sharding(mesh, {"t": "time"}, sizes=(6, 5))
-            >>> sharding.own(torch.randn(2, 6, 5, 8), modes="t h").shape  # all of it, where there is one process
-            torch.Size([2, 6, 5, 8])
-            >>> torch.distributed.destroy_process_group()
         """
         spec = ModeSpec.parse(len(self.sizes) if modes is None else modes)
         part = self.part(spec)
@@ -197,7 +186,7 @@ class Sharding:
         return part.box(tensor, dim)
 
     def part(self, spec: ModeSpec) -> Part:
-        """Return where the box of this process stands, and how sums are added up.
+        """Return where the box of this process stands, and how sums are added up: see the example of `patched`.
 
         Args:
             spec: The modes.
@@ -206,19 +195,6 @@ class Sharding:
             ShapeError: If there are other modes than sizes, or splits do not add up.
             ModesError: If a mode does not exist.
             OptionError: If a mode is cut twice, or there are not as many splits as processes.
-
-        Examples:
-            >>> import torch, tensorattn as ta
-            >>> from torch.distributed.device_mesh import init_device_mesh
-            >>> from tensorattn.modes import ModeSpec
-            >>> store = torch.distributed.HashStore()
-            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-            >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
-            >>> sharding = ta.Sharding(mesh, {"t": "time"}, sizes=(6, 5))
-            >>> part = sharding.part(ModeSpec.parse("t h"))
-            >>> part.start, part.lengths
-            ((0, 0), (6, 5))
-            >>> torch.distributed.destroy_process_group()
         """
         splits = self._splits(spec)
         start, lengths, places = [0] * spec.order, list(self.sizes), [0] * spec.order
@@ -260,6 +236,9 @@ class Sharding:
             >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
             >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("time",))
             >>> sharding = ta.Sharding(mesh, {"t": "time"}, sizes=(6, 5))
+            >>> part = sharding.part(ModeSpec.parse("t h"))
+            >>> part.start, part.lengths
+            ((0, 0), (6, 5))
             >>> sharding.patched(ModeSpec.parse("t h"), (2, 2), pad=True)
             Sharding({0: 'time'}, sizes=(3, 3), splits={0: [3]})
             >>> torch.distributed.destroy_process_group()

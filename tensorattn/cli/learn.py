@@ -72,7 +72,7 @@ A TASK may have options: gps:size=26. With validate=True a part of its training 
 place of test data, to choose rates: gps:validate=True:rate=4e-3.
 
 A mixer is an operator of attention with its options, kao_qkv:centered=True, or
-one of the controls: pointwise (no mixing, as many weights as attention), identity (no mixing at all), mean, local.
+one of the controls: pointwise (no mixing, about as many weights), identity (no mixing at all), mean, local.
 """
 EPILOG = """\
 Every finished run is appended to {results} in the output folder, and is not run again: a command that was stopped

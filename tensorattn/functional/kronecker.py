@@ -129,51 +129,30 @@ def _needs(order: int, *, pool: str) -> Needs:
 Own = tuple[Part, Tensor, Tensor | None]  # where positions stand in the whole, their values, and weights of their own
 
 
-def _attend_by_product(
+def _attend(
     queries: Means,
     summary: Summary,
     *,
+    apart: bool,
     return_lse: bool,
     return_attention: bool,
     dropout_p: float,
     own: Own | None = None,
     **settings: Any,
 ) -> AttentionResult:
-    """Apply the attention matrix of each mode in turn."""
+    """Apply the attention matrix of each mode to the values: in turn, or apart, and add up."""
     matrices, dropped, lse = _matrices(queries, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
     part, value, column = (None, _values(summary), _position_column(summary)) if own is None else own
-    batch = len(summary.batch)
-    if column is None:
-        output = _in_turn(dropped, value, batch, part)
-    else:
-        weighed = _in_turn(dropped, value * column, batch, part)
-        output = _over_present(weighed, _in_turn(matrices, column, batch, part))
-        output = output.to(value.dtype)
-    return AttentionResult(output, lse, matrices if return_attention else None)
-
-
-def _attend_by_sum(
-    queries: Means,
-    summary: Summary,
-    *,
-    return_lse: bool,
-    return_attention: bool,
-    dropout_p: float,
-    own: Own | None = None,
-    **settings: Any,
-) -> AttentionResult:
-    """Apply the attention matrix of each mode to the values, and add up."""
-    matrices, dropped, lse = _matrices(queries, summary, dropout_p=dropout_p, return_lse=return_lse, **settings)
-    part, value, column = (None, _values(summary), _position_column(summary)) if own is None else own
-    batch, parts = len(summary.batch), []
-    for mode in range(summary.order):
+    batch, modes = len(summary.batch), range(summary.order)
+    terms = []
+    for turn in [(mode,) for mode in modes] if apart else [tuple(modes)]:
         if column is None:
-            parts.append(_along_mode(dropped[mode], value, mode, batch, part))
+            terms.append(_in_turn(dropped, value, turn, batch, part))
         else:
-            weighed = _along_mode(dropped[mode], value * column, mode, batch, part)
-            along = _over_present(weighed, _along_mode(matrices[mode], column, mode, batch, part))
-            parts.append(along.to(value.dtype))
-    return AttentionResult(functools.reduce(torch.add, parts), lse, matrices if return_attention else None)
+            weighed = _in_turn(dropped, value * column, turn, batch, part)
+            share = _in_turn(matrices, column, turn, batch, part)
+            terms.append(_over_present(weighed, share).to(value.dtype))
+    return AttentionResult(functools.reduce(torch.add, terms), lse, matrices if return_attention else None)
 
 
 def _matrices(
@@ -263,10 +242,10 @@ def _over_present(weighed: Tensor, share: Tensor) -> Tensor:
     return weighed / torch.where(share > 0, share, 1)
 
 
-def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, batch: int, part: Part | None) -> Tensor:
-    """Multiply a tensor by one matrix along each mode."""
-    for mode, matrix in enumerate(matrices):
-        tensor = _along_mode(matrix, tensor, mode, batch, part)
+def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, turn: Sequence[int], batch: int, part: Part | None) -> Tensor:
+    """Multiply a tensor by the matrices of some modes, one along each."""
+    for mode in turn:
+        tensor = _along_mode(matrices[mode], tensor, mode, batch, part)
     return tensor
 
 
@@ -314,7 +293,7 @@ KRONECKER_PRODUCT = Operator(
     "kronecker_product",
     kronecker_product_attention,
     _needs,
-    _attend_by_product,
+    functools.partial(_attend, apart=False),
     _claims_of_product,
     query="grid",
     pools=True,
@@ -328,7 +307,7 @@ KRONECKER_SUM = Operator(
     "kronecker_sum",
     kronecker_sum_attention,
     _needs,
-    _attend_by_sum,
+    functools.partial(_attend, apart=True),
     _claims_of_sum,
     query="grid",
     pools=True,

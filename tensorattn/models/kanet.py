@@ -35,8 +35,8 @@ class KANet(nn.Module):
         widths: Channels of each stage.
         depths: Pairs of an inverted residual and a mixer in each stage; one number for all stages.
         mixer: What mixes positions: an operator of attention, ``"mean"`` of all positions, ``"local"`` filters,
-            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none. The default learned as well
-            as any that costs next to nothing (`python -m tensorattn learn`).
+            ``"pointwise"`` for no mixing with about as many weights, or ``"identity"`` for none. The default learned as
+            well as any that costs next to nothing (`python -m tensorattn learn`).
         num_heads: Number of heads; they divide the widths.
         expansion: Channels inside an inverted residual over those of its input.
         drop_path: Probability of dropping the mixer of a sample in training.

@@ -36,8 +36,8 @@ class TensorUNet(nn.Module):
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         widths: Channels of each grid, from the finest, which has half the sizes of the input, to the coarsest.
         mixer: What mixes positions: an operator of attention, ``"mean"`` of all positions, ``"local"`` filters,
-            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none. The default learned as well
-            as any that costs next to nothing (`python -m tensorattn learn`).
+            ``"pointwise"`` for no mixing with about as many weights, or ``"identity"`` for none. The default learned as
+            well as any that costs next to nothing (`python -m tensorattn learn`).
         num_heads: Number of heads; they divide the widths.
         expansion: Channels inside an inverted residual over those of its input.
         drop_path: Probability of dropping a mixer of a sample in training.

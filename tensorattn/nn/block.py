@@ -154,8 +154,8 @@ class TensorTransformerBlock(nn.Module):
         num_heads: Number of heads; they divide the channels.
         modes: Modes of the input: their number, or their names as in ``"t h w"``.
         mixer: What mixes positions: an operator of attention, ``"mean"`` of all positions, ``"local"`` filters,
-            ``"pointwise"`` for no mixing with as many weights, or ``"identity"`` for none; `TensorAttention` with its
-            own default if None.
+            ``"pointwise"`` for no mixing with about as many weights, or ``"identity"`` for none; `TensorAttention` with
+            its own default if None.
         mlp_ratio: Hidden channels of the gated MLP over ``embed_dim``, rounded. 8/3 has as many weights as an ordinary
             MLP with 4. None for a block without MLP.
         drop_path: Probability of dropping each of the two branches of a sample in training.

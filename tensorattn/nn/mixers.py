@@ -208,17 +208,9 @@ class IdentityMixer(_Mixer):
 
 
 class PointwiseMixer(_Mixer):
-    r"""Map each position by itself: no mixing, as many weights as attention has.
+    r"""Map each position by itself: no mixing, about as many weights as attention has.
 
-    Args:
-        embed_dim: Channels C of input and output.
-        modes: Modes of the input: their number, or their names as in ``"t h w"``.
-        bias: Whether linear maps have a bias.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-
-    Shape:
-        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+    Arguments and shapes are those of `IdentityMixer`.
 
     Examples:
         >>> import torch
@@ -231,15 +223,7 @@ class PointwiseMixer(_Mixer):
 class MeanMixer(_Mixer):
     r"""Add to each position a map of the mean over all positions: the least that is global.
 
-    Args:
-        embed_dim: Channels C of input and output.
-        modes: Modes of the input: their number, or their names as in ``"t h w"``.
-        bias: Whether linear maps have a bias.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-
-    Shape:
-        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+    Arguments and shapes are those of `IdentityMixer`.
 
     Examples:
         >>> import torch
@@ -263,15 +247,7 @@ class MeanMixer(_Mixer):
 class LocalMixer(_Mixer):
     r"""Filter channels over the neighbours of each position: a `DepthwiseFilter` between two maps.
 
-    Args:
-        embed_dim: Channels C of input and output.
-        modes: Modes of the input: their number, or their names as in ``"t h w"``.
-        bias: Whether linear maps have a bias.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-
-    Shape:
-        - input and output: :math:`(B, n_1, \dots, n_N, C)`
+    Arguments and shapes are those of `IdentityMixer`.
 
     Examples:
         >>> import torch

@@ -354,7 +354,10 @@ def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
 def test_no_pickle_is_opened(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     array = np.array([{"a": 1}], dtype=object)
-    np.save(path, array, allow_pickle=True) if suffix == ".npy" else np.savez(path, x=array)
+    if suffix == ".npy":
+        np.save(path, array, allow_pickle=True)
+    else:
+        np.savez(path, x=array)
     with pytest.raises(RecordingError, match="cannot be read as a NumPy"):
         load(path)
 
