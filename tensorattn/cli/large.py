@@ -25,8 +25,9 @@ from tensorattn.nn.checks import check_parts
 __all__ = ["Applied", "Large", "bytes_held"]
 
 HELD = 5  # embedding, queries, keys, values and output, of four bytes a channel
-COPIES, WIDE = 10, 72  # copies of a patch, and bytes an entry in float64, twice what is held: freed memory lies about
-WORKED = 48  # numbers of four bytes a channel that a chunk takes while it is attended to and the next is read
+COPIES, WIDE = 5, 36  # copies of a patch, and bytes an entry in float64, that are held while the next chunk is read
+WORKED = 24  # numbers of four bytes a channel that a chunk takes while it is attended to and the next is read
+LIES_ABOUT = 6  # times what is held: what each thread freed stays with the allocator (measured: up to 4 times)
 
 
 def bytes_held(recording: Recording, patch: Sequence[int], dim: int) -> int:
@@ -68,7 +69,7 @@ class Large:
         self.recording, self.patch, self.dim, self.heads = recording, tuple(patch), dim, heads
         self.grid = grid_of(recording.sizes, patch)
         features = math.prod(patch) * recording.channels
-        position = features * (COPIES * recording.array.dtype.itemsize + WIDE) + 4 * WORKED * dim
+        position = LIES_ABOUT * (features * (COPIES * recording.array.dtype.itemsize + WIDE) + 4 * WORKED * dim)
         if position > memory:
             raise OptionError(
                 f"--memory allows {amount(memory, 'B')}, but a single patch takes {amount(position, 'B')} to work on."

@@ -175,7 +175,7 @@ def refusals(folder):
         "query": ((*npy, "--query", "1,1,1"), "--query needs all of 30.5 kB at once, but --memory allows 30.0 kB."),
         "too little": (
             (*npy[:-1], "2k"),
-            "--memory allows 2.00 kB, but a single patch takes 3.74 kB to work on.",
+            "--memory allows 2.00 kB, but a single patch takes 11.2 kB to work on.",
         ),
         "gap": (
             (folder / "gap.npy", *npy[1:]),
