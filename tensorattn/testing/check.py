@@ -412,19 +412,16 @@ class Failure(NamedTuple):
             "import torch",
             f"from {__name__} import again",
             f"from {law.compare.__module__} import {law.__name__}",
+            "from tensorattn.testing import Case",
         ]
-        lines.append("from tensorattn.testing import Case")
         values = [f"case = {literal(self.case)}", f"drawn = {literal(list(self.drawn))}"]
-        told = ["operator = ...  # what was checked"]
-        call = [law.__name__, "case", "drawn"]
+        told, call = [], [law.__name__, "case", "drawn"]
         if operator is not None:
             known = (n for n, record in OPERATORS.items() if operator in (n, record, record.function))
             name = operator if isinstance(operator, str) else next(known, None)
-            told = told if name is None else []
+            told = ["operator = ...  # what was checked"] if name is None else []
             call += ["operator" if name is None else repr(name)]
             call += [f"{option}={literal(value)}" for option, value in (options or {}).items()]
-        else:
-            told = []
         if any(word in "".join(values) for word in ("inf", "nan")):
             lines.insert(0, "from math import inf, nan")
         return "\n".join([*told, *lines, "", *values, f"again({', '.join(call)})"])

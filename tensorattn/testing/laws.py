@@ -161,11 +161,6 @@ def _where_present(case: Case, made: Comparison) -> Comparison:
     return made._replace(found=found, expected=expected)
 
 
-def _for_each_query(case: Case, tensor: Tensor) -> Tensor:
-    """Give ``(*batch, D_v)`` a dimension of size 1 for each position dimension of the query."""
-    return tensor.reshape(*case.batch, *(1 for _ in case.positions), tensor.shape[-1])
-
-
 # What every operator has.
 
 
@@ -482,7 +477,7 @@ def check_key_shift(subject: Subject, case: Case, draw: Draw) -> Comparisons:
     shifted = case.replace(key=case.key + shift.to(case.key.device))
     (before, lse), (after, moved) = subject.with_lse(case), subject.with_lse(shifted)
     if lse is not None and moved is not None:
-        constant = _for_each_query(case, exact(shift).reshape(*case.batch, -1))
+        constant = case.for_queries(exact(shift).reshape(*case.batch, -1))
         follow = exact(lse) + case.factor * (exact(case.query) * constant).sum(-1)
         told = "adding a constant c to all keys must add s q·c to the log-sum-exp"
         yield Comparison(told, moved, follow, max(case.allowed_lse, shifted.allowed_lse))
@@ -622,8 +617,8 @@ def _within(subject: Subject, case: Case) -> Comparison:
     output, value = exact(subject.called(case)), exact(case.value)
     dims = [len(case.batch) + mode for mode in range(case.order)]
     absent = (case.position_weights() == 0).unsqueeze(-1)
-    low = _for_each_query(case, value.masked_fill(absent, math.inf).amin(dims))
-    high = _for_each_query(case, value.masked_fill(absent, -math.inf).amax(dims))
+    low = case.for_queries(value.masked_fill(absent, math.inf).amin(dims))
+    high = case.for_queries(value.masked_fill(absent, -math.inf).amax(dims))
     told = "the output must lie within the range of the values"
     return _where_present(case, Comparison(told, output, output.clamp(low, high), case.allowed()))
 
@@ -633,7 +628,7 @@ def check_zero_scale_mean(subject: Subject, case: Case, draw: Draw) -> Compariso
     """Check that at scale zero, where all logits are zero, every query gets the weighted mean of the values."""
     mean = reference.marginal_mean(exact(case.value), (), order=case.order, weights=case.all_weights())
     output = exact(subject.called(case.replace(scale=0.0)))
-    expected = _for_each_query(case, mean).expand_as(output)
+    expected = case.for_queries(mean).expand_as(output)
     tolerance = subject.terms(case.order) * allowed("average", case.dtype, magnitude=case.magnitude)
     told = "at scale zero the output must be the mean value"
     yield _where_present(case, Comparison(told, output, expected, tolerance))

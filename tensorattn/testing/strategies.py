@@ -272,6 +272,14 @@ class Case:
         """Return the weight of every position, as float64 ``(*batch, n_1, …, n_N)``."""
         return one_a_mode([self.mode_weights(mode).unsqueeze(-1) for mode in range(self.order)], torch.mul).squeeze(-1)
 
+    def for_queries(self, tensor: Tensor) -> Tensor:
+        """Give ``(*batch, D)``, whatever sizes of 1 it has between, a dimension for each of the query's positions.
+
+        Args:
+            tensor: What all queries of a batch entry share.
+        """
+        return tensor.reshape(*self.batch, *(1 for _ in self.positions), tensor.shape[-1])
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Let Hypothesis print what `repr` says, not all numbers."""
         printer.text(repr(self))

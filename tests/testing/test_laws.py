@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import pkgutil
 import re
 import types
 
@@ -74,8 +76,9 @@ from mistakes import (
 
 import tensorattn as ta
 from tensorattn.functional import OPERATORS, cells
-from tensorattn.testing import check_operator, clusters, laws, theorems
-from tensorattn.testing.check import Asked
+from tensorattn.testing import check_operator, laws, theorems
+from tensorattn.testing.check import Asked, Law
+from tensorattn.testing.theorems import clusters
 
 settings.register_profile("no shrinking", settings(), max_examples=100, phases=[Phase.generate])
 
@@ -375,6 +378,10 @@ def test_as_many_cases_as_verify_tries_show_each_mistake(law, seed):
 def test_every_law_has_a_mistake():
     assert {law for law, *_ in OF_OPERATORS} == set(laws.LAWS)
     assert {law for law, *_ in OF_THEOREMS} == set(theorems.THEOREMS)
+    files = [
+        importlib.import_module(f"{theorems.__name__}.{each.name}") for each in pkgutil.iter_modules(theorems.__path__)
+    ]
+    assert {law for file in files for law in vars(file).values() if isinstance(law, Law)} == set(theorems.THEOREMS)
     every = [*laws.LAWS, *theorems.THEOREMS]
     assert len({law.words for law in every}) == len(every) and all(law.formula and law.__doc__ for law in every)
 

@@ -1,36 +1,25 @@
-"""The theorems behind clustered attention: where it is exact, what its search meets, and how it adds up.
-
-Each is tried on a namespace with the names of the package, ``ta`` below.
-"""
+"""Clustered attention: where it is exact, what its search meets, and how it adds up."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Asked, Comparison, Draw, law
+from tensorattn.testing.check import Comparison, Draw, law
 from tensorattn.testing.laws import full_attention
 from tensorattn.testing.strategies import Case, allowed, exact, generators, largest, masks, numbers
+from tensorattn.testing.theorems.common import Comparisons, called, only_case
 
-__all__ = ["THEOREMS_OF_CLUSTERS"]
-
-Comparisons = Iterator[Comparison]
+__all__ = ["all_columns", "cropping", "distinct_keys", "large_cells"]
 
 WIDE_GRID = (1024, 64)  # more positions than are searched for two tokens, and rows as long as a stride would be
 LARGE_GRID = (512, 512)  # so many positions in a cell that plain sums in single precision lose digits
 FAR = 100.0  # how far from zero what is added up lies, in units of what it varies by
 SUMMED = 4  # units of the type by which a mean over many positions may err, in units of what is added up
-
-
-def _clustered(ta: Any, case: Case, **how: Any) -> Any:
-    """Call clustered attention."""
-    tensors, named = case.given(**how)
-    return ta.clustered_attention(*tensors, **named)
 
 
 @law("clustered attention is exact with a token for each distinct key, whatever the values",
@@ -43,7 +32,7 @@ def distinct_keys(ta: Any, case: Case, draw: Draw) -> Comparisons:
     index = which.flatten(len(case.batch)).unsqueeze(-1).expand(*case.batch, -1, kinds.shape[-1])
     key = kinds.gather(-2, index).reshape(case.key.shape).to(case.key)
     case = case.replace(key=key, scale=min(abs(case.factor), 1.0))
-    output, lse, *_ = _clustered(ta, case, tokens=distinct, return_lse=True)
+    output, lse, *_ = called(ta.clustered_attention, case, tokens=distinct, return_lse=True)
     expected, expected_lse = full_attention(case)
     told = f"with {distinct} tokens for as many distinct keys clustered attention must"
     yield Comparison(f"{told} equal full attention", output, expected, case.allowed())
@@ -57,7 +46,7 @@ def cropping(ta: Any, case: Case, draw: Draw) -> Comparisons:
     mask = draw(masks(case.sizes, batch=case.batch, device=case.key.device)).expand(case.key.shape[:-1])
     tokens, on_grid = draw(st.integers(1, 4)), case.positions == case.sizes
     key, value = (tensor.masked_fill(~mask.unsqueeze(-1), math.nan) for tensor in (case.key, case.value))
-    found = _clustered(ta, case.replace(key=key, value=value), tokens=tokens, mask=mask)
+    found = called(ta.clustered_attention, case.replace(key=key, value=value), tokens=tokens, mask=mask)
     for entry in map(tuple, torch.ones(case.batch).nonzero().tolist()):
         there = mask[entry]
         if there.any():
@@ -68,13 +57,8 @@ def cropping(ta: Any, case: Case, draw: Draw) -> Comparisons:
             yield Comparison(told, found[entry][asking], exact(row), case.allowed(case.magnitude))
 
 
-def _columns(asked: Asked, subject: Any) -> tuple[int, torch.dtype, Any]:
-    """The only case of a law of fixed sizes: a seed, a type and a device."""
-    return asked.seed or 0, asked.dtype, asked.device
-
-
 @law("the search meets all columns of a grid whose rows are as long as a stride through it would be",
-     "k[i, j] = a_(j mod 2): O = F for n = 2, P = 2¹⁶ > 64·32", strategy=_columns, once=True)  # fmt: skip
+     "k[i, j] = a_(j mod 2): O = F for n = 2, P = 2¹⁶ > 64·32", strategy=only_case, once=True)  # fmt: skip
 def all_columns(ta: Any, case: tuple[int, torch.dtype, Any], draw: Draw) -> Comparisons:
     """Two kinds of columns that alternate: candidates that are all of one column would show one kind of key only."""
     seed, dtype, device = case
@@ -90,7 +74,7 @@ def all_columns(ta: Any, case: tuple[int, torch.dtype, Any], draw: Draw) -> Comp
 
 
 @law("means of many positions are as exact in single precision as those of few",
-     "s = 0: |O − v̄| ≤ 4 ε |v|, P = 2¹⁸", strategy=_columns, once=True)  # fmt: skip
+     "s = 0: |O − v̄| ≤ 4 ε |v|, P = 2¹⁸", strategy=only_case, once=True)  # fmt: skip
 def large_cells(ta: Any, case: tuple[int, torch.dtype, Any], draw: Draw) -> Comparisons:
     """All positions of a large grid in one block, far from zero, in single precision."""
     seed, _, device = case
@@ -102,6 +86,3 @@ def large_cells(ta: Any, case: tuple[int, torch.dtype, Any], draw: Draw) -> Comp
     told = "the mean of a large block must be that of its positions"
     size = torch.finfo(torch.float32).eps * FAR
     yield Comparison(told, output, mean.expand(output.shape), SUMMED * size, FAR)
-
-
-THEOREMS_OF_CLUSTERS = (distinct_keys, cropping, all_columns, large_cells)
