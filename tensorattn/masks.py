@@ -8,7 +8,6 @@ values is read from the device at once.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,6 +40,7 @@ __all__ = [
     "is_transformed",
     "log_weights",
     "matmul",
+    "nonzero",
     "one_a_mode",
     "read_weights",
     "readable",
@@ -187,20 +187,6 @@ class Weights:
             return self.grid > 0
         found = [beside(vector > 0, mode, self.order) for mode, vector in enumerate(self.vectors) if vector is not None]
         return functools.reduce(torch.logical_and, found) if found else None
-
-    def with_batch_dim(self, dim: int) -> Weights:
-        """Return the same weights for tensors with one more batch dimension, such as heads.
-
-        Args:
-            dim: Place of the new dimension, counted from the end of the batch dimensions: -1 is the last.
-        """
-
-        def widened(tensor: Tensor | None, modes: int) -> Tensor | None:
-            return tensor if tensor is None or tensor.dim() == modes else tensor.unsqueeze(dim - modes)
-
-        vectors = tuple(widened(vector, 1) for vector in self.vectors)
-        grid, present = widened(self.grid, self.order), widened(self.present, self.order)
-        return dataclasses.replace(self, vectors=vectors, grid=grid, present=present)
 
 
 def read_weights(
@@ -624,7 +610,16 @@ def relative(weights: Tensor, modes: int) -> Tensor:
         modes: How many dimensions are modes.
     """
     largest = weights.amax(list(range(-modes, 0)), keepdim=True)
-    return weights / torch.where(largest > 0, largest, 1)
+    return weights / nonzero(largest)
+
+
+def nonzero(counts: Tensor) -> Tensor:
+    """Return counts that may be divided by, and differentiated: one in place of what is not positive.
+
+    Args:
+        counts: Weights, or sums of them.
+    """
+    return torch.where(counts > 0, counts, 1)
 
 
 def log_weights(weights: Tensor) -> Tensor:
@@ -633,7 +628,7 @@ def log_weights(weights: Tensor) -> Tensor:
     Args:
         weights: Non-negative weights.
     """
-    return torch.where(weights > 0, weights, 1.0).log().masked_fill(weights <= 0, -math.inf)
+    return nonzero(weights).log().masked_fill(weights <= 0, -math.inf)
 
 
 def beside(vector: Tensor, mode: int, order: int) -> Tensor:
@@ -650,11 +645,11 @@ def beside(vector: Tensor, mode: int, order: int) -> Tensor:
     return vector.reshape(*vector.shape[:-1], *(vector.shape[-1] if k == mode else 1 for k in range(order)))
 
 
-def without_absent(tensor: Tensor, present: Tensor) -> Tensor:
+def without_absent(tensor: Tensor, present: Tensor | None) -> Tensor:
     """Return a tensor with zeros at absent positions, whatever it holds there; no gradient flows to them.
 
     Args:
         tensor: Values ``(*batch, n_1, …, n_N, D)``.
-        present: Where positions take part, broadcastable to ``(*batch, n_1, …, n_N)``.
+        present: Where positions take part, broadcastable to ``(*batch, n_1, …, n_N)``; None if all do.
     """
-    return torch.where(present.unsqueeze(-1), tensor, 0.0)
+    return tensor if present is None else torch.where(present.unsqueeze(-1), tensor, 0.0)

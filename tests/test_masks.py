@@ -448,8 +448,6 @@ def test_what_is_known_of_weights():
     tiny = read([torch.full((3,), 1e-300).double() + 1e-300, torch.tensor([0.0, 1, 1, 2]).double() * 1e300], None, None)
     close([tiny.over_grid()], [torch.tensor([0.0, 0.5, 0.5, 1]).double().expand(3, 4)])
     assert torch.equal(tiny.shown(), torch.tensor([False, True, True, True]).expand(3, 4))
-    heads = both.with_batch_dim(-1)
-    assert heads.grid.shape == (2, 1, 3, 4) and heads.present.shape == (2, 1, 3, 4)
 
 
 def test_something_for_each_mode():

@@ -37,6 +37,7 @@ from tensorattn.masks import (
     counting_dtype,
     is_recorded,
     is_transformed,
+    nonzero,
     read_weights,
     without_absent,
 )
@@ -110,8 +111,7 @@ def _walk(tensor: Tensor, family: Family, vectors: Sequence[Vector]) -> tuple[Te
 
 def _shares(vector: Tensor) -> Tensor:
     """Divide weights by their sum; where all are zero they stay so."""
-    total = vector.sum(-1, keepdim=True)
-    return vector / torch.where(total > 0, total, 1)
+    return vector / nonzero(vector.sum(-1, keepdim=True))
 
 
 def _without_modes(node: Tensor, kept: Kept, order: int) -> Tensor:
@@ -131,7 +131,7 @@ def _means_over_positions(tensor: Tensor, family: Family, weights: Weights) -> t
     sizes, found = tensor.shape[tensor.dim() - order - 1 : -1], []
     for kept, mean, count in zip(family, means, position_counts(weights, sizes, family), strict=True):
         outside = math.prod([size for mode, size in enumerate(sizes) if mode not in kept])
-        factor = torch.where(count > 0, outside / torch.where(count > 0, count, 1), 0.0)
+        factor = torch.where(count > 0, outside / nonzero(count), 0.0)
         found.append(mean * factor.to(mean.dtype).unsqueeze(-1))
     return tuple(found)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tensorattn.averages import mode_averages, outer_sum
 from tensorattn.errors import WeightsError
 from tensorattn.functional.summary import summarize
+from tensorattn.masks import beside, counting_dtype, nonzero
 from tensorattn.modes import GridShape, mode_parts
 
 __all__ = ["Effects", "precise", "scaled_queries", "shares_of", "split"]
@@ -50,7 +51,7 @@ class Effects(NamedTuple):
 
 def precise(tensor: Tensor) -> Tensor:
     """Return a tensor in float64, where its device has that, without its graph."""
-    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    return tensor.detach().to(counting_dtype(tensor.device))
 
 
 def scaled_queries(query: Tensor, grid: GridShape, scale: float | None) -> Tensor:
@@ -73,8 +74,7 @@ def shares_of(tensor: Tensor, order: int, weights: Sequence[Tensor | None] | Non
             alone = [vector if m == mode else None for m in range(order)]
             (counts,) = summarize(nothing, nothing, order=order, kept=[(mode,)], weights=alone).weights
         assert counts is not None
-        total = counts.sum(-1, keepdim=True)
-        shares.append(precise(counts / torch.where(total > 0, total, 1)))
+        shares.append(precise(counts / nonzero(counts.sum(-1, keepdim=True))))
     return tuple(shares)
 
 
@@ -100,5 +100,4 @@ def split(tensor: Tensor, shares: Sequence[Tensor]) -> Effects:
 def _over_positions(combine: Callable[[Tensor, Tensor], Tensor], vectors: Sequence[Tensor]) -> Tensor:
     """Combine one vector ``(*batch, n_m)`` a mode into one entry a position, ``(*batch, P)``."""
     order = len(vectors)
-    views = (v.reshape(*v.shape[:-1], *(-1 if m == k else 1 for m in range(order))) for k, v in enumerate(vectors))
-    return functools.reduce(combine, views).flatten(-order)
+    return functools.reduce(combine, [beside(v, mode, order) for mode, v in enumerate(vectors)]).flatten(-order)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensorattn.diagnose.effects import scaled_queries, shares_of, split
 from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.masks import check_floating
+from tensorattn.masks import check_floating, nonzero
 from tensorattn.modes import GridShape, grid_shape
 
 __all__ = ["AdditiveFraction", "additive_fraction"]
@@ -140,7 +140,7 @@ def additive_fraction(
 def _divided(parts: Tensor, variance: Tensor | None = None) -> AdditiveFraction:
     """Divide variances ``(*, N + 1)``, the interaction last, by their sum."""
     total = parts.sum(-1)
-    shares = parts / torch.where(total > 0, total, 1).unsqueeze(-1)
+    shares = parts / nonzero(total).unsqueeze(-1)
     return AdditiveFraction(shares[..., :-1], shares[..., -1], total if variance is None else variance)
 
 

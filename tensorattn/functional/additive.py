@@ -24,6 +24,7 @@ from torch import Tensor
 from tensorattn.errors import ModesError, OptionError, ShapeError, check, is_integer
 from tensorattn.functional.maps import At, Base, geometric, weights_of
 from tensorattn.functional.operator import (
+    SYMMETRIES,
     AttentionResult,
     Bias,
     Claim,
@@ -428,7 +429,7 @@ def _claims(
     not see interactions.
     """
     if include_self:
-        claimed = frozenset({Claim.KEY_SHIFT, Claim.VALUE_AFFINE, Claim.ROTATION})
+        claimed = SYMMETRIES
     else:
         claimed = frozenset(Claim) - {Claim.EXACT, Claim.CONVEX, Claim.FIRST_ORDER, Claim.INVISIBLE_INTERACTION}
         claimed = claimed | {Claim.FIRST_ORDER} if interaction is not None else claimed

@@ -81,7 +81,7 @@ class Past:
             sums=parts("sums"),
             means=parts("means"),
             moments=tuple([part for part in parts("moments") if part is not None]),
-            mode_weights=tuple([tensors.get(f"mode_weights.{place}") for place in range(len(self.mode_weights))]),
+            mode_weights=parts("mode_weights"),
         )
 
 
@@ -113,9 +113,8 @@ def causal_summary(
     order, batch, family = weights.order, key.dim() - weights.order - 1, needs.held
     others = [k for k in range(order) if k != mode]
     shown, same = weights.shown(), value is key
-    if shown is not None:  # zero times what is absent might be NaN
-        key = without_absent(key, shown)
-        value = key if same else without_absent(value, shown)
+    key = without_absent(key, shown)  # zero times what is absent might be NaN
+    value = key if same else without_absent(value, shown)
     frames = key.movedim(batch + mode, batch)
     frame_values = frames if same else value.movedim(batch + mode, batch)
     within = {kept: tuple([others.index(k) for k in kept if k != mode]) for kept in family}

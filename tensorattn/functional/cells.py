@@ -28,10 +28,12 @@ from tensorattn.masks import (
     Mask,
     Part,
     accumulation_dtype,
+    broadcasts_to,
     check_floating,
     counting_dtype,
     is_recorded,
     is_transformed,
+    nonzero,
     read_weights,
     readable,
 )
@@ -120,9 +122,7 @@ class Cells:
         """
         for name, tensor, last in (("centres", self.centres, (self.tokens, dim)), ("metric", self.metric, (dim, dim))):
             shape = tuple(tensor.shape)
-            missing = len(batch) + 2 - len(shape)
-            fits = missing >= 0 and all([a in (1, b) for a, b in zip(shape[:-2], batch[missing:], strict=True)])
-            if not fits or shape[-2:] != last:
+            if not broadcasts_to(shape[:-2], batch) or shape[-2:] != last:
                 raise ShapeError(f"cells have {name} of shape {shape}, which do not broadcast to {(*batch, *last)}.")
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ def metric_of(query: Tensor, weight: Tensor | None) -> Tensor:
     query = torch.where(finite if weight is None else finite & (weight > 0).unsqueeze(-1), query, 0.0)
     moment, unit = query.mT @ query, torch.eye(query.shape[-1], dtype=query.dtype, device=query.device)
     trace = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return torch.where(trace > 0, moment / torch.where(trace > 0, trace, 1.0), unit) + 1e-4 * unit
+    return torch.where(trace > 0, moment / nonzero(trace), unit) + 1e-4 * unit
 
 
 def search(
@@ -300,7 +300,7 @@ def search(
         share = rows.new_ones(count)
     else:  # relative to the largest, in its own type
         top = weight.amax(-1, keepdim=True)
-        share = torch.where(top > 0, weight / torch.where(top > 0, top, 1.0), 0.0).to(rows.dtype)
+        share = torch.where(top > 0, weight / nonzero(top), 0.0).to(rows.dtype)
     share = share.expand(*batch, count).reshape(entries, count)
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = rows.reshape(entries, count, dim)

@@ -45,7 +45,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens, in_chunks
 from tensorattn.functional.summary import Needs, Summary
-from tensorattn.masks import Part, accumulation_dtype, beside, counting_dtype, without_autocast
+from tensorattn.masks import Part, accumulation_dtype, beside, counting_dtype, nonzero, without_autocast
 from tensorattn.modes import check_order, main_effects
 
 __all__ = ["CLUSTERED", "Clusters", "clustered_attention"]
@@ -393,8 +393,8 @@ def _clusters(
     """Make tokens of sums."""
     (count, total), (whole, products) = sums.cells, sums.products
     count, whole, factor, width = count.unsqueeze(-1), whole.unsqueeze(-1), factor.to(total.dtype), products.shape[-2]
-    every = _nonzero(whole).unsqueeze(-1)
-    rows, share = total / _nonzero(count), count / every
+    every = nonzero(whole).unsqueeze(-1)
+    rows, share = total / nonzero(count), count / every
     mean = (rows[..., :width] * share).sum(-2, keepdim=True)
     centred = (rows[..., :width] - mean) * (count > 0)
     covariance = products / every - mean.mT @ mean[..., :dim]
@@ -404,7 +404,7 @@ def _clusters(
     else:
         own = spread.unsqueeze(-1).to(rows.dtype)
     typical = (own * share).sum(-2, keepdim=True)
-    own = torch.where(typical > 0, own / _nonzero(typical), 1.0)
+    own = torch.where(typical > 0, own / nonzero(typical), 1.0)
     if sums.origin is not None:
         mean = mean + F.pad(sums.origin.to(mean.dtype), (0, width - dim))
 
@@ -412,16 +412,11 @@ def _clusters(
     def rho() -> Tensor:
         left, all_of_it = (_trace(each[..., :dim, :], factor) for each in (within, covariance))
         least = torch.finfo(whole.dtype).eps * (all_of_it + (mean[..., :dim] @ factor).square().sum((-2, -1)))
-        return (left / _nonzero(all_of_it) * (all_of_it > 8 * least)).to(dtype)
+        return (left / nonzero(all_of_it) * (all_of_it > 8 * least)).to(dtype)
 
     moments, batch = _Moments(share, centred, mean, own, within), tuple(centred.shape[:-2])
     told: dict[str, Any] = {"weight": whole, "rho": rho, "label": label, "masked": masked}
     return Clusters(batch, sizes, **told, **_tokens(moments, dtype)), moments
-
-
-def _nonzero(tensor: Tensor) -> Tensor:
-    """Return what a quotient may be taken by, and differentiated: one in place of what is not positive."""
-    return torch.where(tensor > 0, tensor, 1.0)
 
 
 def _trace(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -479,7 +474,7 @@ def _controlled(
             pair = grid.sum([k - order for k in range(order) if k not in (mode, other)]) if order > 2 else grid
             cross = effects[other].mT @ pair @ effect
             total = total + cross[..., :dim] + cross.mT[..., :dim]
-    met = met / _nonzero(share)
+    met = met / nonzero(share)
     inside = own + total - (met * share).mT @ met[..., :dim]
     alike = _trace((own - (rows * share).mT @ met[..., :dim])[..., :dim, :], factor)
     size = _trace(inside[..., :dim, :], factor)
@@ -540,7 +535,7 @@ def _from_some(
         output = torch.addcmul(output, own @ (clusters.covariance.mT * scale), spread * torch.rsqrt(1 + square))
         lse, attention = found.lse, None if found.attention is None else found.attention[0]
         if lse is not None:
-            total = _nonzero(clusters.weight).log().unsqueeze(-1).to(own.dtype)
+            total = nonzero(clusters.weight).log().unsqueeze(-1).to(own.dtype)
             lse = lse.unsqueeze(-1) + scale * (own @ clusters.mean.mT) + total
         if clusters.control is not None:
             output, lse = _control(query, output, lse, clusters, scale)
@@ -599,7 +594,7 @@ def _spread(attention: Sequence[Tensor], sizes: Sequence[int], at: At | None, ba
     count = base.weights.flatten(-len(sizes)).expand(label.shape)
     total = count.new_zeros(*label.shape[:-1], weights.shape[-1]).scatter_add(-1, label, count)
     label, count, total = (each[(..., *(None,) * between, slice(None))] for each in (label, count, total))
-    each = (found / _nonzero(total)).gather(-1, label.expand(*found.shape[:-1], -1)) * count
+    each = (found / nonzero(total)).gather(-1, label.expand(*found.shape[:-1], -1)) * count
     return each.unflatten(-1, tuple(sizes))
 
 

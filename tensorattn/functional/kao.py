@@ -35,7 +35,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.softmax import Tokens, TokenSet, attend_tokens
 from tensorattn.functional.summary import Means, Needs, Summary
-from tensorattn.masks import Part, accumulation_dtype, matmul
+from tensorattn.masks import Part, accumulation_dtype, matmul, nonzero
 from tensorattn.modes import Family, check_order, main_effects
 
 __all__ = ["KAO_KV", "KAO_QKV", "kao_kv", "kao_qkv"]
@@ -118,7 +118,7 @@ def _share_of_tokens(summary: Summary, tokens: Tokens) -> Tensor:
         return tokens.key.new_full((1,), logarithm, dtype=accumulation_dtype(tokens.key.dtype))
     total = count.sum(-1, keepdim=True)
     averages = weight.exp().sum(-1, keepdim=True)
-    share = torch.where(total > 0, averages / torch.where(total > 0, total, 1).to(averages.dtype), 1.0)
+    share = torch.where(total > 0, averages / nonzero(total).to(averages.dtype), 1.0)
     return share.log()
 
 

@@ -27,7 +27,7 @@ from tensorattn.functional.operator import (
     run,
 )
 from tensorattn.functional.summary import Means, Needs, Summary
-from tensorattn.masks import Part, accumulation_dtype, log_weights, matmul, relative
+from tensorattn.masks import Part, accumulation_dtype, log_weights, matmul, nonzero, relative
 from tensorattn.modes import main_effects
 
 __all__ = ["KRONECKER_PRODUCT", "KRONECKER_SUM", "kronecker_product_attention", "kronecker_sum_attention"]
@@ -239,7 +239,7 @@ def _over_present(weighed: Tensor, share: Tensor) -> Tensor:
     Attention to a grid with gaps is attention to the whole grid, times the weights, made to sum to one again: full
     attention under a mask is nothing else.
     """
-    return weighed / torch.where(share > 0, share, 1)
+    return weighed / nonzero(share)
 
 
 def _in_turn(matrices: Sequence[Tensor], tensor: Tensor, turn: Sequence[int], batch: int, part: Part | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorattn.errors import OptionError, ShapeError, is_integer, retells
 from tensorattn.functional.operator import get_operator
-from tensorattn.masks import GivenWeights, Lengths, Mask, Weights, read_weights
+from tensorattn.masks import GivenWeights, Lengths, Mask, Weights, nonzero, read_weights
 from tensorattn.modes import GridShape, Kept, check_order
 
 __all__ = [
@@ -252,7 +252,7 @@ def geometric(factors: Sequence[tuple[Kept, Tensor, int]], base: Tensor, order: 
     base = _beside(base, some.dim() - len(first), order)
     logits, present = _log(base), base > 0
     for kept, weights, count in factors:
-        ratio = _on_grid(weights, kept, order) / _nonzero(_sum_of_others(base, kept, order))
+        ratio = _on_grid(weights, kept, order) / nonzero(_sum_of_others(base, kept, order))
         present = present & (ratio > 0)
         logits = logits + count * _log(ratio)
     flat = torch.where(present, logits, -torch.inf).flatten(-order)
@@ -270,7 +270,7 @@ def mixture(vectors: Sequence[Tensor], base: Tensor) -> Tensor:
     order = len(vectors)
     base = _beside(base, vectors[0].dim() - 1, order)
     shares = (
-        _on_grid(vector, (mode,), order) / _nonzero(_sum_of_others(base, (mode,), order))
+        _on_grid(vector, (mode,), order) / nonzero(_sum_of_others(base, (mode,), order))
         for mode, vector in enumerate(vectors)
     )
     return base * functools.reduce(torch.add, shares)
@@ -307,7 +307,7 @@ def scaled_to_one(weights: Tensor, modes: int) -> Tensor:
         weights: Weights whose last dimensions are the modes.
         modes: Number of modes.
     """
-    return weights / _nonzero(weights.sum(tuple(range(-modes, 0)), keepdim=True))
+    return weights / nonzero(weights.sum(tuple(range(-modes, 0)), keepdim=True))
 
 
 def _beside(base: Tensor, lead: int, order: int) -> Tensor:
@@ -330,11 +330,6 @@ def _sum_of_others(base: Tensor, kept: Kept, order: int) -> Tensor:
     return base.sum(others, keepdim=True) if others else base
 
 
-def _nonzero(count: Tensor) -> Tensor:
-    """Replace zeros, which nothing is divided by, by ones."""
-    return torch.where(count > 0, count, 1.0)
-
-
 def _log(weights: Tensor) -> Tensor:
     """Logarithm, zero where there is no weight."""
-    return torch.where(weights > 0, weights, 1.0).log()
+    return nonzero(weights).log()

@@ -61,6 +61,7 @@ from tensorattn.masks import (
     Mask,
     Weights,
     accumulation_dtype,
+    broadcasts_to,
     check_floating,
     is_recorded,
     read_weights,
@@ -424,9 +425,8 @@ def run(
         settings["bias"] = checked_bias
     if own:
         settings["own"] = _own_tokens(key, value, spoken)
-    hidden = spoken.present if operator.query == "grid" else None
-    if hidden is not None:
-        query = without_absent(query, hidden)
+    present = spoken.present if operator.query == "grid" else None
+    query = without_absent(query, present)
     if operator.condense is not None:
         summary = make_summary(key, value, needs, spoken)
         result, _ = attend_condensed(operator, query, summary, options, mode, settings)
@@ -446,8 +446,9 @@ def run(
             result = spread_parts(result, (*grid.batch, *grid.sizes), query.dtype, memory)
     output, lse = result.output.to(query.dtype), result.lse  # in between autocast may choose types of its own
     lse = None if lse is None else lse.to(accumulation_dtype(query.dtype))
-    if hidden is not None:
-        output, lse = without_absent(output, hidden), None if lse is None else lse.masked_fill(~hidden, -math.inf)
+    output = without_absent(output, present)
+    if lse is not None and present is not None:
+        lse = lse.masked_fill(~present, -math.inf)
     if not return_lse and not return_attention:
         return output
     return AttentionResult(output, lse, result.attention, result.rho)
@@ -670,13 +671,12 @@ def _check_bias(
                     f"bias of mode {mode} has shape {tuple(part.shape)}, but query has {rows} positions and key "
                     f"{size} along the mode."
                 )
-            missing = len(grid.batch) - (part.dim() - 2)
-            if missing < 0 or any(a not in (1, b) for a, b in zip(part.shape[:-2], grid.batch[missing:], strict=True)):
+            if not broadcasts_to(part.shape[:-2], grid.batch):
                 raise ShapeError(
                     f"bias of mode {mode} has batch dimensions {tuple(part.shape[:-2])}, "
                     f"which do not broadcast to {grid.batch}."
                 )
-            part = part.reshape(*(1,) * missing, *part.shape).to(accumulation_dtype(like.dtype))
+            part = part[(None,) * (len(grid.batch) - part.dim() + 2)].to(accumulation_dtype(like.dtype))
         checked.append(part)
     return tuple(checked)
 

@@ -32,6 +32,7 @@ from tensorattn.masks import (
     counting_dtype,
     log_weights,
     matmul,
+    nonzero,
     read_weights,
     readable,
 )
@@ -111,7 +112,7 @@ class Sums(NamedTuple):
 
     def mean(self, dtype: torch.dtype) -> Tensor:
         """Return the mean; zero where nothing is."""
-        return (self.total / _beside(torch.where(self.count > 0, self.count, 1.0), self.total)).to(dtype)
+        return (self.total / _beside(nonzero(self.count), self.total)).to(dtype)
 
 
 def _beside(count: Tensor, tensor: Tensor) -> Tensor:
@@ -386,7 +387,7 @@ class Summary:
         total = count.sum(-1, keepdim=True)
         if self.mode_weights is None:
             present = (count > 0).sum(-1, keepdim=True)
-            return log_weights(count * present / torch.where(total > 0, total, 1))
+            return log_weights(count * present / nonzero(total))
         weight = self.mode_weights[mode]
         return log_weights(
             torch.where(total > 0, 1.0 if weight is None else weight.to(total.dtype), 0.0).expand_as(count)
@@ -790,6 +791,5 @@ def _covariance(
         share = share.to(right_mean.dtype).expand(*share.shape[: share.dim() - order], *left.shape[first:-1])
         right_centred = torch.where(present, right_centred, 0.0)
         left_centred = torch.where(present, left_centred, 0.0) * share.unsqueeze(-1)
-        total = share.sum(list(range(-order, 0)))[..., None, None]
-        count = torch.where(total > 0, total, 1)
+        count = nonzero(share.sum(list(range(-order, 0))))[..., None, None]
     return matmul(left_centred.flatten(first, -2).mT, right_centred.flatten(first, -2)) / count

@@ -380,9 +380,8 @@ class TensorAttention(AttentionPipeline):
             check_prefix(prefix, x, self.embed_dim)
         if skip is not None:
             check_same_shape("skip", skip, x.shape, x)
-        if present is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
-            last = without_absent(last, present)
-        result, beside = self._attend(last, weights_of_x, summary, prefix)
+        # What an absent position holds must not meet a zero, not even that of a gradient.
+        result, beside = self._attend(without_absent(last, present), weights_of_x, summary, prefix)
         y = self.finished(result.output, present, skip)
         if beside is None:
             return y
@@ -468,8 +467,7 @@ class TensorAttention(AttentionPipeline):
             (torch.Size([1, 2, 4, 5, 4]), torch.Size([1, 2, 4, 5, 5]))
         """
         weights_of_x, summary = self._read(x, context, weights=weights, mask=mask, lengths=lengths)
-        last, present = channels_last(x, self.channels_first), weights_of_x.present
-        last = last if present is None else without_absent(last, present)
+        last = without_absent(channels_last(x, self.channels_first), weights_of_x.present)
         return self._attend(last, weights_of_x, summary, return_attention=True)[0].attention
 
     @retells
@@ -509,12 +507,11 @@ class TensorAttention(AttentionPipeline):
         """
         record = get_operator(self.operator)
         weights_of_x, _ = self._read(x, None, weights=weights, mask=mask, lengths=lengths)
-        last, present = channels_last(x, self.channels_first), weights_of_x.present
+        last = without_absent(channels_last(x, self.channels_first), weights_of_x.present)
         sizes = tuple(last.shape[1:-1])
         place = place_on(sizes, indices_of(at))
         if record.spread is None:
             raise OptionError(f"operator {record.name!r} has no map.")
-        last = last if present is None else without_absent(last, present)
         attention = self._attend(last, weights_of_x, None, return_attention=True)[0].attention
         first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
         base = base_of(weights_of_x, sizes, first)
@@ -564,8 +561,7 @@ class TensorAttention(AttentionPipeline):
         if "cells" not in self._options:
             raise OptionError(f"operator {self.operator!r} takes no cells.")
         spoken, _ = self._read(x, None, weights=weights, mask=mask, lengths=lengths)
-        last, present = channels_last(x, self.channels_first), spoken.present
-        last = last if present is None else without_absent(last, present)
+        last = without_absent(channels_last(x, self.channels_first), spoken.present)
         # Samples are one more mode, so that all have the same cells.
         sources = self._projected(last)
         query, key = sources.query(sources.tensors[0], 1), sources.key_and_value(*sources.tensors[1:], 1)[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tensorattn.errors import OptionError, check, retells
-from tensorattn.masks import read_weights
+from tensorattn.masks import read_weights, without_absent
 from tensorattn.modes import ModeSpec
 from tensorattn.nn.attention import TensorAttention
 from tensorattn.nn.checks import check_sharding
@@ -306,7 +306,7 @@ class TensorTransformerBlock(nn.Module):
         spoken: dict[str, Any] = {name: attention.get(name) for name in ("mask", "lengths")}
         spoken.update(of="x", part=part)
         present = read_weights(None, grid=grid, like=last, modes=self.modes, **spoken).present
-        return last if present is None else torch.where(present.unsqueeze(-1), last, 0)
+        return without_absent(last, present)
 
     def _run(self, x: Tensor, prefix: Tensor | None, attention: dict[str, Any]) -> tuple[Tensor, ...]:
         """Add both branches, channels last, to the input and to tokens beside it."""

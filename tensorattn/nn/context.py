@@ -85,12 +85,9 @@ class ContextReader:
         told: dict[str, Any] = {name: spoken.get(name) for name in ("weights", "mask", "lengths")}
         weights = read_weights(**told, grid=grid, like=key, modes=modes, of="context", part=part)
         check_indices(needs, weights)
-        shown = weights.shown()
-        if shown is not None:  # what an absent position holds must not meet a zero, not even that of a gradient
-            alone = value is key
-            key = without_absent(key, shown)
-            value = key if alone else without_absent(value, shown)
-        return summary_of_parts(key, value, needs, weights)
+        shown, alone = weights.shown(), value is key
+        key = without_absent(key, shown)  # what it holds must not meet a zero, not even that of a gradient
+        return summary_of_parts(key, key if alone else without_absent(value, shown), needs, weights)
 
     def read(self, context: Any, x: Tensor, parameter: Tensor | None, **spoken: Any) -> Summary:
         """Return the summary of a context, made here or before, checked against the input.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.errors import ModesError, OptionError, ShapeError, check
-from tensorattn.masks import one_a_mode, readable
+from tensorattn.masks import broadcasts_to, one_a_mode, readable
 from tensorattn.modes import GridShape, ModeSpec
 
 __all__ = ["Coordinates", "Mode", "ModeCoordinates", "Periodic", "Spacing", "pairs_a_mode"]
@@ -197,8 +197,7 @@ def _vector(vector: Any, name: str, size: int, batch: tuple[int, ...], dtype: to
         got = vector.shape[-1] if vector.dim() else "no dimension"
         raise ShapeError(f"coordinates of mode {name!r} have length {got}, but the mode has size {size}.")
     own = tuple(vector.shape[:-1])
-    aligned = zip(reversed(own), reversed(batch), strict=False)
-    if len(own) > len(batch) or any(mine not in (1, theirs) for mine, theirs in aligned):
+    if not broadcasts_to(own, batch):
         raise ShapeError(
             f"coordinates of mode {name!r} have batch dimensions {own}, which do not broadcast to {batch}."
         )

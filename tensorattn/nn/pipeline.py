@@ -101,7 +101,7 @@ class AttentionPipeline(nn.Module):
             present: Where positions take part, or None.
             skip: What is added, in the layout of the input, or None.
         """
-        y = y if present is None else without_absent(y, present)
+        y = without_absent(y, present)
         y = F.dropout(y, self.proj_drop, self.training) if self.proj_drop > 0 else y
         y = y if skip is None else y + channels_last(skip, self.channels_first)
         return y.movedim(-1, 1) if self.channels_first else y
@@ -169,10 +169,8 @@ class AttentionPipeline(nn.Module):
             x: The part, channels last.
             weights: Checked weights of its positions, with the part.
         """
-        present = weights.present
-        x = x if present is None else without_absent(x, present)
-        y = self._attend(x, weights, None)[0].output
-        return y if present is None else without_absent(y, present)
+        y = self._attend(without_absent(x, weights.present), weights, None)[0].output
+        return without_absent(y, weights.present)
 
     def _attend(
         self,

@@ -166,8 +166,8 @@ class AttentionStream:
         layer, state = self.layer, self._state
         refused = {"context": context, "mask": mask, "prefix": prefix, "sharding": sharding}
         spoken = self._checked(x, weights=weights, lengths=lengths, skip=skip, refused=refused)
-        last, present = channels_last(x, layer.channels_first), spoken.present
-        last = last if present is None else without_absent(last, present)
+        present = spoken.present
+        last = without_absent(channels_last(x, layer.channels_first), present)
         y, past = layer.continued(last, spoken, None if state is None else state.past, window=self.window)
         return layer.finished(y, present, skip), StreamState(x.shape[0], tuple(last.shape[1:-1]), x.dtype, past)
 
