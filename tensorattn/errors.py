@@ -28,6 +28,7 @@ __all__ = [
     "check",
     "check_scale",
     "describe",
+    "integers",
     "is_integer",
     "retells",
 ]
@@ -208,6 +209,26 @@ def is_integer(number: object) -> TypeGuard[int]:
         (True, False, False)
     """
     return isinstance(number, (int, numbers.Integral)) and not isinstance(number, bool)
+
+
+def integers(given: Any, argument: str) -> tuple[int, ...]:
+    """Read integers, of Python or of NumPy.
+
+    Args:
+        given: A sequence of them.
+        argument: Name of the argument.
+
+    Raises:
+        OptionError: If it is none.
+
+    Examples:
+        >>> integers([3, 0], "at")
+        (3, 0)
+    """
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    if not isinstance(given, Iterable) or not all(map(is_integer, found)):
+        raise OptionError(f"{argument} must be integers, got {given!r}.")
+    return tuple(map(int, found))
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,13 +14,14 @@ __all__ = [
     "GridShape",
     "Kept",
     "ModeSpec",
-    "attention_shapes",
+    "attention_shape",
     "check_order",
     "grid_shape",
-    "is_integer",
+    "key_shape",
     "main_effects",
     "mode_parts",
     "mode_subsets",
+    "positions_behind",
 ]
 
 Kept = tuple[int, ...]  # modes that a marginal mean keeps, ascending; the empty tuple is the grand mean
@@ -127,6 +129,16 @@ def main_effects(order: int) -> Family:
     return tuple([(mode,) for mode in range(order)])
 
 
+def positions_behind(sizes: Sequence[int], kept: Kept) -> int:
+    """Return how many positions a marginal mean is the mean of: the product of the sizes of the modes not kept.
+
+    Args:
+        sizes: Sizes of the modes.
+        kept: Modes that it keeps.
+    """
+    return math.prod([size for mode, size in enumerate(sizes) if mode not in kept])
+
+
 def mode_parts(given: Any, order: int, argument: str, noun: str, kind: type[TensorAttentionError]) -> tuple[Any, ...]:
     """Read an argument that holds one part a mode.
 
@@ -230,9 +242,30 @@ def grid_shape(shape: Sequence[int], modes: int | ModeSpec, argument: str) -> Gr
     return GridShape(batch, sizes, dim)
 
 
-def attention_shapes(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], order: int
-) -> tuple[GridShape, int]:
+def key_shape(key: Sequence[int], value: Sequence[int], order: int) -> GridShape:
+    """Check that key and value are over one grid.
+
+    Args:
+        key: Shape ``(*batch, n_1, …, n_N, D)``.
+        value: Shape ``(*batch, n_1, …, n_N, D_v)``.
+        order: Number of modes N.
+
+    Returns:
+        The shape of the key, read.
+
+    Raises:
+        ShapeError: If batch dimensions or mode sizes disagree.
+    """
+    grid, values = grid_shape(key, order, "key"), grid_shape(value, order, "value")
+    for mode, (size, other) in enumerate(zip(grid.sizes, values.sizes, strict=True)):
+        if size != other:
+            raise ShapeError(f"mode {mode} has size {size} in key but {other} in value.")
+    if grid.batch != values.batch:
+        raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
+    return grid
+
+
+def attention_shape(query: Sequence[int], key: Sequence[int], value: Sequence[int], order: int) -> GridShape:
     """Check that query, key and value belong together.
 
     Args:
@@ -242,18 +275,12 @@ def attention_shapes(
         order: Number of modes N.
 
     Returns:
-        The shape of the key, read, and the channels of the value D_v.
+        The shape of the key, read.
 
     Raises:
         ShapeError: If batch dimensions, mode sizes or head sizes disagree.
     """
-    grid = grid_shape(key, order, "key")
-    values = grid_shape(value, order, "value")
-    for mode, (size, other) in enumerate(zip(grid.sizes, values.sizes, strict=True)):
-        if size != other:
-            raise ShapeError(f"mode {mode} has size {size} in key but {other} in value.")
-    if grid.batch != values.batch:
-        raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
+    grid = key_shape(key, value, order)
     if len(query) < len(grid.batch) + 1:
         raise ShapeError(
             f"query has {len(query)} dimensions, but key has {len(grid.batch)} batch dimensions, "
@@ -263,4 +290,4 @@ def attention_shapes(
         raise ShapeError(f"batch dimensions are {tuple(query[: len(grid.batch)])} in query but {grid.batch} in key.")
     if query[-1] != grid.dim:
         raise ShapeError(f"head size is {query[-1]} in query but {grid.dim} in key.")
-    return grid, values.dim
+    return grid

@@ -7,7 +7,7 @@ import pytest
 from modules import refused
 
 from tensorattn.errors import ModesError, OptionError, ShapeError, WeightsError
-from tensorattn.modes import GridShape, ModeSpec, attention_shapes, check_order, grid_shape, mode_parts, mode_subsets
+from tensorattn.modes import GridShape, ModeSpec, attention_shape, check_order, grid_shape, mode_parts, mode_subsets
 
 
 def test_names_and_numbers():
@@ -70,7 +70,7 @@ def test_shapes():
         named,
         "x",
     )
-    assert attention_shapes((2, 9, 5), (2, 3, 4, 5), (2, 3, 4, 7), 2) == (GridShape((2,), (3, 4), 5), 7)
+    assert attention_shape((2, 9, 5), (2, 3, 4, 5), (2, 3, 4, 7), 2) == GridShape((2,), (3, 4), 5)
 
 
 def test_one_part_a_mode():

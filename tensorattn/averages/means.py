@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ from tensorattn.masks import (
     read_weights,
     without_absent,
 )
-from tensorattn.modes import Family, Kept, grid_shape, main_effects
+from tensorattn.modes import Family, Kept, grid_shape, main_effects, positions_behind
 
 __all__ = [
     "additive_part",
@@ -130,8 +129,7 @@ def _means_over_positions(tensor: Tensor, family: Family, weights: Weights) -> t
     means = marginal_means(weighed, family, Weights((None,) * order))
     sizes, found = tensor.shape[tensor.dim() - order - 1 : -1], []
     for kept, mean, count in zip(family, means, position_counts(weights, sizes, family), strict=True):
-        outside = math.prod([size for mode, size in enumerate(sizes) if mode not in kept])
-        factor = torch.where(count > 0, outside / nonzero(count), 0.0)
+        factor = torch.where(count > 0, positions_behind(sizes, kept) / nonzero(count), 0.0)
         found.append(mean * factor.to(mean.dtype).unsqueeze(-1))
     return tuple(found)
 
@@ -187,10 +185,7 @@ class _Means(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         sizes = ctx.shape[len(ctx.shape) - ctx.order - 1 : -1]
-        parts = [
-            grad / math.prod([size for mode, size in enumerate(sizes) if mode not in kept])
-            for grad, kept in zip(grads, ctx.family, strict=True)
-        ]
+        parts = [grad / positions_behind(sizes, kept) for grad, kept in zip(grads, ctx.family, strict=True)]
         return broadcast_sum(parts, ctx.family, ctx.shape, ctx.memory).to(ctx.dtype), None, None
 
     @staticmethod
@@ -217,7 +212,7 @@ class _BroadcastSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         means = marginal_means(grad, ctx.family, Weights((None,) * ctx.order))
         sizes = ctx.shape[len(ctx.shape) - ctx.order - 1 : -1]
-        counts = [math.prod([size for mode, size in enumerate(sizes) if mode not in kept]) for kept in ctx.family]
+        counts = [positions_behind(sizes, kept) for kept in ctx.family]
         return None, None, None, *[(mean * count).to(ctx.dtype) for mean, count in zip(means, counts, strict=True)]
 
     @staticmethod

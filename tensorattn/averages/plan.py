@@ -17,12 +17,11 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import opt_einsum
 from opt_einsum.helpers import flop_count
 
-from tensorattn.errors import OptionError, is_integer, retells
+from tensorattn.errors import OptionError, integers, retells
 from tensorattn.modes import Family, Kept, ModeSpec, check_order, main_effects, mode_subsets
 
 __all__ = ["Edge", "Plan", "Step", "make_plan", "memory_order", "plan", "tree"]
@@ -248,8 +247,8 @@ def plan(
           t h w   w     abcd->cd    4,816,896     5,376
         total: 9,805,824 elements read and 98,304 written, 2.06 times one read of the tensor
     """
-    sizes, batch = _integers(sizes, "sizes"), _integers(batch, "batch")
-    (dim,) = _integers((dim,), "dim")
+    sizes, batch = integers(sizes, "sizes"), integers(batch, "batch")
+    (dim,) = integers((dim,), "dim")
     if min((dim, *batch)) < 0:
         raise OptionError(f"dim and batch must not be negative, got {dim} and {batch}.")
     check_order(len(sizes), "the number of sizes")
@@ -298,20 +297,12 @@ def _permutation(layout: str | Sequence[int], batch: int, order: int) -> tuple[i
         return named[layout]
     if isinstance(layout, str) or not isinstance(layout, Iterable):
         raise OptionError(f"layout must be 'channels_last', 'channels_first' or strides, got {layout!r}.")
-    strides = _integers(layout, "the strides in layout")
+    strides = integers(layout, "the strides in layout")
     if len(strides) != len(dims):
         raise OptionError(f"layout has {len(strides)} strides, but the tensor has {len(dims)} dimensions.")
     if min(strides) < 0:
         raise OptionError(f"the strides in layout must not be negative, got {strides}.")
     return memory_order(strides)
-
-
-def _integers(numbers: Any, argument: str) -> tuple[int, ...]:
-    """Read integers, of Python or of NumPy."""
-    found = tuple(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else (numbers,)
-    if not isinstance(numbers, Iterable) or not all(map(is_integer, found)):
-        raise OptionError(f"{argument} must be integers, got {numbers!r}.")
-    return tuple(map(int, found))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -22,8 +22,8 @@ from torch import Tensor
 from tensorattn.cli.common import png_bytes, require
 from tensorattn.cli.readers.contents import Step
 from tensorattn.cli.recordings import MAX_ORDER, Recording
-from tensorattn.errors import OptionError, ShapeError, retells
-from tensorattn.functional.maps import indices_of, place_on
+from tensorattn.errors import OptionError, ShapeError, integers, retells
+from tensorattn.functional.maps import place_on
 from tensorattn.modes import ModeSpec
 
 __all__ = [
@@ -647,7 +647,7 @@ def draw_attention_maps(
         raise ShapeError(f"modes names {spec.order} modes, but the maps have {order}.")
     patch = _patch(grid, values.shape[:-1], spec)
     recording = Recording(title, title, values, spec)
-    return maps_figure(recording, Place(spec, recording.sizes, patch, place_on(grid, indices_of(at))), "", arrays)
+    return maps_figure(recording, Place(spec, recording.sizes, patch, place_on(grid, integers(at, "at"))), "", arrays)
 
 
 def read_numbers(data: Any) -> Array:

@@ -17,10 +17,10 @@ from tensorattn.cli.embedding import Tokens, choose_patch, embed, grid_of
 from tensorattn.cli.figures import Array, Place, input_figure, maps_figure, read_numbers, weights_figure
 from tensorattn.cli.recordings import FileArray, Recording, RecordingError, load, make_recording
 from tensorattn.diagnose import takes_any_positions
-from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, check, is_integer, retells
+from tensorattn.errors import DtypeError, ModesError, OptionError, ShapeError, check, integers, is_integer, retells
 from tensorattn.functional import OPERATORS, Operator, find_cells
 from tensorattn.functional.flattened import flattened_attention
-from tensorattn.functional.maps import attention_map, indices_of, place_on
+from tensorattn.functional.maps import attention_map, place_on
 from tensorattn.modes import ModeSpec
 
 __all__ = ["LARGEST_DEVIATION", "MAX_POSITIONS", "View", "draw", "look", "show"]
@@ -255,7 +255,7 @@ def show(
     alone = all(takes_any_positions(choice.record, choice.options) or choice.record.condense for choice in choices)
     most = MAX_POSITIONS if alone else MAX_GRID_POSITIONS
     parts = choose_patch(sizes, most) if patch is None else _parts(patch, sizes)
-    element = tuple(size // 2 for size in sizes) if at is None else place_on(sizes, indices_of(at))
+    element = tuple(size // 2 for size in sizes) if at is None else place_on(sizes, integers(at, "at"))
     query = tuple(index // part for index, part in zip(element, parts, strict=True))
     if max(grid_of(sizes, parts)) == 1:
         raise OptionError(f"patch {parts} leaves a single position of data {sizes}, there is nothing to attend to.")
@@ -344,7 +344,7 @@ def _show_layer(layer: Any, data: Any, at: Sequence[int] | None, modes: Any) -> 
         spec,
         sizes,
         (1,) * order,
-        tuple(size // 2 for size in sizes) if at is None else place_on(sizes, indices_of(at)),
+        tuple(size // 2 for size in sizes) if at is None else place_on(sizes, integers(at, "at")),
     )
     spread = layer.attention_map(x, at=place.query)[0]
     exact = _full_attention(layer, last, place.query)

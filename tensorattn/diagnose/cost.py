@@ -28,10 +28,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from tensorattn.diagnose.roofline import Machines, Roofline, imagined_sharding, imagined_traffic
 from tensorattn.diagnose.traffic import Sent
-from tensorattn.errors import OptionError, ShapeError, retells
+from tensorattn.errors import OptionError, ShapeError, is_integer, retells
 from tensorattn.functional import get_operator
 from tensorattn.models import TensorTransformer
-from tensorattn.modes import ModeSpec, check_order, is_integer
+from tensorattn.modes import ModeSpec, check_order
 from tensorattn.nn import TensorAttention, TensorTransformerBlock
 from tensorattn.processes import in_backward
 

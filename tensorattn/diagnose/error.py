@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorattn.diagnose.effects import Effects, precise, scaled_queries, shares_of, split
-from tensorattn.errors import OptionError, ShapeError, check, retells
+from tensorattn.errors import OptionError, ShapeError, check, is_integer, retells
 from tensorattn.functional import AttentionResult, Operator, get_operator
 from tensorattn.functional.cells import Cells
 from tensorattn.functional.summary import summarize
 from tensorattn.masks import check_floating
-from tensorattn.modes import attention_shapes, is_integer
+from tensorattn.modes import attention_shape
 
 __all__ = [
     "ErrorEstimate",
@@ -320,7 +320,7 @@ def _truth(
 ) -> _Truth:
     """Draw queries, and compute full attention on them."""
     check_floating(query=query, key=key, value=value)
-    batch = attention_shapes(query.shape, key.shape, value.shape, present["order"])[0].batch
+    batch = attention_shape(query.shape, key.shape, value.shape, present["order"]).batch
     count = math.prod(query.shape[len(batch) : -1])
     if count == 0:
         raise ShapeError("query has 0 positions, but an estimate needs at least 1.")
@@ -493,7 +493,7 @@ def error_bound(
     if oscillation not in ("cheap", "exact"):
         raise OptionError(f"oscillation must be 'cheap' or 'exact', got {oscillation!r}.")
     check_floating(query=query, key=key, value=value)
-    grid, _ = attention_shapes(query.shape, key.shape, value.shape, order)
+    grid = attention_shape(query.shape, key.shape, value.shape, order)
     shares = shares_of(key, order, weights)
     queries = scaled_queries(query, grid, scale)
     keys, values = split(key, shares), split(value, shares)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tensorattn.functional.parts import summary_of_parts
 from tensorattn.functional.summary import Means, Moments, Needs, Summary, Sums, make_summary
 from tensorattn.masks import Vectors, Weights, accumulation_dtype, counting_dtype, without_absent
-from tensorattn.modes import Family, Kept
+from tensorattn.modes import Family, Kept, positions_behind
 
 __all__ = ["Past", "causal_summary", "frames_beside", "frames_first", "frames_last"]
 
@@ -446,8 +446,8 @@ class _Time:
         """Return the positions behind running means ``(*batch, frames, *n)``, or behind tokens of each frame."""
         count = self.per_frame.count(inner)
         if count is None:
-            length = self.per_frame.key_means.length(inner)
-            count = self.weights.new_full([self.per_frame.sizes[k] for k in inner], self.per_frame.positions / length)
+            sizes = self.per_frame.sizes
+            count = self.weights.new_full([sizes[k] for k in inner], positions_behind(sizes, inner))
             count = count[(None,) * (self.batch + 1)]
         count = count.to(counting_dtype(count.device))
         if not self.by_position:

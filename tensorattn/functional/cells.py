@@ -37,7 +37,7 @@ from tensorattn.masks import (
     read_weights,
     readable,
 )
-from tensorattn.modes import attention_shapes, grid_shape
+from tensorattn.modes import attention_shape, grid_shape
 
 __all__ = ["CellSums", "Cells", "block_counts", "block_labels", "draw_queries", "find_cells", "metric_of", "search"]
 
@@ -623,7 +623,7 @@ def find_cells(
     check_floating(**({} if query is None else {"query": query}), key=key)
     grid = grid_shape(key.shape, order, "key")
     if query is not None:
-        grid, _ = attention_shapes(query.shape, key.shape, key.shape, order)
+        grid = attention_shape(query.shape, key.shape, key.shape, order)
     spoken = read_weights(weights, mask, lengths, grid, key)
     counts, batch = spoken.over_grid(), len(grid.batch)
     flat, weight = key.flatten(batch, -2), None

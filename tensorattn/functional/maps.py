@@ -6,13 +6,13 @@ Everywhere `at` tells which query is meant: one index a dimension of its positio
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tensorattn.errors import OptionError, ShapeError, is_integer, retells
+from tensorattn.errors import OptionError, ShapeError, integers, retells
 from tensorattn.functional.operator import get_operator
 from tensorattn.masks import GivenWeights, Lengths, Mask, Weights, nonzero, read_weights
 from tensorattn.modes import GridShape, Kept, check_order
@@ -25,7 +25,6 @@ __all__ = [
     "fibre_of",
     "fibres",
     "geometric",
-    "indices_of",
     "mixture",
     "place_on",
     "rows_at",
@@ -108,22 +107,7 @@ def attention_map(
     first = attention[0] if isinstance(attention[0], Tensor) else attention[0][0]
     grid = GridShape(tuple(first.shape[: _samples(weights, mask, lengths, len(sizes))]), sizes, 1)
     base = base_of(read_weights(weights, mask, lengths, grid, first, of="sizes"), sizes, first)
-    return record.spread(attention, sizes, None if at is None else indices_of(at), base, **options)
-
-
-def indices_of(at: Sequence[int]) -> tuple[int, ...]:
-    """Read the place of a query.
-
-    Args:
-        at: Its indices.
-
-    Raises:
-        OptionError: If they are no integers.
-    """
-    found = tuple(at) if isinstance(at, Iterable) and not isinstance(at, str) else (at,)
-    if not isinstance(at, Iterable) or not all(map(is_integer, found)):
-        raise OptionError(f"at must be integers, got {at!r}.")
-    return tuple(map(int, found))
+    return record.spread(attention, sizes, None if at is None else integers(at, "at"), base, **options)
 
 
 def base_of(weights: Weights, sizes: Sequence[int], like: Tensor) -> Base:

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from tensorattn.averages.means import broadcast_sum, marginal_means
 from tensorattn.averages.plan import memory_order
-from tensorattn.errors import DtypeError, OptionError, ShapeError, check, check_scale, retells
+from tensorattn.errors import DtypeError, OptionError, ShapeError, check, check_scale, is_integer, retells
 from tensorattn.functional.causal import causal_summary, frames_first, frames_last
 from tensorattn.functional.softmax import Attended, Tokens, TokenSet, attend_tokens, merge_attention
 from tensorattn.functional.summary import Means, Needs, Summary, make_summary
@@ -68,7 +68,7 @@ from tensorattn.masks import (
     real_tensor,
     without_absent,
 )
-from tensorattn.modes import GridShape, Kept, ModeSpec, attention_shapes, is_integer, main_effects, mode_parts
+from tensorattn.modes import GridShape, Kept, ModeSpec, attention_shape, main_effects, mode_parts
 
 __all__ = [
     "OPERATORS",
@@ -385,7 +385,7 @@ def run(
     for name in unknown:
         raise TypeError(f"{operator.function.__name__}() got an unexpected keyword argument {name!r}")
     check_floating(query=query, key=key, value=value)
-    grid, _ = attention_shapes(query.shape, key.shape, value.shape, order)
+    grid = attention_shape(query.shape, key.shape, value.shape, order)
     batch, positions = len(grid.batch), tuple(query.shape[len(grid.batch) : -1])
     for name, switch in (("return_lse", return_lse), ("return_attention", return_attention)):
         check(switch, name, "switch")

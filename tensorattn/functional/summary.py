@@ -36,7 +36,7 @@ from tensorattn.masks import (
     read_weights,
     readable,
 )
-from tensorattn.modes import Family, Kept, ModeSpec, grid_shape, main_effects, mode_subsets
+from tensorattn.modes import Family, Kept, ModeSpec, key_shape, main_effects, mode_subsets, positions_behind
 
 __all__ = ["Means", "Moments", "Needs", "Summary", "Sums", "make_summary", "summarize"]
 
@@ -349,9 +349,8 @@ class Summary:
         family = tuple(coefficients)
         sets = []
         for kept, coefficient in coefficients.items():
-            length = self.key_means.length(kept)
-            outside = math.prod([size for mode, size in enumerate(self.sizes) if mode not in kept])
-            sets.append(TokenSet(length, coefficient, outside, constant=not kept))
+            length, behind = self.key_means.length(kept), positions_behind(self.sizes, kept)
+            sets.append(TokenSet(length, coefficient, behind, constant=not kept))
         key, value, log_weight = self.key_means.joined(family), self.value_means.joined(family), None
         if self.counts is not None:
             count = self.counts.joined(family)
@@ -556,10 +555,8 @@ class Summary:
         ones, wide = (1,) * len(self.batch), counting_dtype(like.device)
         found = {}
         for kept in self.kept:
-            grid = [self.sizes[mode] for mode in kept]
-            found[kept] = torch.full(
-                (*ones, *grid, 1), self.positions / math.prod(grid), dtype=wide, device=like.device
-            )
+            shape, count = (*ones, *[self.sizes[mode] for mode in kept], 1), positions_behind(self.sizes, kept)
+            found[kept] = torch.full(shape, count, dtype=wide, device=like.device)
         return dataclasses.replace(self, counts=Means.of(self.sizes, found, len(ones)))
 
 
@@ -715,12 +712,7 @@ def summarize(
         (tensor([1.5000, 3.0000]), tensor([2., 1.], dtype=torch.float64))
     """
     check_floating(key=key, value=value)
-    grid, values = grid_shape(key.shape, order, "key"), grid_shape(value.shape, order, "value")
-    for mode, (size, second) in enumerate(zip(grid.sizes, values.sizes, strict=True)):
-        if size != second:
-            raise ShapeError(f"mode {mode} has size {size} in key but {second} in value.")
-    if grid.batch != values.batch:
-        raise ShapeError(f"batch dimensions are {grid.batch} in key but {values.batch} in value.")
+    grid = key_shape(key.shape, value.shape, order)
     spec, family = ModeSpec.parse(order), (*main_effects(order), ())
     if kept is not None:
         family = tuple(tuple(sorted({spec.index(mode) for mode in subset})) for subset in mode_subsets(kept))

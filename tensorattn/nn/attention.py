@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.averages.means import check_same_shape
-from tensorattn.errors import OptionError, check, check_scale, retells
+from tensorattn.errors import OptionError, check, check_scale, integers, retells
 from tensorattn.functional.cells import Cells, find_cells
-from tensorattn.functional.maps import base_of, indices_of, place_on
+from tensorattn.functional.maps import base_of, place_on
 from tensorattn.functional.operator import check_indices, get_operator
 from tensorattn.functional.summary import Summary
 from tensorattn.masks import GivenWeights, Lengths, Mask, Part, Weights, beside, read_weights, without_absent
@@ -509,7 +509,7 @@ class TensorAttention(AttentionPipeline):
         weights_of_x, _ = self._read(x, None, weights=weights, mask=mask, lengths=lengths)
         last = without_absent(channels_last(x, self.channels_first), weights_of_x.present)
         sizes = tuple(last.shape[1:-1])
-        place = place_on(sizes, indices_of(at))
+        place = place_on(sizes, integers(at, "at"))
         if record.spread is None:
             raise OptionError(f"operator {record.name!r} has no map.")
         attention = self._attend(last, weights_of_x, None, return_attention=True)[0].attention
