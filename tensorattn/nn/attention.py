@@ -604,9 +604,7 @@ class TensorAttention(AttentionPipeline):
     ) -> tuple[Weights, Summary | None]:
         """Check the input and what was said of its positions, or of those of a context, and summarise that."""
         grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first, part=part)
-        parameter = parameter_of(self.q_proj)
-        if parameter is not None:
-            check_parameters(x, parameter)
+        check_parameters(x, parameter_of(self.q_proj))
         if context is not None:
             for name in ("position_bias", "rotary"):
                 if getattr(self, name) is not None:

@@ -295,9 +295,7 @@ class TensorTransformerBlock(nn.Module):
                 told = "each process would drop samples of its own"
                 raise OptionError(f"sharding has no meaning with drop_path in training: {told}.")
         grid = check_input(x, self.modes, self.embed_dim, channels_first=self.channels_first, part=part)
-        parameter = parameter_of(self)
-        if parameter is not None:
-            check_parameters(x, parameter)
+        check_parameters(x, parameter_of(self))
         if prefix is not None:
             check_prefix(prefix, x, self.embed_dim)
         last = channels_last(x, self.channels_first)

@@ -146,8 +146,7 @@ class ContextReader:
             channels_first = self.channels_first
             told: dict[str, Any] = {"called": called, "argument": name, "part": own}
             grids.append(check_input(part, modes, dim, channels_first=channels_first, **told))
-            if parameter is not None:
-                check_parameters(part, parameter, name)
+            check_parameters(part, parameter, name)
         if grids[0].batch != grids[-1].batch:
             raise ShapeError(f"the batch is {grids[0].batch[0]} in context[0] but {grids[-1].batch[0]} in context[1].")
         for mode, (one, two) in enumerate(zip(grids[0].sizes, grids[-1].sizes, strict=True)):

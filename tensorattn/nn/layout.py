@@ -85,17 +85,19 @@ def channels_last(tensor: Tensor, channels_first: bool) -> Tensor:
     return tensor.movedim(1, -1) if channels_first else tensor
 
 
-def check_parameters(x: Tensor, parameter: Tensor, argument: str = "x") -> None:
+def check_parameters(x: Tensor, parameter: Tensor | None, argument: str = "x") -> None:
     """Check that the input is where the parameters are, and of their type, unless autocast brings them together.
 
     Args:
         x: Input.
-        parameter: One of the parameters.
+        parameter: One of the parameters; None where there are none.
         argument: Name of the input, for messages.
 
     Raises:
-        DtypeError: If it does not.
+        DtypeError: If it is not.
     """
+    if parameter is None:
+        return
     if x.dtype != parameter.dtype and not in_autocast(x.device):
         raise DtypeError(f"the type is {x.dtype} in {argument} but {parameter.dtype} in the parameters.")
     if x.device != parameter.device:

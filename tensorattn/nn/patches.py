@@ -83,9 +83,7 @@ class _Patches(nn.Module):
     def _check(self, x: Tensor, channels: int, called: str) -> GridShape:
         """Check the input and read its shape."""
         grid = check_input(x, self.modes, channels, channels_first=self.channels_first, called=called)
-        parameter = parameter_of(self)
-        if parameter is not None:
-            check_parameters(x, parameter)
+        check_parameters(x, parameter_of(self))
         return grid
 
     def _placed(self, y: Tensor) -> Tensor:

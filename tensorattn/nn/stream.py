@@ -181,9 +181,7 @@ class AttentionStream:
         """
         layer = self.layer
         grid = check_input(x, layer.modes, layer.embed_dim, channels_first=layer.channels_first)
-        parameter = parameter_of(layer)
-        if parameter is not None:
-            check_parameters(x, parameter)
+        check_parameters(x, parameter_of(layer))
         if skip is not None:
             check_same_shape("skip", skip, x.shape, x)
         for name, argument in refused.items():
