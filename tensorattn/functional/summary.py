@@ -73,6 +73,14 @@ class Needs(NamedTuple):
         """Kept subsets that a summary holds: with second moments, the grand mean too."""
         return self.kept if () in self.kept or not self.second_moment else (*self.kept, ())
 
+    def averages_keys(self, order: int) -> bool:
+        """Tell whether keys are wanted as averages over some modes, beside their mean over all.
+
+        Args:
+            order: Number of modes N.
+        """
+        return {kept for kept in (self.kept if self.keys is None else self.keys) if kept} != {tuple(range(order))}
+
 
 class Sums(NamedTuple):
     """Weighted sums over positions, with the weights: the fold. They add up, and run over a dimension.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorattn.integrations.doors import Site, Way, above, attend, by_forward, class_name, door_of, refuse, tell
+from tensorattn.integrations.doors import Site, Way, above, attend, by_forward, class_name, own_door, refuse, tell
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
 
@@ -87,8 +87,7 @@ class Processor:
             The output, shaped like the input.
         """
         refuse(attn, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
-        x, door, shape = hidden_states, door_of(attn), None
-        assert door is not None
+        x, door, shape = hidden_states, own_door(attn), None
         if attn.spatial_norm is not None:
             x = attn.spatial_norm(x, temb)
         if x.dim() == 4:

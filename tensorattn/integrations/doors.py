@@ -29,6 +29,7 @@ __all__ = [
     "class_name",
     "door_of",
     "leave",
+    "own_door",
     "refuse",
     "tell",
 ]
@@ -158,6 +159,15 @@ def door_of(module: nn.Module) -> Door | None:
     return vars(module).get(DOOR)
 
 
+def own_door(module: nn.Module) -> Door:
+    """Return the door of a module that is swapped.
+
+    Args:
+        module: A swapped module.
+    """
+    return vars(module)[DOOR]
+
+
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **asked: Any) -> Tensor:
     """Attend through the door of a module.
 
@@ -168,8 +178,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **asked
         value: Values.
         **asked: Scale, dropout and mask of the keys.
     """
-    door = door_of(module)
-    assert door is not None
+    door = own_door(module)
     if door.dropout is not None:
         asked["dropout_p"] = door.dropout if module.training else 0.0
     return door.attend(query, key, value, **asked)
@@ -187,9 +196,8 @@ def refuse(module: nn.Module, **asked: Any) -> None:
     """
     for name, given in asked.items():
         if given is not None and given is not False:
-            door = door_of(module)
-            assert door is not None
-            raise AdapterError(f"{door.name} was called with {name}, which has no meaning for operators over a grid.")
+            called = f"{own_door(module).name} was called with {name}"
+            raise AdapterError(f"{called}, which has no meaning for operators over a grid.")
 
 
 def above(model: nn.Module, name: str) -> Iterator[nn.Module]:

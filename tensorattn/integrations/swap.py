@@ -418,8 +418,7 @@ def _decide(site: Site, given: Mapping[str, Any], dropout: float | None, verifie
 def _check_rotary(site: Site, operator: str, options: Mapping[str, Any], order: int) -> None:
     """Refuse an operator that averages keys, where they are turned by their places."""
     record = get_operator(operator)
-    needs = record.needs(order, **record.with_defaults(options))
-    if {kept for kept in (needs.kept if needs.keys is None else needs.keys) if kept} != {tuple(range(order))}:
+    if record.needs(order, **record.with_defaults(options)).averages_keys(order):
         raise AdapterError(
             f"{_told(site)} turns keys by their places (rotary), and operator {operator!r} averages keys of different "
             f"turns."
@@ -488,7 +487,12 @@ def _difference(output: Any, original: Any) -> float:
     pairs = [(_precise(new), _precise(old)) for new, old in zip(_tensors(output), _tensors(original), strict=True)]
     change = math.hypot(*(float((new - old).norm()) for new, old in pairs))
     whole = math.hypot(*(float(old.norm()) for _, old in pairs))
-    return change / whole if whole else (0.0 if change == 0 else math.inf)
+    return _share(change, whole)
+
+
+def _share(part: float, whole: float) -> float:
+    """Divide; nothing of nothing is zero, and anything else of it infinite."""
+    return part / whole if whole else (0.0 if part == 0 else math.inf)
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -579,7 +583,7 @@ class _Reading:
         mean = (value * shown).sum(-2, keepdim=True) / shown.sum(-2, keepdim=True).clamp_min(1)
         mean = mean.repeat_interleave(query.shape[1] // key.shape[1], 1)
         off, spread = (float(_precise(each).norm()) for each in (found.output - exact, exact - mean))
-        self.errors.append(off / spread if spread else (0.0 if off == 0 else math.inf))
+        self.errors.append(_share(off, spread))
         if found.rho is not None:
             self.rhos.append(float(found.rho.amax()))
         return exact

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorattn.errors import AdapterError
-from tensorattn.integrations.doors import Site, Way, above, attend, by_forward, door_of, refuse
+from tensorattn.integrations.doors import Site, Way, above, attend, by_forward, own_door, refuse
 from tensorattn.masks import is_recorded
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
@@ -84,9 +84,8 @@ def _key_mask(module: nn.Module, mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         return ~mask
     if not is_recorded() and not bool(((mask == 0) | (mask == -math.inf)).all()):
-        door = door_of(module)
-        assert door is not None
-        raise AdapterError(f"{door.name} was called with a key_padding_mask that is neither 0 nor minus infinity.")
+        called = f"{own_door(module).name} was called with a key_padding_mask"
+        raise AdapterError(f"{called} that is neither 0 nor minus infinity.")
     return mask == 0
 
 

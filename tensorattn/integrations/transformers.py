@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorattn.errors import AdapterError
-from tensorattn.integrations.doors import Site, Way, attend, by_forward, door_of, refuse
+from tensorattn.integrations.doors import Site, Way, attend, by_forward, door_of, own_door, refuse
 
 __all__ = ["PACKAGE", "TESTED", "sites"]
 
@@ -166,9 +166,8 @@ def attention_forward(
 def _key_mask(module: nn.Module, mask: Tensor) -> Tensor:
     """Return a mask of keys, which must be one for all queries and heads."""
     if mask.is_floating_point() or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
-        door = door_of(module)
-        assert door is not None
-        raise AdapterError(f"{door.name} was called with an attention_mask of shape {tuple(mask.shape)}, which is P×P.")
+        called = f"{own_door(module).name} was called with an attention_mask"
+        raise AdapterError(f"{called} of shape {tuple(mask.shape)}, which is P×P.")
     return mask[:, 0, 0]
 
 

@@ -183,8 +183,7 @@ class RotaryEmbedding(nn.Module):
         """
         record, order = get_operator(operator), self.modes.order
         needs = record.needs(order, **record.with_defaults(options))
-        seen = {kept for kept in (needs.kept if needs.keys is None else needs.keys) if kept}
-        if not record.pools and seen != {tuple(range(order))}:
+        if not record.pools and needs.averages_keys(order):
             raise OptionError(
                 f"rotary has no meaning for operator {operator!r}, which averages keys of different turns.",
                 hint="Add positions instead, which keeps exactness: SinCosPositions or LearnedPositions.",
