@@ -23,6 +23,8 @@ from tensorattn.cli.plain import PLAIN, PlainLayer, PooledLayer
 from tensorattn.diagnose.cost import DTYPES, Cost, cost
 from tensorattn.functional.cells import draw_queries, metric_of, search
 from tensorattn.nn import TensorAttention
+from tensorattn.nn.layout import channels_last
+from tensorattn.nn.sources import join_heads, split_heads
 from tensorattn.testing import reference
 
 __all__ = ["FULL", "LIBRARY", "Contender", "Runner", "Work", "cells_found", "contenders"]
@@ -80,7 +82,7 @@ class Work:
 
     def last(self, x: Tensor) -> Tensor:
         """View a tensor with its channels last."""
-        return x.movedim(1, -1) if self.channels_first else x
+        return channels_last(x, self.channels_first)
 
     def place(self, x: Tensor) -> Tensor:
         """Return a tensor in the type and on the device, in this order: not every device has float64."""
@@ -153,7 +155,7 @@ def _defined(layer: TensorAttention, x: Tensor, places: Tensor, measured: Tensor
     if layer.options.get("cells") == "keys" and layer.options["tokens"] < math.prod(x.shape[1:-1]):
         weight, heads = measured.q_proj.weight, layer.num_heads
         rounded = x.detach().to(weight.dtype).to(weight.device)
-        query, key = (_heads(to(rounded), heads).flatten(2, -2) for to in (measured.q_proj, measured.k_proj))
+        query, key = (split_heads(to(rounded), heads, 1).flatten(2, -2) for to in (measured.q_proj, measured.k_proj))
         labels, spread = cells_found(query, key, layer.options["tokens"])
         labels = labels.unflatten(-1, x.shape[1:-1])
         cells = [{"labels": labels[:, head], "spread": spread[:, head]} for head in range(heads)]
@@ -180,18 +182,13 @@ def cells_found(query: Tensor, key: Tensor, tokens: int) -> tuple[Tensor, Tensor
         return labels, torch.where(typical > 0, spread / typical, 1.0)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """Split heads: ``(B, *, C)`` to ``(B, H, *, D)``."""
-    return x.unflatten(-1, (heads, -1)).movedim(-2, 1)
-
-
 def _pooled(pooled: Any, x: Tensor, places: Tensor) -> Tensor:
     """Full attention to the pooled tensor."""
     layer, tokens = pooled.layer, pooled.pooled(x)
     maps = ((layer.q_proj, x), (layer.k_proj, tokens), (layer.v_proj, tokens))
-    parts = [_heads(projection(source), layer.num_heads) for projection, source in maps]
+    parts = [split_heads(projection(source), layer.num_heads, 1) for projection, source in maps]
     output, _ = reference.attention("flattened", *parts, order=x.dim() - 2, at=places)
-    return layer.out_proj(output.movedim(1, -2).flatten(-2))
+    return layer.out_proj(join_heads(output, 1))
 
 
 def _axial_package(package: Any, x: Tensor, places: Tensor) -> Tensor:
@@ -203,19 +200,19 @@ def _axial_package(package: Any, x: Tensor, places: Tensor) -> Tensor:
         fibres = fibres if others else fibres.unsqueeze(1).expand(-1, len(places), -1, -1)
         own = fibres.gather(2, places[:, mode, None, None].expand(len(fibres), -1, 1, x.shape[-1]))
         key, value = attends.to_kv(fibres).chunk(2, -1)
-        parts = [_heads(part, attends.heads) for part in (attends.to_q(own), key, value)]
+        parts = [split_heads(part, attends.heads, 1) for part in (attends.to_q(own), key, value)]
         output, _ = reference.attention("flattened", *parts, order=1)
-        total = total + attends.to_out(output.squeeze(-2).movedim(1, -2).flatten(-2))
+        total = total + attends.to_out(join_heads(output.squeeze(-2), 1))
     return total
 
 
 def _kronecker_package(package: Any, x: Tensor, places: Tensor) -> Tensor:
     """`kao_qkv` without a scale; its bias is added once for each mode."""
     query, key, value = (
-        _heads(part, package.heads) for part in (x @ package.to_qkv.weight.squeeze(-1).mT).chunk(3, -1)
+        split_heads(part, package.heads, 1) for part in (x @ package.to_qkv.weight.squeeze(-1).mT).chunk(3, -1)
     )
     output, _ = reference.attention("kao_qkv", query, key, value, order=2, at=places, scale=1.0)
-    return F.linear(output.movedim(1, -2).flatten(-2), package.to_out.weight.squeeze(-1), 2 * package.to_out.bias)
+    return F.linear(join_heads(output, 1), package.to_out.weight.squeeze(-1), 2 * package.to_out.bias)
 
 
 def _from_package(

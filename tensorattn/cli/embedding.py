@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tensorattn.cli.recordings import RecordingError
+from tensorattn.nn.patches import grid_of
 
 __all__ = [
     "Embedding",
@@ -47,20 +48,6 @@ class Tokens(NamedTuple):
     key: Tensor
     value: Tensor
     scale: float
-
-
-def grid_of(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
-    """Return how many patches cover each mode, the last one padded where the size is not divisible.
-
-    Args:
-        sizes: Sizes of the modes.
-        patch: Sizes of a patch.
-
-    Examples:
-        >>> grid_of((30, 240, 322), (4, 8, 8))
-        (8, 30, 41)
-    """
-    return tuple(-(-size // part) for size, part in zip(sizes, patch, strict=True))
 
 
 def choose_patch(sizes: Sequence[int], max_positions: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tensorattn import __version__
-from tensorattn.diagnose.cost import count
+from tensorattn.diagnose.cost import count, one_thread
 from tensorattn.errors import OptionError
 
 __all__ = ["devices", "find_device", "interleaved", "machine", "memory", "one_thread", "seconds", "synchronize"]
@@ -98,17 +98,6 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 # ---- time and memory -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Work on one thread of the CPU; afterwards on as many as before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def interleaved(

@@ -15,17 +15,12 @@ import torch
 
 import tensorattn
 from tensorattn.cli.common import progress, require
+from tensorattn.diagnose.cost import DTYPES
 from tensorattn.errors import OptionError
 from tensorattn.functional import OPERATORS, get_operator
 
 __all__ = ["Verdict", "add_arguments", "carry_out", "report", "run", "trials"]
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 MOST_MODES = 6
 UNCLEAR = 0.3  # tolerance in units of what is compared, from which on a comparison can hardly tell right from wrong
 

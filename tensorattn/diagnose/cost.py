@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,7 @@ from tensorattn.modes import ModeSpec, check_order
 from tensorattn.nn import TensorAttention, TensorTransformerBlock
 from tensorattn.processes import in_backward
 
-__all__ = ["Cost", "Part", "PeakMemory", "Spent", "cost", "count", "count_calls", "measure"]
+__all__ = ["Cost", "Part", "PeakMemory", "Spent", "cost", "count", "count_calls", "measure", "one_thread"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 LAYOUTS = ("channels_last", "channels_first")
@@ -593,6 +593,17 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Work on one thread of the CPU; afterwards on as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def measure(call: Callable[[], Any]) -> tuple[Any, Spent]:
     """Call a function a few times on one thread, and return its result, its CPU time and its peak memory.
 
@@ -611,9 +622,7 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Spent]:
         >>> float(result), spent.seconds < 1
         (8.0, True)
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         result, seconds, peak = _once(call)
         timed = [seconds]
         while sum(timed) < ENOUGH_SECONDS and len(timed) <= REPEATS:
@@ -624,8 +633,6 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Spent]:
         if len(timed) > 1:  # the first call warmed up, for time and for memory
             result, timed = None, timed[1:]
             result, _, peak = _once(call)
-    finally:
-        torch.set_num_threads(threads)
     return result, Spent(statistics.median(timed), peak)
 
 
