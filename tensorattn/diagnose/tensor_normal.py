@@ -31,6 +31,7 @@ from tensorattn.errors import (
     WeightsError,
     retells,
 )
+from tensorattn.masks import beside, broadcasts_to
 
 __all__ = [
     "CrossCovariance",
@@ -134,7 +135,7 @@ class TensorNormal(Distribution):
             ShapeError: If the present batch shape does not expand to it.
         """
         shape = torch.Size(batch_shape)
-        if not _broadcast(shape, self._batch_shape) or torch.broadcast_shapes(shape, self._batch_shape) != shape:
+        if not broadcasts_to(self._batch_shape, shape):
             raise ShapeError(f"batch_shape is {tuple(shape)}, but {tuple(self._batch_shape)} does not expand to it.")
         new: TensorNormal = self._get_checked_instance(TensorNormal, _instance)
         new._modes, new._channels = self._modes, self._channels
@@ -529,10 +530,7 @@ def gls_weights(covariance: Tensor) -> Tensor:
 
 def _over_event(vectors: Sequence[Tensor], channels: int = 0) -> list[Tensor]:
     """View vectors ``(*batch, n_k)``, one an event dimension, so that they broadcast to the event."""
-    dims = len(vectors) + channels
-    return [
-        v.reshape(*v.shape[:-1], *(v.shape[-1] if d == k else 1 for d in range(dims))) for k, v in enumerate(vectors)
-    ]
+    return [beside(vector, dim, len(vectors) + channels) for dim, vector in enumerate(vectors)]
 
 
 def _kept(argument: str, kept: Sequence[int], order: int) -> tuple[int, ...]:

@@ -264,9 +264,8 @@ def _attend_from_averages(
     each = each.unflatten(-2, own)
     result = spread_parts(result, (*summary.batch, *own), accumulation_dtype(each.dtype), None)
     output = result.output + _correction(each, [*means, queries.rows(())], summary, scale, saturation, gain)
-    if summary.counts is not None:  # where no position is present there is nothing to correct
-        grand = summary.count(())
-        assert grand is not None
+    grand = summary.count(())
+    if grand is not None:  # where no position is present there is nothing to correct
         output = torch.where((grand > 0)[(..., *(None,) * (order + 1))], output, 0.0)
     return result._replace(output=output.to(each.dtype))
 

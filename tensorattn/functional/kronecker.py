@@ -28,7 +28,7 @@ from tensorattn.functional.operator import (
 )
 from tensorattn.functional.summary import Means, Needs, Summary
 from tensorattn.masks import Part, accumulation_dtype, log_weights, matmul, nonzero, relative
-from tensorattn.modes import main_effects
+from tensorattn.modes import main_effects, positions_behind
 
 __all__ = ["KRONECKER_PRODUCT", "KRONECKER_SUM", "kronecker_product_attention", "kronecker_sum_attention"]
 
@@ -202,11 +202,10 @@ def _matrices(
 
 def _others(summary: Summary, mode: int) -> Tensor | int:
     """Count the positions that share an index of a mode, by weight: ``(*batch, 1 or n_mode, 1)``, or a number."""
-    if summary.counts is None:
-        return summary.positions // summary.sizes[mode]
+    count = summary.count((mode,))
+    if count is None:
+        return positions_behind(summary.sizes, (mode,))
     if summary.mode_weights is None:
-        count = summary.count((mode,))
-        assert count is not None
         return count.unsqueeze(-1).to(accumulation_dtype(summary.key((mode,)).dtype))
     totals = [
         size if weight is None else weight.sum(-1)[..., None, None]

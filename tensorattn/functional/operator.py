@@ -479,12 +479,10 @@ def attend_condensed(
     """
     batch, sizes = len(summary.batch), summary.sizes
     further = query.dim() - 1 - batch - len(sizes)  # positions beside those of the grid, as heads of a group are
-    shown = None
-    if further >= 0 and tuple(query.shape[batch + further : -1]) == sizes and summary.counts is not None:
-        count = summary.count(tuple(range(summary.order)))
-        if count is not None:
-            shape = (*count.shape[:batch], *query.shape[batch : batch + further], *count.shape[batch:])
-            shown = count[(slice(None),) * batch + (None,) * further].expand(shape).flatten(batch)
+    shown, count = None, summary.count(tuple(range(summary.order)))
+    if count is not None and further >= 0 and tuple(query.shape[batch + further : -1]) == sizes:
+        shape = (*count.shape[:batch], *query.shape[batch : batch + further], *count.shape[batch:])
+        shown = count[(slice(None),) * batch + (None,) * further].expand(shape).flatten(batch)
     flat = query.reshape(*summary.batch, math.prod(query.shape[batch:-1]), query.shape[-1])
     found, after = operator.condense(flat, summary, shown, causal=mode, **before, **options)  # type: ignore[misc]
     if mode is None:

@@ -64,11 +64,9 @@ class Tokens(NamedTuple):
     log_weight: Tensor | None
     sets: tuple[TokenSet, ...]
 
-    def split(self, tensor: Tensor | None, dim: int = -2) -> tuple[Tensor | None, ...]:
+    def split(self, tensor: Tensor, dim: int = -2) -> Sequence[Tensor]:
         """Split what belongs to all tokens into what belongs to each set."""
-        if tensor is None or len(self.sets) == 1:
-            return (tensor,) * len(self.sets)
-        return tensor.split_with_sizes([each.length for each in self.sets], dim)
+        return (tensor,) if len(self.sets) == 1 else tensor.split_with_sizes([each.length for each in self.sets], dim)
 
     def beside(self, key: Tensor, value: Tensor, log_weight: Tensor | None = None) -> Tokens:
         """Return them with more tokens in the last set, ``(*batch, R, D)`` and ``(*batch, R, D_v)``, without a bias.
@@ -80,11 +78,11 @@ class Tokens(NamedTuple):
         """
         *before, last = self.sets
         more, weights = key.shape[-2], None
-        if self.log_weight is not None or log_weight is not None:
-            like, own = (self.log_weight if log_weight is None else log_weight), key.shape[:-2]
-            assert like is not None
-            lengths = (self.key.shape[-2], more)
-            parts = [like.new_zeros(()) if part is None else part for part in (self.log_weight, log_weight)]
+        given = (self.log_weight, log_weight)
+        like = next((part for part in given if part is not None), None)
+        if like is not None:
+            own, lengths = key.shape[:-2], (self.key.shape[-2], more)
+            parts = [like.new_zeros(()) if part is None else part for part in given]
             weights = torch.cat([part.expand(*own, n) for part, n in zip(parts, lengths, strict=True)], -1)
         bias = None if last.bias is None else F.pad(last.bias, (0, more))
         last = last._replace(length=last.length + more, bias=bias)
@@ -93,8 +91,10 @@ class Tokens(NamedTuple):
 
     def added(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Return for each set what is added to its logits, broadcastable to ``(*batch, L, S)``; None for nothing."""
-        found = []
-        for each, weight in zip(self.sets, self.split(self.log_weight, -1), strict=True):
+        found: list[Tensor | None] = []
+        none = (None,) * len(self.sets)
+        weights = none if self.log_weight is None else self.split(self.log_weight, -1)
+        for each, weight in zip(self.sets, weights, strict=True):
             added = None if weight is None else weight.unsqueeze(-2).to(dtype)
             if each.bias is not None and each.rows is not None:
                 bias = each.bias.index_select(-2, each.rows).to(dtype)
@@ -215,15 +215,12 @@ def _fused(
     """
     values, centre, total = tokens.split(tokens.value), None, None
     if dropout_p == 0 and (len(values) > 1 or tokens.sets[0].coefficient != 1):
-        constant = [
-            value for each, value in zip(tokens.sets, values, strict=True) if each.constant and value is not None
-        ]
+        constant = [value for each, value in zip(tokens.sets, values, strict=True) if each.constant]
         centre = constant[0] if constant else tokens.value.mean(-2, keepdim=True)
         values = tokens.split(tokens.value - centre)
     for each, key, value, bias in zip(tokens.sets, tokens.split(tokens.key), values, added, strict=True):
         if centre is not None and each.constant:  # it gives the common value
             continue
-        assert key is not None and value is not None
         if bias is not None:
             if bias.dtype != query.dtype:  # half precision would round the logarithm of a large count
                 bias = bias - bias.amax(-1, keepdim=True).clamp_min(torch.finfo(bias.dtype).min)
@@ -405,7 +402,6 @@ def _explicit(
     logits = matmul(query.to(dtype) * scale, tokens.key.to(dtype).mT)
     weights, signed, lse = [], [], logits.new_zeros(())
     for each, part, bias in zip(tokens.sets, tokens.split(logits, -1), added, strict=True):
-        assert part is not None
         part = part if bias is None else part + bias
         if alive is not None:
             part = torch.where(alive, part, 0.0)  # a softmax over nothing would be NaN
