@@ -501,13 +501,6 @@ class TestTransforms:
             close([ours], [theirs])
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
     @pytest.mark.thorough

@@ -45,14 +45,6 @@ def check_table(printed: str) -> dict[str, int]:
     return {mark: sum(mark == other for _, other in found) for mark in ("holds", "FAILS", "unclear", "not tried")}
 
 
-@pytest.fixture
-def registry():
-    before = dict(OPERATORS)
-    yield OPERATORS
-    OPERATORS.clear()
-    OPERATORS.update(before)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_every_statement_has_a_row_and_the_exit_status_tells_whether_any_fails(capsys, dtype):

@@ -23,11 +23,7 @@ SMALL = {"in_channels": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 LEARNED = {"positions": "learned", "sizes": (3, 4)}
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def config(**settings):

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import CAUSAL, CLOSE, VARIANTS
 from modules import draw
 
 import tensorattn as ta
 from tensorattn.functional import OPERATORS
-from tensorattn.testing.variants import variants
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 GRADIENTS = {"rtol": 1e-9, "atol": 1e-11}
 HALVES = [torch.bfloat16, torch.float16]
-VARIANTS = variants()
 DEFAULTS = VARIANTS[: len(OPERATORS)]
 QUICK = [*DEFAULTS, *(v for v in VARIANTS if str(v) in ("additive interaction=linear", "additive include_self=True"))]
-CAUSAL = [variant for variant in VARIANTS if "causal" not in variant.lacks]
 PARAMETERS = [f"{name}_proj.{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias")]
 
 
@@ -81,3 +78,9 @@ def compare(ours, theirs, **tolerance):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         compare(one, other, **tolerance)
+
+
+def gradients_of(function, layer, x, **given):
+    """An output, and gradients of the input and of every parameter."""
+    y = function(x, **given)
+    return y, torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), [x, *layer.parameters()])

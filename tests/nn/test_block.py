@@ -29,11 +29,7 @@ HALVES = [torch.bfloat16, torch.float16]
 every_operator = pytest.mark.parametrize("variant", DEFAULTS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def make(variant=VARIANTS[0], modes=2, embed_dim=8, dtype=torch.float64, **settings):

@@ -11,7 +11,7 @@ from modules import draw, refused
 from torch.export import Dim
 
 import tensorattn as ta
-from nn.layers import GRADIENTS, compare, heads_of, joined, make
+from nn.layers import GRADIENTS, compare, gradients_of, heads_of, joined, make
 from tensorattn.diagnose.cost import count_calls
 from tensorattn.errors import OptionError
 from tensorattn.functional import cells
@@ -191,18 +191,6 @@ class TestStreams:
             stream(x[:, :, frame : frame + 1])
             sizes.add(sum(t.numel() for t in stream.state_dict().values() if isinstance(t, torch.Tensor)))
         assert len(sizes) == 1
-
-
-def gradients_of(function, layer, x, **given):
-    y = function(x, **given)
-    return y, torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), [x, *layer.parameters()])
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.export import Dim
 
 import tensorattn as ta
-from nn.layers import DEFAULTS, GRADIENTS, HALVES, VARIANTS, compare, every_operator, make, more
+from nn.layers import DEFAULTS, GRADIENTS, HALVES, VARIANTS, compare, every_operator, gradients_of, make, more
 
 thorough = pytest.mark.thorough
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -26,11 +26,7 @@ DYNAMIC = {"dynamic_shapes": ({place: Dim.DYNAMIC for place in range(4)},)}
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def said(*sizes):
@@ -63,12 +59,6 @@ every_bias = pytest.mark.parametrize("case", biased())
 
 
 # ---- compilation ---------------------------------------------------------------------------------------------
-
-
-def gradients_of(function, layer, x, **given):
-    """An output, and gradients of the input and of every parameter."""
-    y = function(x, **given)
-    return y, torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("case", more(*COMPILED), ids=lambda case: " ".join(map(str, case)))

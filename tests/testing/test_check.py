@@ -40,14 +40,6 @@ from tensorattn.testing.variants import variants
 QUICK = {"examples": 2, "skip": (check_gradients, check_precision)}
 
 
-@pytest.fixture
-def registry():
-    before = dict(OPERATORS)
-    yield OPERATORS
-    OPERATORS.clear()
-    OPERATORS.update(before)
-
-
 def test_an_operator_of_ones_own_gets_all_that_it_claims_in_three_lines(registry):
     def mine(query, key, value, *, order, **others):
         return ta.additive_attention(query, key, value, order=order, **others)
