@@ -208,8 +208,10 @@ class TestSearch:
             refused(OptionError, f"find_cells: {message}\n{reading}", ta.find_cells, None, key, order=2, tokens=tokens)
         with pytest.raises(DtypeError, match=r"the type is torch\.float32 in query but torch\.float64 in key"):
             ta.find_cells(key.float(), key, order=2)
-        with pytest.raises(ShapeError):
-            ta.find_cells(drawn(2, 6, 4), key, order=2)
+        modes, grid = reading.split("\n")
+        query = "  query    (2, 6, 4)      batch=(2,) positions=(6,) D=4"
+        told = "\n".join(("find_cells: head size is 4 in query but 3 in key.", modes, query, grid))
+        refused(ShapeError, told, ta.find_cells, drawn(2, 6, 4), key, order=2)
 
 
 class TestCells:
@@ -265,9 +267,13 @@ class TestBlocks:
         assert block_labels((5, 3), (2, 2), CPU).reshape(5, 3).tolist() == [[0, 0, 1]] * 3 + [[2, 2, 3]] * 2
 
     def test_of_bad_input(self):
-        for counts, causal in (((2,), None), ((2, 2, 2), None), ((2, 2), 0)):
-            with pytest.raises(OptionError):
-                block_counts((4, 4), 64, counts, causal)
+        cut = "blocks cuts mode 0 into 2, but it is causal: a block spans all frames so far."
+        for message, counts, causal in (
+            ("blocks has 1 counts, but order 2 needs one a mode.", (2,), None),
+            ("blocks has 3 counts, but order 2 needs one a mode.", (2, 2, 2), None),
+            (cut, (2, 2), 0),
+        ):
+            refused(OptionError, message, block_counts, (4, 4), 64, counts, causal)
 
 
 class TestSums:
