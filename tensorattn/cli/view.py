@@ -80,7 +80,7 @@ def look(recording: Recording, place: Place, tokens: Tokens, choices: Sequence[C
     token = int(np.ravel_multi_index(place.query, tokens.query.shape[1:-1]))
     query = tokens.query.flatten(1, -2)[:, token : token + 1]
     (exact,) = _attention(flattened_attention, query, tokens)
-    cells, vectors = _cell_maps(choices, token, tokens, every), _mode_weights(choices, query, tokens, every)
+    cells, vectors = _cell_maps(choices, query, tokens, every), _mode_weights(choices, query, tokens, every)
     head = int(torch.special.entr(exact.flatten(1)).sum(dim=1).argmin())
     drawn: list[tuple[list[str], Tensor]] = [([FULL], exact[head])]
     drawn.extend(([choice.label], spread[head]) for choice, spread in cells.items())
@@ -120,10 +120,15 @@ def draw(view: View) -> dict[str, Any]:
     }
 
 
-def _attention(function: Callable[..., Any], query: Tensor, tokens: Tokens, **options: Any) -> list[Tensor]:
-    """Return the attention of one query, without the dimension that counts queries."""
+def _weights(function: Callable[..., Any], query: Tensor, tokens: Tokens, /, **options: Any) -> Sequence[Tensor]:
+    """Return the attention weights of some queries."""
     settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True, **options}
-    return [weights.squeeze(1) for weights in function(query, tokens.key, tokens.value, **settings).attention]
+    return function(query, tokens.key, tokens.value, **settings).attention
+
+
+def _attention(function: Callable[..., Any], query: Tensor, tokens: Tokens, /, **options: Any) -> list[Tensor]:
+    """Return the attention of one query, without the dimension that counts queries."""
+    return [weights.squeeze(1) for weights in _weights(function, query, tokens, **options)]
 
 
 def _marginals(spread: Tensor) -> list[Array]:
@@ -157,16 +162,14 @@ def _mode_weights(choices: Sequence[Choice], query: Tensor, tokens: Tokens, ever
 
 def _grid_map(choice: Choice, place: Place, tokens: Tokens) -> Tensor:
     """Return the map ``(H, g_1, …, g_N)`` of an operator whose queries must be those of the whole grid."""
-    settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True, **choice.options}
-    attention = choice.record.function(*tokens[:3], **settings).attention
-    sizes = tokens.key.shape[1:-1]
-    return attention_map(attention, sizes, operator=choice.record.name, at=place.query, **choice.options)
+    attention = _weights(choice.record.function, tokens.query, tokens, **choice.options)
+    return attention_map(
+        attention, tokens.key.shape[1:-1], operator=choice.record.name, at=place.query, **choice.options
+    )
 
 
-def _cell_maps(choices: Sequence[Choice], token: int, tokens: Tokens, every: bool) -> dict[Choice, Tensor]:
+def _cell_maps(choices: Sequence[Choice], query: Tensor, tokens: Tokens, every: bool) -> dict[Choice, Tensor]:
     """Return the maps ``(H, g_1, …, g_N)`` of every choice, or the first, of each kind of cells."""
-    settings = {"order": tokens.key.ndim - 2, "scale": tokens.scale, "return_attention": True}
-    query = tokens.query.flatten(1, -2)[:, token : token + 1]
     seen, found = set(), {}
     for choice in choices:
         if choice.record.condense is None:
@@ -177,7 +180,7 @@ def _cell_maps(choices: Sequence[Choice], token: int, tokens: Tokens, every: boo
         seen.add(options["cells"])
         if options["cells"] == "keys":
             options["cells"] = find_cells(tokens.query, tokens.key, order=tokens.key.ndim - 2, tokens=options["tokens"])
-        attention = choice.record.function(query, tokens.key, tokens.value, **settings, **options).attention
+        attention = _weights(choice.record.function, query, tokens, **options)
         found[choice] = attention_map(attention, tokens.key.shape[1:-1], operator=choice.record.name, at=[0])
     return found
 

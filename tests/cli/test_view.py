@@ -31,7 +31,17 @@ def drawn(figure: Any, row: str) -> np.ndarray:
     return 2 ** np.asarray(axes.get_images()[0].get_array())
 
 
-@pytest.mark.parametrize("what", ["clustered", "kao_kv", ta.kao_kv, ta.OPERATORS["additive"], ["axial", "kao_qkv"]])
+WHAT = [
+    "clustered",
+    "clustered:cells=blocks:tokens=8",
+    "kao_kv",
+    ta.kao_kv,
+    ta.OPERATORS["additive"],
+    ["axial", "kao_qkv"],
+]
+
+
+@pytest.mark.parametrize("what", WHAT)
 def test_operators_beside_full_attention(what: Any) -> None:
     figure = ta.show(what, noise(*GRID), at=(1, 2, 3), modes="t h w", heads=2, dim=8)
     names = [what] if isinstance(what, str) else getattr(what, "name", None) or getattr(what, "__name__", what)
