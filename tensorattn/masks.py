@@ -8,6 +8,7 @@ values is read from the device at once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,6 +33,7 @@ __all__ = [
     "Weights",
     "accumulation_dtype",
     "beside",
+    "beside_others",
     "broadcasts_to",
     "check_floating",
     "counting_dtype",
@@ -175,18 +177,19 @@ class Weights:
         """
         if self.grid is not None:
             return self.grid if self.binary else relative(self.grid, self.order)
-        found = []
-        for mode, vector in enumerate(self.vectors):
-            if vector is not None:
-                found.append(beside(relative(vector, 1), mode, self.order))
+        found = beside_others([None if vector is None else relative(vector, 1) for vector in self.vectors])
         return functools.reduce(torch.mul, found) if found else None
 
     def shown(self) -> Tensor | None:
         """Return where positions have a weight that is not zero, broadcastable to the grid; None where all have."""
         if self.grid is not None:
             return self.grid > 0
-        found = [beside(vector > 0, mode, self.order) for mode, vector in enumerate(self.vectors) if vector is not None]
+        found = beside_others([None if vector is None else vector > 0 for vector in self.vectors])
         return functools.reduce(torch.logical_and, found) if found else None
+
+    def with_vector(self, mode: int, vector: Tensor) -> Weights:
+        """Return weights of which those of a mode are others."""
+        return dataclasses.replace(self, vectors=(*self.vectors[:mode], vector, *self.vectors[mode + 1 :]))
 
 
 def read_weights(
@@ -248,12 +251,9 @@ def read_weights(
             indices = indices and all(vector is None for vector in vectors)
             whole = shown.to(dtype) if whole is None else whole * shown
     vectors = tuple(None if v is None else v.to(dtype) for v in map(_times, vectors, seen))
-    present = [beside(part, mode, order) for mode, part in enumerate(seen) if part is not None]
-    present = present if shown is None else [shown, *present]
+    present = [*([] if shown is None else [shown]), *beside_others(seen)]
     if whole is not None:
-        whole = functools.reduce(
-            torch.mul, [beside(v, m, order) for m, v in enumerate(vectors) if v is not None], whole
-        )
+        whole = functools.reduce(torch.mul, beside_others(vectors), whole)
         missing = len(grid.batch) + order - whole.dim()
         whole = whole.to(dtype).reshape(*(1,) * missing, *whole.shape)
         vectors = (whole,) if order == 1 else (None,) * order
@@ -340,10 +340,7 @@ class _Reader:
         if not readable(mask):
             return None
         parts = [mask.any([k - self.order for k in range(self.order) if k != mode]) for mode in range(self.order)]
-        product = functools.reduce(
-            torch.logical_and, [beside(part, mode, self.order) for mode, part in enumerate(parts)]
-        )
-        self.product = (product == mask).all()
+        self.product = (functools.reduce(torch.logical_and, beside_others(parts)) == mask).all()
         return tuple(parts)
 
     def lengths(self, lengths: Any, part: Part | None) -> Vectors:
@@ -643,6 +640,15 @@ def beside(vector: Tensor, mode: int, order: int) -> Tensor:
         The view ``(*batch, 1, …, n_mode, …, 1)``.
     """
     return vector.reshape(*vector.shape[:-1], *(vector.shape[-1] if k == mode else 1 for k in range(order)))
+
+
+def beside_others(vectors: Sequence[Vector]) -> list[Tensor]:
+    """View one vector a mode so that they broadcast to the grid; those that are None are left out.
+
+    Args:
+        vectors: For each mode ``(*batch, n_m)``, or None.
+    """
+    return [beside(vector, mode, len(vectors)) for mode, vector in enumerate(vectors) if vector is not None]
 
 
 def without_absent(tensor: Tensor, present: Tensor | None) -> Tensor:

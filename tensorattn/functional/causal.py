@@ -201,12 +201,11 @@ def frames_beside(
     per_frame = make_summary(moved, moved, Needs((everything,)), Weights((None,) * (weights.order - 1)))
     time = _Time(per_frame, weights, mode, batch, past, window)
     seen = time.beside(moved, 0)
-    vectors = weights.vectors
     if past is not None or weights.vectors[mode] is not None:
-        vectors = tuple([time.weights if k == mode else vector for k, vector in enumerate(vectors)])
+        weights = weights.with_vector(mode, time.weights)
     held = time.last(seen, batch)
     after = Past(time.frames, time.last(time.weights, -1), time.total, (None,), (held,), (), time.other_vectors())
-    return seen.movedim(batch, batch + mode), dataclasses.replace(weights, vectors=vectors), after
+    return seen.movedim(batch, batch + mode), weights, after
 
 
 def _within(needs: Needs, within: Mapping[Kept, Kept]) -> Needs:
@@ -225,7 +224,7 @@ def _of_all_frames(per_frame: Summary, weights: Weights, mode: int, batch: int) 
     part, vector = weights.part, weights.vectors[mode]
     assert part is not None
     if vector is not None:
-        weights = _with_vector(weights, mode, part.every(vector, mode, -1))
+        weights = weights.with_vector(mode, part.every(vector, mode, -1))
     found = _each(per_frame, lambda tensor: part.every(tensor, mode, batch))
     return (found if weights.grid is not None else dataclasses.replace(found, counts=per_frame.counts)), weights
 
@@ -251,7 +250,7 @@ def _after_earlier(per_frame: Summary, weights: Weights, mode: int, batch: int) 
             per_frame, lambda t: F.pad(t, (*(0, 0) * (t.dim() - batch - 1), 0, 1)) if t.shape[batch] == 0 else t
         )
         vector = F.pad(vector, (0, 1))
-    time = _Time(per_frame, _with_vector(weights, mode, vector), mode, batch, None, None)
+    time = _Time(per_frame, weights.with_vector(mode, vector), mode, batch, None, None)
 
     def whole(tensor: Tensor) -> Tensor:
         """Return what is known of all own frames, from what is known of those up to each."""
@@ -278,7 +277,7 @@ def _after_earlier(per_frame: Summary, weights: Weights, mode: int, batch: int) 
     if weights.grid is not None and before.counts is not None:
         counts = before.counts.map(lambda count: count * earlier[:, None, None])
         before = dataclasses.replace(before, counts=counts)
-    return _joined(before, per_frame, batch), _with_vector(weights, mode, torch.cat([known * earlier, vector], -1))
+    return _joined(before, per_frame, batch), weights.with_vector(mode, torch.cat([known * earlier, vector], -1))
 
 
 def _joined(one: Summary, other: Summary, batch: int) -> Summary:
@@ -311,11 +310,6 @@ def _of_family(summary: Summary, family: Family, batch: int) -> Summary:
     counts = None if summary.counts is None else some(summary.counts)
     values = keys if same else some(summary.value_means)
     return Summary(summary.sizes, family, keys, values, counts, summary.mode_weights, indices=summary.indices)
-
-
-def _with_vector(weights: Weights, mode: int, vector: Tensor) -> Weights:
-    """Return weights whose frames count differently."""
-    return dataclasses.replace(weights, vectors=(*weights.vectors[:mode], vector, *weights.vectors[mode + 1 :]))
 
 
 def _each(summary: Summary, function: Callable[[Tensor], Tensor]) -> Summary:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tensorattn.averages.means import marginal_means, position_counts
 from tensorattn.functional.summary import Means, Needs, Summary, Sums, make_summary
-from tensorattn.masks import Part, Vectors, Weights, accumulation_dtype, beside, counting_dtype
-from tensorattn.modes import Family, Kept
+from tensorattn.masks import Part, Vectors, Weights, accumulation_dtype, beside_others, counting_dtype
+from tensorattn.modes import Family, Kept, positions_behind
 
 __all__ = ["means_of_parts", "summary_of_parts"]
 
@@ -142,12 +142,7 @@ class _Sums:
         counts = None if self.weights.grid is None else position_counts(self.own, self.lengths, family)
         for place, (kept, mean) in enumerate(zip(family, marginal_means(tensor, family, self.own), strict=True)):
             if self.weights.plain:
-                parts = [
-                    (length, size)
-                    for m, (length, size) in enumerate(zip(self.lengths, sizes, strict=True))
-                    if m not in kept
-                ]
-                total = mean * (math.prod([own for own, _ in parts]) / math.prod([whole for _, whole in parts]))
+                total = mean * (positions_behind(self.lengths, kept) / positions_behind(sizes, kept))
             else:
                 count = _outside(self.weights.vectors, self.lengths, kept) if counts is None else counts[place]
                 total = mean.to(self.wide) * count.unsqueeze(-1)
@@ -231,8 +226,7 @@ def _gathered(weights: Weights, part: Part) -> Weights:
         return dataclasses.replace(weights, part=None)
     grid = weights.grid
     if grid is None:
-        found = [beside(vector, mode, order) for mode, vector in enumerate(weights.vectors) if vector is not None]
-        grid = functools.reduce(torch.mul, found)
+        grid = functools.reduce(torch.mul, beside_others(weights.vectors))
     batch = grid.dim() - order
     whole = part.whole(grid.expand(*grid.shape[:batch], *part.lengths).unsqueeze(-1), batch).squeeze(-1)
     vectors = (whole,) if order == 1 else (None,) * order

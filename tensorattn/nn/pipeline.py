@@ -124,6 +124,10 @@ class AttentionPipeline(nn.Module):
         """Tell whether queries and keys are turned before the operator sees them."""
         return self.rotary is not None and not get_operator(self.operator).pools
 
+    def _projects_positions(self) -> bool:
+        """Tell whether all positions are projected before anything is averaged: if asked for, or to be turned."""
+        return self.project == "positions" or self._turns_positions()
+
     def _projected(self, x: Tensor, part: Part | None = None) -> Sources:
         """Make queries, keys and values of an input at all its positions, and turn them by their places."""
         given = self._given(x)
@@ -148,8 +152,7 @@ class AttentionPipeline(nn.Module):
             weights: Checked weights of its positions, with the part.
         """
         record, needs = get_operator(self.operator), self._needs()
-        early = self.project == "positions" or self._turns_positions()
-        sources = self._projected(x, weights.part) if early else self._given(x)
+        sources = self._projected(x, weights.part) if self._projects_positions() else self._given(x)
         if self.causal is not None and record.condense is not None:
             summary = self._found(sources, weights, needs)
             record.condense(None, summary, None, causal=self.causal, part=weights.part, **self.options)
@@ -183,8 +186,7 @@ class AttentionPipeline(nn.Module):
     ) -> tuple[AttentionResult, Tensor | None]:
         """Attend from an input with its channels last to itself, or to a context, and project back; and from tokens."""
         record = get_operator(self.operator)
-        at_once = self.project == "positions" or self._turns_positions()
-        at_once = at_once or self._needs().queries is not None or record.condense is not None
+        at_once = self._projects_positions() or self._needs().queries is not None or record.condense is not None
         attend = self._again(self._attend_to) if at_once else self._attend_to
         if prefix is not None and prefix.shape[1] == 0:  # nothing is beside the input
             return attend(x, weights, context, None, return_attention, not at_once)[0], prefix
@@ -217,7 +219,7 @@ class AttentionPipeline(nn.Module):
         """
         record, needs = get_operator(self.operator), self._needs()
         settings = self._settings(return_attention=return_attention)
-        early = context is None and (self.project == "positions" or self._turns_positions())
+        early = context is None and self._projects_positions()
         sources = self._projected(x, weights.part) if early else self._given(x)
         frames = self.causal if record.query == "positions" else None
         if frames is None and self.causal is not None:
@@ -480,16 +482,11 @@ class AttentionPipeline(nn.Module):
             summary, after = causal_summary(x, x, needs, weights, mode, past=past, window=window)
             return self._from_frames(sources, sources.project(summary), mode, self._settings()).output, after()
         whole = 1 if window is not None else x.shape[1 + mode]  # with a window, each frame sees other frames
-        outputs = []
+        outputs, vector = [], weights.vectors[mode]
         for start in range(0, x.shape[1 + mode], whole):
             part = x.narrow(1 + mode, start, whole)
-            own = tuple(
-                [
-                    w.narrow(-1, start, whole) if k == mode and w is not None else w
-                    for k, w in enumerate(weights.vectors)
-                ]
-            )
-            seen, spoken, past = frames_beside(part, Weights(own), mode, past=past, window=window)
+            own = weights if vector is None else weights.with_vector(mode, vector.narrow(-1, start, whole))
+            seen, spoken, past = frames_beside(part, own, mode, past=past, window=window)
             summary = sources.project(make_summary(seen, seen, needs, spoken))
             outputs.append(self._from_positions(self._given(part), summary, self._settings(causal=mode)).output)
         assert past is not None

@@ -458,7 +458,7 @@ def tensors(
         torch.Size([2, 3, 4])
     """
     generator = draw(generators(stream))
-    mean = numbers(generator, shape[-1:]) if shape else numbers(generator, ())
+    mean = numbers(generator, shape[-1:])
     return draw(layouts((numbers(generator, shape) + mean).to(device, dtype)))
 
 
