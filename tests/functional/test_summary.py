@@ -206,9 +206,8 @@ class TestTokens:
             summary = ta.summarize(x, x, order=order, kept=subsets(order), weights=weights)
             total = over_grid(weights, sizes, batch).flatten(2).sum(-1)
             tokens = summary.tokens({kept: place + 1 for place, kept in enumerate(summary.kept)})
-            rows = zip(
-                summary.kept, tokens.sets, tokens.split(tokens.key), tokens.split(tokens.log_weight, -1), strict=True
-            )
+            added = tokens.added(torch.float64)
+            rows = zip(summary.kept, tokens.sets, tokens.split(tokens.key), added, strict=True)
             for place, (kept, each, key, log_weight) in enumerate(rows):
                 count = math.prod(sizes[mode] for mode in kept)
                 assert (each.length, each.coefficient, each.constant) == (count, place + 1, not kept)
@@ -216,7 +215,7 @@ class TestTokens:
                 if kind == "equal":
                     assert log_weight is None and each.multiplicity * count == math.prod(sizes)
                 else:
-                    close([log_weight.exp().sum(-1).expand(batch).double()], [total])
+                    close([log_weight.squeeze(-2).exp().sum(-1).expand(batch)], [total])
 
     def test_weights_of_the_indices_of_a_mode(self):
         x = draw(3, 4, 5, 2)
