@@ -14,7 +14,7 @@ The rooms of the package, each importing those above it alone, as a test says:
     blockwise            a file larger than memory
     diagnose             cost, error against full attention, the tensor-normal law
     integrations         swap.py, and one file for each host library
-    testing              the oracle in float64, laws, and strategies that draw cases
+    testing              the oracle in float64, laws and theorems, and strategies that draw cases
     cli                  attend, bench, learn, verify
 """
 

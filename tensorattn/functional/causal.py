@@ -260,8 +260,7 @@ def _after_earlier(per_frame: Summary, weights: Weights, mode: int, batch: int) 
         found = {inner: whole(time.running_mean(of, inner)) for inner in of.family}
         return Means.of(per_frame.sizes, found, batch + 1)
 
-    keys, same = means(per_frame.key_means), per_frame.value_means is per_frame.key_means
-    mine = dataclasses.replace(per_frame, key_means=keys, value_means=keys if same else means(per_frame.value_means))
+    mine = per_frame.with_means(means)
     if weights.grid is not None and per_frame.counts is not None:
         counts = per_frame.counts.map(lambda count: count.sum(batch, keepdim=True))
         mine = dataclasses.replace(mine, counts=counts)
@@ -306,23 +305,19 @@ def _of_family(summary: Summary, family: Family, batch: int) -> Summary:
         held = {kept: means.get(kept) for kept in family if kept in means.family}
         return Means.of(summary.sizes, held, batch + 1) if held else means
 
-    keys, same = some(summary.key_means), summary.value_means is summary.key_means
     counts = None if summary.counts is None else some(summary.counts)
-    values = keys if same else some(summary.value_means)
-    return Summary(summary.sizes, family, keys, values, counts, summary.mode_weights, indices=summary.indices)
+    told: dict[str, Any] = {"counts": counts, "covariance": None, "key_covariance": None}
+    return dataclasses.replace(summary.with_means(some), kept=family, **told)
 
 
 def _each(summary: Summary, function: Callable[[Tensor], Tensor]) -> Summary:
     """Return a summary whose frames, the last batch dimension, are other ones; weights of modes are left."""
-    keys, same = summary.key_means.map(function), summary.value_means is summary.key_means
     covariance = None if summary.covariance is None else function(summary.covariance)
     key_covariance = covariance
     if summary.covariance is not summary.key_covariance and summary.key_covariance is not None:
         key_covariance = function(summary.key_covariance)
     return dataclasses.replace(
-        summary,
-        key_means=keys,
-        value_means=keys if same else summary.value_means.map(function),
+        summary.with_means(lambda means: means.map(function)),
         counts=None if summary.counts is None else summary.counts.map(function),
         covariance=covariance,
         key_covariance=key_covariance,

@@ -406,9 +406,16 @@ class Summary:
         Args:
             dtype: The type.
         """
-        keys = self.key_means.map(lambda rows: rows.to(dtype))
-        same = self.value_means is self.key_means
-        values = keys if same else self.value_means.map(lambda rows: rows.to(dtype))
+        return self.with_means(lambda means: means.map(lambda rows: rows.to(dtype)))
+
+    def with_means(self, function: Callable[[Means], Means]) -> Summary:
+        """Return the same summary with other means, which are made once where those of keys and values are one.
+
+        Args:
+            function: From means to means.
+        """
+        keys = function(self.key_means)
+        values = keys if self.value_means is self.key_means else function(self.value_means)
         return dataclasses.replace(self, key_means=keys, value_means=values)
 
     def with_heads(self) -> Summary:

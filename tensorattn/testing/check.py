@@ -28,6 +28,7 @@ __all__ = [
     "Asked",
     "Checkable",
     "Comparison",
+    "Comparisons",
     "Draw",
     "Failure",
     "Found",
@@ -86,8 +87,9 @@ def holds(told: str, condition: bool, otherwise: str = "") -> Comparison:
     )
 
 
+Comparisons = Iterator[Comparison]
 # Of what is tried, a case and a function that draws; raises AssertionError where there is nothing to compare at all.
-Compare = Callable[[Any, Any, Draw], Iterator[Comparison]]
+Compare = Callable[[Any, Any, Draw], Comparisons]
 
 
 @dataclass(frozen=True)

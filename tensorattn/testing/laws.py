@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tensorattn.functional import Claim
 from tensorattn.testing import reference
-from tensorattn.testing.check import Checkable, Comparison, Draw, Law, Subject, holds, law, resolve
+from tensorattn.testing.check import Checkable, Comparison, Comparisons, Draw, Law, Subject, holds, law, resolve
 from tensorattn.testing.strategies import (
     LARGEST_LOGIT,
     Case,
@@ -68,8 +68,6 @@ __all__ = [
     "marginal_covariance",
     "slope",
 ]
-
-Comparisons = Iterator[Comparison]
 
 MODEST_LOGIT = 5.0  # finite differences lose digits for larger ones
 FAR_LOGIT = 1e4  # the largest logit that must not overflow

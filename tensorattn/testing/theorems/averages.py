@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorattn.testing import reference
-from tensorattn.testing.check import Comparison, Draw, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, law
 from tensorattn.testing.strategies import Case, allowed, exact, generators, largest, numbers
-from tensorattn.testing.theorems.common import Comparisons, called, residual_of, vanishes
+from tensorattn.testing.theorems.common import called, residual_of, vanishes
 
 __all__ = ["additive_parts", "adjoint", "joint_repetition"]
 

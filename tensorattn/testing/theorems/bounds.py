@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Comparison, Draw, holds, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, holds, law
 from tensorattn.testing.laws import full_attention, marginal_covariance
 from tensorattn.testing.strategies import (
     LARGEST_LOGIT,
@@ -22,15 +22,7 @@ from tensorattn.testing.strategies import (
     one_a_mode,
     rows,
 )
-from tensorattn.testing.theorems.common import (
-    Comparisons,
-    called,
-    mean_of,
-    orders,
-    residual_of,
-    tokens_of,
-    vanishes,
-)
+from tensorattn.testing.theorems.common import called, mean_of, orders, residual_of, tokens_of, vanishes
 
 __all__ = ["bounded", "box", "exclusive_or", "rank", "saturated", "second_order_bound", "speed", "speed_of_products"]
 

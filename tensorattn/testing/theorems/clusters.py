@@ -9,10 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Comparison, Draw, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, law
 from tensorattn.testing.laws import full_attention
 from tensorattn.testing.strategies import Case, allowed, exact, generators, largest, masks, numbers
-from tensorattn.testing.theorems.common import Comparisons, called, only_case
+from tensorattn.testing.theorems.common import called, only_case
 
 __all__ = ["all_columns", "cropping", "distinct_keys", "large_cells"]
 

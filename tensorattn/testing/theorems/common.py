@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from tensorattn.testing.check import Asked, Comparison
 from tensorattn.testing.strategies import Case, exact, rows
 
 __all__ = [
-    "Comparisons",
     "called",
     "expectation",
     "mean_of",
@@ -26,8 +25,6 @@ __all__ = [
     "tokens_of",
     "vanishes",
 ]
-
-Comparisons = Iterator[Comparison]
 
 
 def called(function: Callable[..., Any], case: Case, **how: Any) -> Any:

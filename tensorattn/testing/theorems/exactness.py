@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorattn.testing import reference
-from tensorattn.testing.check import Asked, Comparison, Draw, law
+from tensorattn.testing.check import Asked, Comparison, Comparisons, Draw, law
 from tensorattn.testing.laws import full_attention
 from tensorattn.testing.strategies import (
     LARGEST_LOGIT,
@@ -28,7 +28,7 @@ from tensorattn.testing.strategies import (
     one_a_mode,
     tensor_normals,
 )
-from tensorattn.testing.theorems.common import Comparisons, called, expectation, mean_of, product_of
+from tensorattn.testing.theorems.common import called, expectation, mean_of, product_of
 
 __all__ = [
     "additive_keys",

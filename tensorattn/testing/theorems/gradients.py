@@ -11,9 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Comparison, Draw, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, law
 from tensorattn.testing.strategies import Case, additive_tensors, allowed, exact, generators, largest, numbers, rows
-from tensorattn.testing.theorems.common import Comparisons, called, residual_of, vanishes
+from tensorattn.testing.theorems.common import called, residual_of, vanishes
 
 __all__ = ["additive_gradients", "layers", "mass", "projected_gradients"]
 

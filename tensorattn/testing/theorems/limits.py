@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorattn.testing import reference
-from tensorattn.testing.check import Comparison, Draw, holds, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, holds, law
 from tensorattn.testing.laws import along_queries, marginal_covariance, slope
 from tensorattn.testing.strategies import Case, allowed, exact, generators, largest, numbers, rows
-from tensorattn.testing.theorems.common import Comparisons, called, mean_of, only_case, residual_of, tokens_of
+from tensorattn.testing.theorems.common import called, mean_of, only_case, residual_of, tokens_of
 
 __all__ = ["decay", "far_away", "first_orders", "homogeneous_noise", "orders_of_the_error"]
 

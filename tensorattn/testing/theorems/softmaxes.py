@@ -10,18 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Comparison, Draw, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, law
 from tensorattn.testing.laws import full_attention
 from tensorattn.testing.strategies import Case, allowed, exact, generators, largest, numbers, rows
-from tensorattn.testing.theorems.common import (
-    Comparisons,
-    called,
-    expectation,
-    mean_of,
-    orders,
-    product_of,
-    vanishes,
-)
+from tensorattn.testing.theorems.common import called, expectation, mean_of, orders, product_of, vanishes
 
 __all__ = [
     "arithmetic_marginals",

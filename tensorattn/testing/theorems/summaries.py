@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Comparison, Draw, law
+from tensorattn.testing.check import Comparison, Comparisons, Draw, law
 from tensorattn.testing.strategies import Case, allowed, exact, generators, largest, numbers
-from tensorattn.testing.theorems.common import Comparisons
 
 __all__ = ["merging", "projecting"]
 

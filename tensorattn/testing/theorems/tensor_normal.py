@@ -9,9 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorattn.testing.check import Asked, Comparison, Draw, law
+from tensorattn.testing.check import Asked, Comparison, Comparisons, Draw, law
 from tensorattn.testing.strategies import generators, largest, mode_sizes, numbers, one_a_mode
-from tensorattn.testing.theorems.common import Comparisons
 
 __all__ = ["gls_averages", "laws_of_averages"]
 
