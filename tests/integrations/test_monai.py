@@ -8,6 +8,7 @@ from contract import Case, every_check, host, made, outputs, swap
 
 import tensorattn as ta
 from tensorattn.errors import AdapterError, OptionError
+from tensorattn.integrations.doors import own_door
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 host("monai")
@@ -90,7 +91,7 @@ def test_each_level_and_each_volume_has_its_grid():
     swap(model, case, "kao_kv")
     for sizes in ((8, 8, 12), (4, 8, 8)):
         model(**levels(*sizes)())
-        assert model.middle_block.attention.attn._tensorattn_door.grid == tuple(size // 2 for size in sizes)
+        assert own_door(model.middle_block.attention.attn).grid == tuple(size // 2 for size in sizes)
 
 
 def test_a_mask_of_keys():

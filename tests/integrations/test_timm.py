@@ -8,6 +8,7 @@ from contract import Case, every_check, host, made, outputs, swap
 
 import tensorattn as ta
 from tensorattn.errors import AdapterError
+from tensorattn.integrations.doors import own_door
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 timm = host("timm")
@@ -86,7 +87,7 @@ def test_any_size_is_told_in_each_call():
     for height, width in ((64, 96), (32, 32), (96, 48)):
         x = torch.randn(1, 3, height, width)
         torch.testing.assert_close(model(x), plain(x))
-        assert model.blocks[0].attn._tensorattn_door.grid == (height // 16, width // 16)
+        assert own_door(model.blocks[0].attn).grid == (height // 16, width // 16)
 
 
 @pytest.mark.parametrize(
