@@ -73,9 +73,9 @@ def bars(groups: Mapping[str, Sequence[Bar]], title: str) -> Any:
     panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
     for (work, group), (time, memory) in zip(groups.items(), panels, strict=True):
         ordered = sorted(group, key=lambda bar: -bar.training)
-        for axes, passes in ((time, (1, 2)), (memory, (3, 4))):
-            for field, above, label, colour in zip(passes, (0.2, -0.2), PASSES, COLOURS, strict=False):
-                values = [float(bar[field]) for bar in ordered]
+        for axes, unit in ((time, ""), (memory, "_memory")):
+            for label, above, colour in zip(PASSES, (0.2, -0.2), COLOURS, strict=False):
+                values = [float(getattr(bar, f"{label}{unit}")) for bar in ordered]
                 places = [place + above for place in range(len(ordered))]
                 drawn = axes.barh(places, values, 0.38, label=label, color=colour)
                 axes.bar_label(
