@@ -188,7 +188,7 @@ def _frames(size: int, shown: int, include: int) -> tuple[int, ...]:
 def _display_values(array: Array, inverted: bool = False) -> tuple[Array, str]:
     """Turn values ``(n_1, …, n_N, C)`` into grey or colours between 0 and 1, and say in words what they show."""
     channels = array.shape[-1]
-    if channels in (3, 4) and array.dtype in (np.uint8, np.uint16):
+    if channels in (3, 4) and array.dtype.newbyteorder("=") in (np.uint8, np.uint16):
         colours, most = array[..., :3], np.iinfo(array.dtype).max
         (white,) = _percentiles(colours, 99.5)
         if not 0 < white < DARK * most:
@@ -197,7 +197,8 @@ def _display_values(array: Array, inverted: bool = False) -> tuple[Array, str]:
         return brightened, f"colours {most / white:.1f} times as bright, the 99.5th percentile is white"
     grey = array[..., 0] if channels == 1 else array.mean(axis=-1, dtype=np.float64)
     low, high = _percentiles(grey, 0.5, 99.5)
-    shown = np.clip((grey.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
+    wide = np.result_type(grey.dtype, np.float32)  # which holds every number, so that none is rounded to another
+    shown = np.clip((grey.astype(wide) - low) / (high - low or 1.0), 0, 1).astype(np.float32, copy=False)
     words = "grey from the 0.5th to the 99.5th percentile"
     if inverted:
         shown, words = 1 - shown, f"{words}, small numbers bright"

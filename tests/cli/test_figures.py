@@ -341,6 +341,16 @@ def test_what_is_displayed() -> None:
     mean, words = _display_values(colours.astype(np.int32))
     assert mean.shape == (4, 5) and words.startswith("mean of 4 channels, grey")
     assert _display_values(np.zeros((3, 3, 1), bool))[0].max() == 0
+    wide = (257 * colours[..., :3].astype(np.uint16)).astype(">u2")
+    np.testing.assert_array_equal(_display_values(wide)[0], colours[..., :3])
+
+
+@pytest.mark.parametrize("far", [1e12, 101325 - 1e-6, -(2**53)])
+def test_numbers_that_differ_little_are_displayed_as_they_differ(far: float) -> None:
+    shares = np.random.default_rng(0).random((20, 20, 1))
+    shown, _ = _display_values(far + (1e-6 if far == 101325 - 1e-6 else 2**10) * shares)
+    assert shown.dtype == np.float32
+    np.testing.assert_allclose(shown, _display_values(shares)[0], atol=1e-2)
 
 
 def test_a_query_is_told_with_the_patch_that_contains_it() -> None:
