@@ -301,7 +301,7 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, .
     Raises:
         OptionError: If that fails. What was there is left as it was, without a new file or directory.
     """
-    new = [*itertools.takewhile(lambda folder: not folder.exists(), (directory, *directory.parents))]
+    new = [*itertools.takewhile(lambda folder: not os.path.lexists(folder), (directory, *directory.parents))]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=directory) as aside:
