@@ -323,11 +323,13 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, .
                     (made / name).replace(place)
                 back.pop_all()
             return tuple(directory / name for name in contents)
-    except OSError as cause:
+    except BaseException as cause:  # an interrupt, too
         for folder in new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise OptionError(f"--out {directory}: {cause.strerror or cause}") from cause
+        if isinstance(cause, OSError):
+            raise OptionError(f"--out {directory}: {cause.strerror or cause}") from cause
+        raise
 
 
 def png_bytes(figure: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,10 @@ def _with_ome_axes(found: FileArray, scale: Mapping[str, Any], level: Mapping[st
     changes = [each for of in (level, scale) for each in of.get("coordinateTransformations") or ()]
     sizes = [each["scale"] for each in changes if len(each.get("scale", ())) == len(axes)]  # they follow one another
     named = [{"name": each} if isinstance(each, str) else dict(each) for each in axes]
-    if len(named) != found.array.ndim:
+    is_channel = [each.get("type") == "channel" or each["name"] == "c" for each in named]
+    if not _are_names([each["name"] for each in named], found.array.ndim) or sum(is_channel) > 1:
         return found
     array, kept = found.array, [n for n, size in enumerate(found.array.shape) if size > 1]
-    is_channel = [each.get("type") == "channel" or each["name"] == "c" for each in named]
     order = [*(n for n in kept if not is_channel[n]), *(n for n in kept if is_channel[n])]
     steps = [
         Step(math.prod(float(each[n]) for each in sizes), UNITS.get(unit, unit)) if sizes else None
@@ -178,10 +178,15 @@ def _with_ome_axes(found: FileArray, scale: Mapping[str, Any], level: Mapping[st
     return FileArray(array, names[:modes], bool(count), tuple(steps[:modes]), notes=(*notes, *found.notes))
 
 
+def _are_names(words: Sequence[str], count: int) -> bool:
+    """Say whether words can be the names of so many modes."""
+    return len(words) == len(set(words)) == count and all(map(str.isidentifier, words))
+
+
 def _named(array: Any, names: Iterable[str | None]) -> FileArray:
     """Take the names of the axes that a file gives, where they can be names of modes; those called c are channels."""
     words = [name or "" for name in names]
-    if len(words) != array.ndim or not all(map(str.isidentifier, words)) or len(set(words)) != len(words):
+    if not _are_names(words, array.ndim):
         return FileArray(array)
     channels = [n for n, word in enumerate(words) if word in ("c", "channel", "channels", "band")]
     if len(channels) != 1 or array.ndim == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,9 @@ def test_ome_zarr_gives_axes_spacing_and_the_finest_resolution(tmp_path: Path) -
     np.testing.assert_array_equal(recording.array, np.moveaxis(array[0], 0, -1))
 
 
-def write_ome(path: Path, array: np.ndarray, axes: str, *scales: Any, whole: Any = None, **settings: Any) -> None:
+def write_ome(
+    path: Path, array: np.ndarray, axes: Sequence[str], *scales: Any, whole: Any = None, **settings: Any
+) -> None:
     """Write an array as every resolution of an OME-Zarr group, each with its scale."""
     group = zarr.create_group(str(path))
     levels = []
@@ -220,6 +223,13 @@ def test_axes_that_ome_zarr_names_twice_are_ordered_once(tmp_path: Path) -> None
     assert (str(recording.modes), recording.channels) == ("z h w", 2)
     np.testing.assert_array_equal(recording.array, np.moveaxis(array, 1, -1))
     assert recording.steps == (Step(1), Step(2), Step(3))
+
+
+@pytest.mark.parametrize("axes", [["x", "x", "y"], ["x y", "1", "x"], ["c", "c", "x"], ["z", "y"]])
+def test_axes_of_ome_zarr_that_are_no_names_are_left_out(tmp_path: Path, axes: list[str]) -> None:
+    write_ome(tmp_path / "a.zarr", RANDOM.random((3, 4, 5)), axes, [1, 2, 3])
+    recording = load(tmp_path / "a.zarr")
+    assert (str(recording.modes), recording.sizes, recording.steps) == ("0 1 2", (3, 4, 5), ())
 
 
 def test_scales_of_ome_zarr_follow_one_another_at_every_resolution(tmp_path: Path) -> None:
