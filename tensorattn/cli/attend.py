@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bytes(text: str) -> int:
     """Read a number of bytes with a prefix of ten: ``2G``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
     if found is None or not (count := int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))):
         raise argparse.ArgumentTypeError(f"must be a number of bytes, as in 2G or 500M, got {text}")
     return count
@@ -164,7 +164,7 @@ def default_choices() -> tuple[Choice, ...]:
 def _whole_numbers(text: str) -> list[int]:
     """Read whole numbers apart by commas or spaces; none where anything else is among them."""
     parts = text.replace(",", " ").split()
-    return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else []
+    return [int(part) for part in parts] if all(re.fullmatch("[0-9]{1,18}", part) for part in parts) else []
 
 
 def _patch(text: str | None, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -226,8 +226,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         files["report.html"] = page(
             [(report.view, report.heading, report.cells, report.footnotes) for report in reports], files
-        ).encode()
-    files["report.txt"] = text.encode()
+        ).encode(errors="backslashreplace")
+    files["report.txt"] = text.encode(errors="backslashreplace")  # not every name of a file is of UTF-8
     written = write_files(arguments.out, files)
     if arguments.json:
         print(json.dumps({"recordings": [report.record() for report in reports], "files": [*map(str, written)]}))

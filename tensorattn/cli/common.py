@@ -301,7 +301,7 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, .
     Raises:
         OptionError: If that fails. What was there is left as it was, without a new file or directory.
     """
-    new = [*itertools.takewhile(lambda folder: not folder.exists(), (directory, *directory.parents))]
+    new = [*itertools.takewhile(lambda folder: not os.path.lexists(folder), (directory, *directory.parents))]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=directory) as aside:
@@ -323,11 +323,13 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> tuple[Path, .
                     (made / name).replace(place)
                 back.pop_all()
             return tuple(directory / name for name in contents)
-    except OSError as cause:
+    except BaseException as cause:  # an interrupt, too
         for folder in new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise OptionError(f"--out {directory}: {cause.strerror or cause}") from cause
+        if isinstance(cause, OSError):
+            raise OptionError(f"--out {directory}: {cause.strerror or cause}") from cause
+        raise
 
 
 def png_bytes(figure: Any) -> bytes:

@@ -178,7 +178,7 @@ def _feature_statistics(cuts: Callable[[], Iterator[Tensor]], count: int) -> tup
     assert low is not None and high is not None
     still = low == high
     if bool(still.all()):
-        raise RecordingError("the recording is constant: every patch is the same, there is nothing to attend to")
+        raise RecordingError("every patch is the same to double precision, there is nothing to attend to")
     width = torch.where(still, 1.0, high - low)
     shares = ((cut - low) / width for cut in cuts())  # between 0 and 1: their squares do not cancel
     sums = torch.zeros(2, len(low), dtype=torch.float64)

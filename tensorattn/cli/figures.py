@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from tensorattn.cli.common import png_bytes, require
-from tensorattn.cli.readers.contents import Step
+from tensorattn.cli.readers.contents import Step, one_line
 from tensorattn.cli.recordings import MAX_ORDER, Recording
-from tensorattn.errors import OptionError, ShapeError, integers, retells
+from tensorattn.errors import DtypeError, OptionError, ShapeError, integers, retells
 from tensorattn.functional.maps import place_on
 from tensorattn.modes import ModeSpec
 
@@ -188,7 +188,7 @@ def _frames(size: int, shown: int, include: int) -> tuple[int, ...]:
 def _display_values(array: Array, inverted: bool = False) -> tuple[Array, str]:
     """Turn values ``(n_1, …, n_N, C)`` into grey or colours between 0 and 1, and say in words what they show."""
     channels = array.shape[-1]
-    if channels in (3, 4) and array.dtype in (np.uint8, np.uint16):
+    if channels in (3, 4) and array.dtype.newbyteorder("=") in (np.uint8, np.uint16):
         colours, most = array[..., :3], np.iinfo(array.dtype).max
         (white,) = _percentiles(colours, 99.5)
         if not 0 < white < DARK * most:
@@ -197,7 +197,8 @@ def _display_values(array: Array, inverted: bool = False) -> tuple[Array, str]:
         return brightened, f"colours {most / white:.1f} times as bright, the 99.5th percentile is white"
     grey = array[..., 0] if channels == 1 else array.mean(axis=-1, dtype=np.float64)
     low, high = _percentiles(grey, 0.5, 99.5)
-    shown = np.clip((grey.astype(np.float32) - low) / (high - low or 1.0), 0, 1)
+    wide = np.result_type(grey.dtype, np.float32)  # which holds every number, so that none is rounded to another
+    shown = np.clip((grey.astype(wide) - low) / (high - low or 1.0), 0, 1).astype(np.float32, copy=False)
     words = "grey from the 0.5th to the 99.5th percentile"
     if inverted:
         shown, words = 1 - shown, f"{words}, small numbers bright"
@@ -609,7 +610,8 @@ def draw_attention_maps(
         A ``matplotlib.figure.Figure`` that belongs to no window: save it by ``figure.savefig("maps.png")``.
 
     Raises:
-        ShapeError: If the maps differ in size, or do not lie on the data.
+        ShapeError: If the maps differ in size, do not lie on the data, or are empty.
+        DtypeError: If no array can be made of the maps or the data.
         OptionError: If there is no map, or ``at`` does not name one of its places.
         ModesError: If ``modes`` does not fit.
         MissingPackageError: If matplotlib is not installed.
@@ -641,6 +643,8 @@ def draw_attention_maps(
         raise ShapeError(
             f"data has {values.ndim} dimensions, but {order} modes need {order}, or {order + 1} with channels."
         )
+    if 0 in (*grid, *values.shape):
+        raise ShapeError(f"the map has shape {grid} and data {values.shape}, there is nothing in one of them.")
     values = values[..., None] if values.ndim == order else values
     spec = ModeSpec.parse(order if modes is None else modes)
     if spec.order != order:
@@ -650,25 +654,35 @@ def draw_attention_maps(
     return maps_figure(recording, Place(spec, recording.sizes, patch, place_on(grid, integers(at, "at"))), "", arrays)
 
 
-def read_numbers(data: Any) -> Array:
-    """Read numbers as an array of NumPy, in their own type where NumPy has it.
+def read_numbers(data: Any, what: str = "data") -> Array:
+    """Read numbers as an array of NumPy, in their own type where NumPy has it. What is masked becomes NaN.
 
     Args:
         data: A tensor, an array, or what NumPy makes one of.
+        what: What it is called.
+
+    Raises:
+        DtypeError: If no array can be made of it.
 
     Examples:
         >>> read_numbers(torch.tensor([1, 2], dtype=torch.uint8))
         array([1, 2], dtype=uint8)
     """
-    if isinstance(data, Tensor):
-        data = data.detach().cpu()
-        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
-    return np.asarray(data)
+    try:
+        if isinstance(data, Tensor):
+            data = data.detach().cpu().to_dense().resolve_conj().resolve_neg()
+            known = not data.is_floating_point() or data.dtype in (torch.float16, torch.float32, torch.float64)
+            return (data if known else data.float()).numpy()
+        if np.ma.is_masked(data):
+            return np.ma.filled(data.astype(np.result_type(data.dtype, np.float32)), np.nan)
+        return np.asarray(data)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise DtypeError(f"{what} cannot be read as an array of numbers: {one_line(cause)}") from cause
 
 
 def _real(given: Any, what: str) -> Array:
     """Read real numbers."""
-    array = read_numbers(given)
+    array = read_numbers(given, what)
     if array.dtype.kind not in "fiub":
         raise OptionError(f"{what} must hold real numbers, got {array.dtype}.")
     return array

@@ -17,6 +17,7 @@ from torch import Tensor
 from tensorattn.blockwise import attend_blockwise
 from tensorattn.cli.common import Choice, amount, duration
 from tensorattn.cli.embedding import Embedding, grid_of, make_embedding, patchify, scale_of_moments
+from tensorattn.cli.readers.contents import one_line
 from tensorattn.cli.recordings import LARGEST, Recording, RecordingError
 from tensorattn.errors import OptionError
 from tensorattn.nn.attention import TensorAttention
@@ -108,23 +109,30 @@ class Large:
             The scale of the logits, and what came of each operator.
 
         Raises:
-            RecordingError: If the recording is constant, or a number in it is not finite or too large.
+            RecordingError: If the recording is constant, a part of it cannot be read, or a number in it is not finite
+                or too large.
+            OptionError: If the files cannot be written.
         """
         embedding = make_embedding(self._cuts, math.prod(self.grid), dim=self.dim, seed=seed)
-        scale, source = self._scale(embedding, logit_std), _Embedded(self, embedding)
-        out.mkdir(parents=True, exist_ok=True)
-        found = []
-        for choice in choices:
-            name = "".join(letter if letter.isalnum() else "-" for letter in choice.label)
-            file = out / f"{self.recording.name}-{name}.npy"
-            state = file.with_name(f"{file.name}.state")
-            mode = "r+" if state.exists() and file.exists() else "w+"
-            sink = np.lib.format.open_memmap(file, mode, np.float32, source.shape)
-            start = time.perf_counter()
-            layer = self._layer(choice, embedding, scale)
-            attend_blockwise(layer, source, sink, chunks=self.lengths, state=state)
-            found.append(Applied(choice.label, file, time.perf_counter() - start))
-        return scale, found
+        scale = self._scale(embedding, logit_std)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            return scale, [self._applied(choice, out, embedding, scale) for choice in choices]
+        except OSError as cause:
+            raise OptionError(f"--out {out}: {cause.strerror or cause}") from cause
+
+    def _applied(self, choice: Choice, out: Path, embedding: Embedding, scale: float) -> Applied:
+        """Apply one operator."""
+        source = _Embedded(self, embedding)
+        name = "".join(letter if letter.isalnum() else "-" for letter in choice.label)
+        file = out / f"{self.recording.name}-{name}.npy"
+        state = file.with_name(f"{file.name}.state")
+        mode = "r+" if state.exists() and file.exists() else "w+"
+        sink = np.lib.format.open_memmap(file, mode, np.float32, source.shape)
+        start = time.perf_counter()
+        layer = self._layer(choice, embedding, scale)
+        attend_blockwise(layer, source, sink, chunks=self.lengths, state=state)
+        return Applied(choice.label, file, time.perf_counter() - start)
 
     def report(self, applied: Sequence[Applied], heading: Sequence[str], memory: int, peak: int | None) -> str:
         """Return the report as it is printed.
@@ -157,7 +165,10 @@ class Large:
         places = [slice(each.start * part, each.stop * part) for each, part in zip(box, self.patch, strict=True)]
         ends = zip(places, self.recording.sizes, strict=True)
         inside = [slice(place.start, min(place.stop, size)) for place, size in ends]
-        part = self.recording.array[(*inside, slice(0, self.recording.channels))]
+        try:
+            part = self.recording.array[(*inside, slice(0, self.recording.channels))]
+        except Exception as cause:  # a file that is cut short or damaged: packages have their own errors
+            raise RecordingError(f"{self.recording.source}: a part cannot be read ({one_line(cause)})") from cause
         if part.dtype.kind == "f" and not float(np.abs(part).max()) <= LARGEST:
             raise RecordingError(
                 f"{self.recording.source}: a number in it is not finite or larger than {LARGEST:.0e}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where what was to be verified fails, or 2 where the input was bad.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console, or the name of a file, may not be of UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="python -m tensorattn", description="Attention over tensors of any order.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, summary in COMMANDS.items():

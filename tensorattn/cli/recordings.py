@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ __all__ = [
 
 CUT_SHORT = "invalid page offset"  # what tifffile logs of a file that ends too early, and reads on
 LARGEST = 1e100  # squares of larger numbers may overflow
+LONGEST = 100  # letters of a name: more is added to it for the names of files
 MAX_ORDER = 6  # figures and patches are made for one to six modes
 
 
@@ -102,7 +104,7 @@ def parse_modes(text: str) -> ModeSpec:
         >>> parse_modes("t h w").names, parse_modes("2").names
         (('t', 'h', 'w'), ('0', '1'))
     """
-    spec = ModeSpec.parse(int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else text)
+    spec = ModeSpec.parse(int(text) if re.fullmatch(r"\s*[+-]?\d{1,3}\s*", text) else text)
     if spec.order > MAX_ORDER:
         raise ModesError(f"modes has order {spec.order}, but at most {MAX_ORDER} modes are drawn.")
     return spec
@@ -158,7 +160,7 @@ def load(
         raise RecordingError(f"{path}: cannot be read as {kind.name} ({cut})")
     notes = tuple(dict.fromkeys(f"while reading: {each}" for each in heard))
     stem = path.resolve().name
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem[: len(stem) - len(suffix)]).strip("-.") or "recording"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem[: len(stem) - len(suffix)])[:LONGEST].strip("-.") or "recording"
     return make_recording(contents, name=name, source=str(path), modes=modes, notes=notes)
 
 
@@ -220,8 +222,8 @@ def make_recording(
         order = array.ndim - channels
         if order > MAX_ORDER or order < 1 or (said and order != len(said)):
             raise ModesError(
-                f"{source}: the array {array.shape} has {order} modes, but at most {len(said) or MAX_ORDER} are drawn; "
-                "say which are modes with --modes"
+                f"{source}: the array {array.shape} has {order} modes, but at most "
+                f"{min(len(said) or MAX_ORDER, MAX_ORDER)} are drawn; say which are modes with --modes"
             )
         modes = ModeSpec.parse(said or order)
         steps = steps if len(steps) == order else ()
@@ -232,6 +234,12 @@ def make_recording(
         )
     else:  # an axis keeps its step, whatever it is called
         steps = (*steps, *(None,) * array.ndim)[: modes.order] if steps else ()
+        if said and modes.names != said:
+            told = (
+                *told,
+                f"the file calls its axes {' '.join(said)}{' and channels' * channels}, you call them {modes}",
+            )
+    steps = tuple([step if step and 0 < step.size < math.inf else None for step in steps])
     if isinstance(array, Slices):  # what its numbers are is seen when they are read
         array = array.with_channel() if array.ndim == modes.order else array
         return Recording(name, source, array, modes, notes + told, steps, inverted)

@@ -229,7 +229,7 @@ def show(
             is for an operator.
         ShapeError: If the data do not fit the layer or the modes.
         ModesError: If modes are named badly, or ``modes`` does not fit the layer or the data.
-        DtypeError: If the input of a layer holds no real numbers.
+        DtypeError: If the input of a layer holds no real numbers, or no array can be made of the data.
         RecordingError: If the data hold no numbers that differ, for a layer one that is not finite, or cannot be read.
         MissingPackageError: If matplotlib is not installed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 import tensorattn as ta
@@ -396,6 +398,7 @@ def grid(tmp_path: Path) -> Path:
         (("--patch", "2.5"), "--patch must be positive whole numbers, one or one a mode, got '2.5'."),
         (("--patch", "²"), "--patch must be positive whole numbers, one or one a mode, got '²'."),
         (("--patch", ""), "--patch must be positive whole numbers, one or one a mode, got ''."),
+        (("--patch", "9" * 5000), f"--patch must be positive whole numbers, one or one a mode, got '{'9' * 5000}'."),
         (("--query", "1,2"), "--query must be 3 whole numbers, one index a mode, got '1,2'."),
         (("--query", "1,2,x"), "--query must be 3 whole numbers, one index a mode, got '1,2,x'."),
         (("--query", "1,2,-3"), "--query must be 3 whole numbers, one index a mode, got '1,2,-3'."),
@@ -425,6 +428,10 @@ def test_bad_choices_are_told_in_one_line(
         (("--logit-std", "nan"), "argument --logit-std: must be positive and at most 1,000,000, got nan"),
         (("--logit-std", "1e300"), "argument --logit-std: must be positive and at most 1,000,000, got 1e300"),
         (("--max-bytes", "2 pages"), "argument --max-bytes: must be a number of bytes, as in 2G or 500M, got 2 pages"),
+        (
+            ("--max-bytes", "9" * 400),
+            f"argument --max-bytes: must be a number of bytes, as in 2G or 500M, got {'9' * 400}",
+        ),
         (("--max-bytes", "0"), "argument --max-bytes: must be a number of bytes, as in 2G or 500M, got 0"),
         (("--seed", "-1"), "argument --seed: must be a whole number of at least 0 and below 2**63, got -1"),
     ],
@@ -460,6 +467,29 @@ def test_bad_files_are_told_in_one_line(
     captured = capsys.readouterr()
     assert captured.err.startswith(f"{PROGRAM}: {path}: {message}") and captured.err.count("\n") == 1
     assert captured.out == "" and set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
+def test_a_name_that_is_not_of_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / os.fsdecode(b"gr\xfc\xdf.npy"), tmp_path / os.fsdecode(b"\xfc")
+    np.save(path, numbers(4, 5))
+    assert attend(path, *SMALL, "--operator", "additive", "--html", "--out", out) == 0
+    told = f"{tmp_path}/gr\\udcfc\\udcdf.npy: 0=4 1=5, 1 channel"
+    assert capsys.readouterr().out.startswith(told)
+    assert (out / "report.txt").read_text().startswith(told) and told in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("size", [np.nan, np.inf, 0, -1])
+def test_a_step_that_is_none_is_told_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: float) -> None:
+    group = zarr.create_group(str(tmp_path / "a.zarr"))
+    group.create_array("0", shape=(4, 5, 6), dtype="f8")[...] = numbers(4, 5, 6)
+    changes = [{"type": "scale", "scale": [size, 1, 1]}]
+    axes = [{"name": name, "unit": "micrometer"} for name in "zyx"]
+    group.attrs["multiscales"] = [{"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": changes}]}]
+    words = ("--operator", "additive", "--json", "--html", "--out", tmp_path / "out")
+    assert attend(tmp_path / "a.zarr", *SMALL, *words) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [mode["step"] for mode in found["recordings"][0]["modes"]] == [None, 1, 1]
 
 
 def test_a_constant_recording_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,18 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
             write_files(directory, {"a.png": b"1", too_long: b"2"})
         assert str(caught.value) == f"--out {directory}: File name too long"
         assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ta.OptionError, match=r"File name too long$"):
+        write_files(tmp_path / too_long, {"a.png": b"1"})
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, target: Path) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(tmp_path / "new" / "nested", {"a.png": b"1"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_cannot_be_put_in_their_places_leave_everything_as_it_was(

@@ -25,6 +25,7 @@ from tensorattn.cli.figures import (
     _planes_through,
     input_figure,
     maps_figure,
+    read_numbers,
     slices,
     weights_figure,
 )
@@ -341,6 +342,16 @@ def test_what_is_displayed() -> None:
     mean, words = _display_values(colours.astype(np.int32))
     assert mean.shape == (4, 5) and words.startswith("mean of 4 channels, grey")
     assert _display_values(np.zeros((3, 3, 1), bool))[0].max() == 0
+    wide = (257 * colours[..., :3].astype(np.uint16)).astype(">u2")
+    np.testing.assert_array_equal(_display_values(wide)[0], colours[..., :3])
+
+
+@pytest.mark.parametrize("far", [1e12, 101325 - 1e-6, -(2**53)])
+def test_numbers_that_differ_little_are_displayed_as_they_differ(far: float) -> None:
+    shares = np.random.default_rng(0).random((20, 20, 1))
+    shown, _ = _display_values(far + (1e-6 if far == 101325 - 1e-6 else 2**10) * shares)
+    assert shown.dtype == np.float32
+    np.testing.assert_allclose(shown, _display_values(shares)[0], atol=1e-2)
 
 
 def test_a_query_is_told_with_the_patch_that_contains_it() -> None:
@@ -446,6 +457,16 @@ def test_every_map_of_a_series_is_drawn() -> None:
             ta.ShapeError,
             "mode 1 has size 2 in data, which patches of equal size do not cut into 7.",
         ),
+        (
+            {"data": torch.zeros(0, 14)},
+            ta.ShapeError,
+            "the map has shape (2, 7) and data (0, 14), there is nothing in one of them.",
+        ),
+        (
+            {"maps": weights(2, 7).to("meta")},
+            ta.DtypeError,
+            "maps['weights'] cannot be read as an array of numbers: Cannot copy out of meta tensor; no data!",
+        ),
         ({"modes": "t h w"}, ta.ShapeError, "modes names 3 modes, but the maps have 2."),
         ({"at": (0,)}, ta.OptionError, "at has 1 indices, but there are 2 modes."),
         ({"at": (0, 1.5)}, ta.OptionError, "at must be integers, got (0, 1.5)."),
@@ -457,6 +478,16 @@ def test_maps_that_do_not_fit(changed: dict[str, Any], error: type[Exception], m
     with pytest.raises(error) as caught:
         ta.draw_attention_maps(**given)
     assert str(caught.value) == f"draw_attention_maps: {message}"
+
+
+def test_numbers_of_every_tensor_and_what_is_masked() -> None:
+    x = torch.rand(4, 5)
+    for made in (x.to_sparse(), torch._neg_view(-x), (1j * x).conj().imag.neg(), np.ma.masked_array(x.numpy())):
+        np.testing.assert_array_equal(read_numbers(made), x.numpy())
+    assert read_numbers((1j * x).conj()).dtype == np.complex64
+    for small in (torch.bfloat16, torch.float8_e4m3fn):
+        np.testing.assert_array_equal(read_numbers(x.to(small)), x.to(small).float().numpy())
+    np.testing.assert_array_equal(read_numbers(np.ma.masked_equal([[1, 2], [3, 1]], 1)), [[np.nan, 2], [3, np.nan]])
 
 
 @pytest.mark.thorough

@@ -184,7 +184,7 @@ def refusals(folder):
         ),
         "constant": (
             (folder / "still.npy", *npy[1:]),
-            "the recording is constant: every patch is the same, there is nothing to attend to",
+            "every patch is the same to double precision, there is nothing to attend to",
         ),
         "complex": (
             (folder / "complex.npy", *npy[1:]),
@@ -198,6 +198,26 @@ def test_refusals(tmp_path, capsys):
         assert attend(*words, "--out", tmp_path / "out") == 2
         assert capsys.readouterr().err == f"{PROGRAM}: {message}\n"
         assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_cannot_be_read_is_told(tmp_path, capsys):
+    write_nifti(tmp_path / "a.nii")
+    (tmp_path / "a.nii").write_bytes((tmp_path / "a.nii").read_bytes()[:-2000])
+    write_zarr(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr" / "0" / "c" / "0" / "0" / "0" / "0" / "0").write_bytes(b"rubbish")
+    for name in ("a.nii", "a.zarr"):
+        assert attend(tmp_path / name, *SMALL, "--out", tmp_path / "out") == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"{PROGRAM}: {tmp_path / name}: a part cannot be read (") and told.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path, capsys):
+    write_npy(tmp_path / "a.npy")
+    (tmp_path / "out" / "a-additive.npy").mkdir(parents=True)
+    for out, why in ((tmp_path / "out", "Is a directory"), (tmp_path / ("b" * 300), "File name too long")):
+        assert attend(tmp_path / "a.npy", "--modes", "t h w", *SMALL, "--out", out) == 2
+        assert capsys.readouterr().err == f"{PROGRAM}: --out {out}: {why}\n"
 
 
 def test_slices_are_those_of_the_array():

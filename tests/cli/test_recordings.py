@@ -431,7 +431,29 @@ def test_modes_that_do_not_fit_are_told_both_numbers() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        ("t h w", ()),
+        ("t c h w", ("the file calls its axes t h w and channels, you call them t c h w",)),
+        ("h w t", ("the file calls its axes t h w and channels, you call them h w t",)),
+    ],
+)
+def test_axes_that_are_called_otherwise_than_in_the_file_are_told(names: str, note: tuple[str, ...]) -> None:
+    film = FileArray(count(2, 3, 4, 5), ("t", "h", "w"), channels=True, notes=("a film",))
+    made = make_recording(film, name="a", source="a", modes=parse_modes(names))
+    assert made.notes == ("a film", *note)
+
+
+def test_a_long_name_leaves_room_for_more(tmp_path: Path) -> None:
+    np.save(tmp_path / f"{'a' * 250}.npy", count(2, 3))
+    assert load(tmp_path / f"{'a' * 250}.npy").name == "a" * 100
+
+
 def test_too_many_dimensions() -> None:
+    said = tuple("abcdefg")
+    with pytest.raises(ModesError, match="has 7 modes, but at most 6 are drawn"):
+        make_recording(FileArray(count(*(2,) * 7), said), name="a", source="a.tif")
     with pytest.raises(ModesError, match="has 7 modes, but at most 6 are drawn; say which are modes with --modes"):
         make_recording(FileArray(count(*(2,) * 7)), name="a", source="a.npy")
     assert make_recording(FileArray(count(*(2,) * 7)), name="a", source="a", modes=parse_modes("6")).channels == 2
@@ -446,6 +468,7 @@ def test_too_many_dimensions() -> None:
         ("0", OptionError, "modes must be at least 1, got 0."),
         ("-2", OptionError, "modes must be at least 1, got -2."),
         ("7", ModesError, "modes has order 7, but at most 6 modes are drawn."),
+        ("9" * 9, ModesError, f"mode names must be words of letters, digits and underscores, got '{'9' * 9}'."),
     ],
 )
 def test_bad_mode_strings(text: str, error: type[Exception], message: str) -> None:

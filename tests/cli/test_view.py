@@ -197,6 +197,17 @@ LAYER = ta.TensorAttention(8, 2, modes="h w")
             ta.TensorAttentionError,
             "data: its numbers must be real, but its type is complex128",
         ),
+        (
+            {"data": noise(6, 7).to("meta")},
+            ta.DtypeError,
+            "data cannot be read as an array of numbers: Cannot copy out of meta tensor; no data!",
+        ),
+        (
+            {"data": [[1, 2], [3]]},
+            ta.DtypeError,
+            "data cannot be read as an array of numbers: setting an array element with a sequence. The requested array "
+            "has an inhomogeneous shape after 1 dimensions. The detected shape was (2,) + inhomogeneous part.",
+        ),
         ({"data": "none.npy"}, ta.TensorAttentionError, "none.npy: there is no such file"),
     ],
 )

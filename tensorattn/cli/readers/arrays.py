@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorattn.cli.readers.contents import FileArray, RecordingError, Request, 
 
 __all__ = ["read_hdf5", "read_npy", "read_npz", "read_zarr"]
 
+GAPS, SCALES = ("_FillValue", "missing_value"), ("scale_factor", "add_offset")
 UNITS = {"millimeter": "mm", "micrometer": "µm", "nanometer": "nm", "centimeter": "cm", "meter": "m"}
 UNITS |= {"second": "s", "millisecond": "ms", "microsecond": "µs", "minute": "min"}
 
@@ -86,12 +88,10 @@ def read_hdf5(path: Path, request: Request) -> FileArray:
         if key and isinstance(linked := file.get(key), h5py.Dataset):  # a visit does not follow links
             note(key, linked)
         dataset = file[choose(held, key)]
-        names = [axis.label or next(iter(axis.keys()), "") for axis in dataset.dims]
-        if request.sliced:
+        found = _unpacked(dataset, [axis.label or next(iter(axis.keys()), "") for axis in dataset.dims], request)
+        if isinstance(found.array, Slices):
             stack.pop_all()  # it stays open
-            return _named(Slices(dataset), names)
-        request.allow(dataset.shape, dataset.dtype)
-        return _named(dataset[()], names)
+        return found
 
 
 def read_zarr(path: Path, request: Request) -> FileArray:
@@ -106,9 +106,9 @@ def read_zarr(path: Path, request: Request) -> FileArray:
     arrays = {name: item for name, item in root.members(max_depth=None) if _is_numbers(zarr, item)}
     scales = (root.attrs.get("ome") or root.attrs).get("multiscales")  # OME-Zarr
     key = None if request.key is None else request.key.strip("/")
-    if scales and (finest := scales[0]["datasets"][0])["path"] in arrays and key in (None, finest["path"]):
-        found = _from_zarr(arrays[finest["path"]], request)
-        return _with_ome_axes(found, scales[0], finest)
+    for level in scales[0]["datasets"] if scales else ():  # the finest is the first
+        if level["path"] in arrays and key in (None, level["path"]):
+            return _with_ome_axes(_unpacked(arrays[level["path"]], (), request), scales[0], level)
     return _from_zarr(arrays[choose({name: _shape_in_words(each) for name, each in arrays.items()}, key)], request)
 
 
@@ -120,39 +120,73 @@ def _is_numbers(zarr: Any, item: Any) -> bool:
 def _from_zarr(array: Any, request: Request) -> FileArray:
     """Read an array of zarr."""
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
-    if request.sliced:
-        return _named(Slices(array), names or ())
-    request.allow(array.shape, array.dtype)
-    return _named(np.asarray(array[...]), names or ())
+    return _unpacked(array, names or (), request)
 
 
-def _with_ome_axes(found: FileArray, scale: Mapping[str, Any], finest: Mapping[str, Any]) -> FileArray:
+def _unpacked(stored: Any, names: Iterable[str | None], request: Request) -> FileArray:
+    """Read an array of HDF5 or zarr. Attributes of netCDF say what marks gaps, and how whole numbers are scaled."""
+    said = {name: value for name in (*GAPS, *SCALES) if not math.isnan(value := _number(stored.attrs.get(name)))}
+    if request.sliced and not said:
+        return _named(Slices(stored), names)
+    scaled = any(name in said for name in SCALES)
+    kind = np.result_type(stored.dtype, np.float32) if scaled else stored.dtype
+    request.allow(stored.shape, kind)
+    packed, notes = np.asarray(stored[...]), []
+    array = packed
+    if scaled:
+        array = packed.astype(kind) * said.get("scale_factor", 1.0) + said.get("add_offset", 0.0)
+        notes.append("numbers rescaled as its attributes say")
+    for value in {said[name]: name for name in GAPS if name in said}:
+        if value in packed:
+            array = np.where(packed == value, np.nan, array)
+            notes.append(f"{value:g} marks what is missing")
+    return _named(array, names)._replace(notes=tuple(notes))
+
+
+def _number(value: Any) -> float:
+    """Return the number of an attribute, NaN where it holds none."""
+    try:
+        return float(np.ravel(value)[0])
+    except (TypeError, ValueError, IndexError):
+        return math.nan
+
+
+def _with_ome_axes(found: FileArray, scale: Mapping[str, Any], level: Mapping[str, Any]) -> FileArray:
     """Name the axes as OME-Zarr does; channels go last, axes of size 1 are left out."""
     axes = scale.get("axes") or []
-    sizes = next((each["scale"] for each in finest.get("coordinateTransformations", ()) if "scale" in each), None)
+    changes = [each for of in (level, scale) for each in of.get("coordinateTransformations") or ()]
+    sizes = [each["scale"] for each in changes if len(each.get("scale", ())) == len(axes)]  # they follow one another
     named = [{"name": each} if isinstance(each, str) else dict(each) for each in axes]
-    if len(named) != found.array.ndim:
+    is_channel = [each.get("type") == "channel" or each["name"] == "c" for each in named]
+    if not _are_names([each["name"] for each in named], found.array.ndim) or sum(is_channel) > 1:
         return found
     array, kept = found.array, [n for n, size in enumerate(found.array.shape) if size > 1]
-    is_channel = [each.get("type") == "channel" or each["name"] == "c" for each in named]
     order = [*(n for n in kept if not is_channel[n]), *(n for n in kept if is_channel[n])]
     steps = [
-        Step(float(sizes[n]), UNITS.get(named[n].get("unit", ""), named[n].get("unit", ""))) if sizes else None
+        Step(math.prod(float(each[n]) for each in sizes), UNITS.get(unit, unit)) if sizes else None
         for n in order
+        for unit in (named[n].get("unit") or "",)
     ]
     count = sum(is_channel[n] for n in order)
     array = array.transpose(*order, *(n for n in range(array.ndim) if n not in order))
     array = array.squeeze(tuple(range(len(order), array.ndim)))
     names = tuple({"y": "h", "x": "w"}.get(named[n]["name"], named[n]["name"]) for n in order)
     modes = len(order) - count
-    notes = (f"the finest of {len(scale['datasets'])} resolutions",) if len(scale["datasets"]) > 1 else ()
-    return FileArray(array, names[:modes], bool(count), tuple(steps[:modes]), notes=notes)
+    levels = scale["datasets"]
+    which = "the finest" if level is levels[0] else "a coarser"
+    notes = (f"{which} of {len(levels)} resolutions",) if len(levels) > 1 else ()
+    return FileArray(array, names[:modes], bool(count), tuple(steps[:modes]), notes=(*notes, *found.notes))
+
+
+def _are_names(words: Sequence[str], count: int) -> bool:
+    """Say whether words can be the names of so many modes."""
+    return len(words) == len(set(words)) == count and all(map(str.isidentifier, words))
 
 
 def _named(array: Any, names: Iterable[str | None]) -> FileArray:
     """Take the names of the axes that a file gives, where they can be names of modes; those called c are channels."""
     words = [name or "" for name in names]
-    if len(words) != array.ndim or not all(map(str.isidentifier, words)) or len(set(words)) != len(words):
+    if not _are_names(words, array.ndim):
         return FileArray(array)
     channels = [n for n, word in enumerate(words) if word in ("c", "channel", "channels", "band")]
     if len(channels) != 1 or array.ndim == 1:

@@ -197,16 +197,16 @@ def choose(held: Mapping[str, str], key: str | None, what: str = "array") -> str
 
 
 def natural(name: str) -> list[str | int]:
-    """Return what sorts names by the numbers in them: frame2 before frame10.
+    """Return what sorts names by the numbers in them, large letters as small ones: frame2 before Frame10.
 
     Args:
         name: The name.
 
     Examples:
-        >>> sorted(["frame10", "frame2"], key=natural)
-        ['frame2', 'frame10']
+        >>> sorted(["Frame10", "frame2"], key=natural)
+        ['frame2', 'Frame10']
     """
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
 
 
 def one_line(cause: Any) -> str:

@@ -73,7 +73,7 @@ def read_dicom(path: Path, request: Request) -> FileArray:
     """Read a DICOM file: a cine loop ``t h w``, a stack ``z h w``, both, or an image ``h w``."""
     pydicom = require("pydicom", extra="examples", purpose="reading DICOM")
     header = _open(pydicom, request, path)
-    if not any(tag in header for tag in PIXELS) or not all(tag in header for tag in NEEDED):
+    if not any(header.get(tag) for tag in PIXELS) or not all(tag in header for tag in NEEDED):
         raise RecordingError("it holds no pixels")
     return _read_frames([(path, header)], request, lambda _: header)
 
@@ -85,7 +85,8 @@ def read_series(files: Sequence[Path], request: Request) -> FileArray:
     for path in files:
         with _naming(path):
             headers.append((path, _open(pydicom, request, path, stop_before_pixels=True)))
-    found = _series([(path, header) for path, header in headers if all(tag in header for tag in NEEDED)])
+    images = [(path, header) for path, header in headers if all(tag in header for tag in NEEDED)]
+    found = _series(images)
     if not found:
         raise RecordingError("its DICOM files hold no images")
     words = {name: _series_in_words(members) for name, members in found.items()}
@@ -93,6 +94,8 @@ def read_series(files: Sequence[Path], request: Request) -> FileArray:
     unique = {str(header.get("SOPInstanceUID", path)): (path, header) for path, header in members}
     contents = _read_frames(list(unique.values()), request, partial(_open, pydicom, request))
     notes = [f"series {words[next(name for name in found if found[name] is members)]}"] if len(found) > 1 else []
+    if len(images) < len(headers):
+        notes.append(f"DICOM files without an image left out: {len(headers) - len(images)}")
     if len(unique) < len(members):
         notes.append(f"copies of files left out: {len(members) - len(unique)}")
     return contents._replace(notes=(*notes, *contents.notes))

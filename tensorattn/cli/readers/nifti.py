@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def _states_directions(image: Any) -> bool:
 def _axes(nibabel: Any, image: Any, order: int) -> tuple[tuple[str, ...], tuple[Step | None, ...], tuple[str, ...]]:
     """Return names and steps of the modes, and what is to be told of them."""
     header, notes = image.header, []
-    space, time = header.get_xyzt_units() if hasattr(header, "get_xyzt_units") else ("mm", "msec")
+    space, time = "unknown", "unknown"
+    with contextlib.suppress(KeyError):  # a code without a meaning
+        space, time = header.get_xyzt_units() if hasattr(header, "get_xyzt_units") else ("mm", "msec")
     if space not in SPACE:
         notes.append("the unit of its voxels is not stated, mm is assumed")
     fourth, unit = FOURTH.get(time, ("t", ""))
@@ -62,10 +65,7 @@ def _axes(nibabel: Any, image: Any, order: int) -> tuple[tuple[str, ...], tuple[
         notes.append("its fourth axis is not named, time t is assumed")
     units = (*(SPACE.get(space, "mm"),) * 3, unit)
     zooms = [*map(float, header.get_zooms()), *(0.0,) * order][:order]
-    steps = tuple(
-        Step(zoom, of) if zoom > 0 and np.isfinite(zoom) else None
-        for zoom, of in zip(zooms, (*units, *("",) * order), strict=False)
-    )
+    steps = tuple(Step(zoom, of) for zoom, of in zip(zooms, (*units, *("",) * order), strict=False))
     if order >= 3 and np.isfinite(image.affine).all():
         codes = nibabel.aff2axcodes(image.affine)
         if None not in codes:

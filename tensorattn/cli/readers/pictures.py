@@ -28,6 +28,7 @@ __all__ = ["read_frames", "read_picture", "read_tiff"]
 NAMES = {"X": "w", "Y": "h", "Z": "z", "T": "t"}  # what tifffile calls an axis, and what it is called here
 CHANNELS = "CS"
 NODATA, TURN = 42113, 274  # tags: how geographic data mark what is missing, and the orientation
+TURNED = "turned as its metadata say"
 INKS = ("SEPARATED", "YCBCR", "CIELAB", "ICCLAB", "ITULAB")
 UNKNOWN = "IQR"  # pages that the file says nothing of
 UNITS = {"\\u00B5m": "µm", "micron": "µm", "um": "µm", "sec": "s"}
@@ -46,20 +47,22 @@ def read_tiff(path: Path, request: Request) -> FileArray:
         series = file.series[number]
         page, axes = series.keyframe, series.axes
         palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None and not file.is_imagej
-        request.allow((*series.shape, 3) if palette else series.shape, series.dtype)
+        colours = np.ascontiguousarray(as_bytes(page.colormap.T)) if palette else None
+        request.allow(*((series.shape, series.dtype) if colours is None else ((*series.shape, 3), colours.dtype)))
         array, notes = series.asarray(), []
-        if palette:
-            array, axes = np.ascontiguousarray(as_bytes(page.colormap.T))[array], f"{axes}S"
+        if colours is not None:
+            array, axes = colours[array], f"{axes}S"
             notes.append("colours looked up in the palette")
-        if NODATA in page.tags and (missing := float(page.tags[NODATA].value)) in array:
-            array = np.where(array == missing, np.nan, array)
-            notes.append(f"{missing:g} marks what is missing")
+        with contextlib.suppress(ValueError):  # words that are no number mark nothing
+            if NODATA in page.tags and (missing := float(page.tags[NODATA].value)) in array:
+                array = np.where(array == missing, np.nan, array)
+                notes.append(f"{missing:g} marks what is missing")
         if page.photometric.name in INKS and page.compression != tifffile.COMPRESSION.JPEG:
             notes.append(f"its colours are {page.photometric.name}, kept as stored")
         steps = _tiff_steps(file, page, number)
         if TURN in page.tags and (way := page.tags[TURN].value) in range(2, 9) and "Y" in axes and "X" in axes:
             array, steps = _turned(array, axes, way, steps)
-            notes.append("turned as its metadata say")
+            notes.append(TURNED)
         inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         return _named_axes(array, axes, steps, inverted, notes)
 
@@ -129,24 +132,30 @@ def read_picture(path: Path, request: Request) -> FileArray:
     pillow = require("PIL.Image", extra="examples", purpose="reading pictures")
     operations = require("PIL.ImageOps", extra="examples", purpose="reading pictures")
     with _any_size(pillow), pillow.open(path) as image:
-        count, bands = getattr(image, "n_frames", 1), len(image.getbands())
+        count, notes = getattr(image, "n_frames", 1), []
+        if image.format == "MPO":  # of telephones and stereo cameras
+            notes.append(f"the first of its {count} pictures, of which others are previews, depths or the other eye")
+            count = 1
         if image.format == "PNG" and _png_bits(path) > 8 and image.mode in ("RGB", "RGBA", "LA"):
-            request.allow((image.height, image.width, bands), np.uint16)  # of which Pillow would keep 8 bits
+            # of which Pillow would keep 8 bits
+            request.allow((image.height, image.width, len(image.getbands())), np.uint16)
             codecs = require("imagecodecs", extra="files", purpose="reading colours of 16 bits")
-            return FileArray(codecs.png_decode(path.read_bytes()), ("h", "w"), channels=True)
-        request.allow(
-            (count, image.height, image.width, 3 if image.mode in ("P", "PA") else bands), _bits_of(image.mode)
-        )
-        notes, frames, times = [], [], []
+            way = image.getexif().get(TURN, 1)
+            array, _ = _turned(codecs.png_decode(path.read_bytes()), "YXS", way, {})
+            return FileArray(array, ("h", "w"), channels=True, notes=(TURNED,) if way in range(2, 9) else ())
+        kind = image.mode
+        if count > 1 or kind not in PLAIN:
+            kind = "RGBA" if count == 1 and "transparency" in image.info else "RGB"
+        request.allow((count, image.height, image.width, pillow.getmodebands(kind)), _bits_of(kind))
+        frames, times = [], []
         for number in range(int(getattr(image, "default_image", False)), count):  # which no film of an APNG shows
             image.seek(number)
             turned = operations.exif_transpose(image)
             if turned.size != image.size or turned.getexif() != image.getexif():
-                notes.append("turned as its metadata say")
-            if count > 1 or image.mode not in PLAIN:
-                kind = "RGBA" if count == 1 and "transparency" in image.info else "RGB"
+                notes.append(TURNED)
+            if image.mode != kind:
                 turned = turned.convert(kind)
-                if image.mode not in ("P", "PA", kind):
+                if image.mode not in ("P", "PA"):
                     notes.append(f"{image.mode} turned into {kind}")
             frames.append(np.asarray(turned))
             times.append(image.info.get("duration", 0) / 1000)
@@ -182,8 +191,9 @@ def _bits_of(mode: str) -> str:
 
 def read_frames(files: Sequence[Path], request: Request, read: Callable[[Path, Request], FileArray]) -> FileArray:
     """Read pictures of one size as the frames of a film ``t h w``, in the order of the numbers in their names."""
-    ordered = sorted(files, key=lambda path: natural(path.name))
+    ordered = sorted(files, key=lambda path: natural(path.stem))
     frames: list[FileArray] = []
+    kinds: list[str] = []
     for path in ordered:
         try:
             frame = read(path, request)
@@ -193,11 +203,9 @@ def read_frames(files: Sequence[Path], request: Request, read: Callable[[Path, R
         request.allow((len(ordered), *frame.array.shape), frame.array.dtype)
         if len(frame.modes) != 2:
             raise RecordingError(f"{path.name} holds more than one image; give it alone")
-        if frames and frame.array.shape != frames[0].array.shape:
-            raise RecordingError(
-                f"its pictures differ: {ordered[0].name} is {frames[0].array.shape} and "
-                f"{path.name} is {frame.array.shape}"
-            )
+        kinds.append(f"{'×'.join(map(str, frame.array.shape))} of {frame.array.dtype.name}")
+        if kinds[-1] != kinds[0]:
+            raise RecordingError(f"its pictures differ: {ordered[0].name} is {kinds[0]} and {path.name} is {kinds[-1]}")
         frames.append(frame)
     notes = (note for frame in frames for note in frame.notes)
     ends = f"{ordered[0].name} to {ordered[-1].name}"

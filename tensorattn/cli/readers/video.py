@@ -13,6 +13,7 @@ from tensorattn.cli.readers.contents import Array, FileArray, RecordingError, Re
 
 __all__ = ["read_video"]
 
+UPRIGHT = np.array([1.0, 0.0, 0.0, 1.0])
 UNEVEN = 0.05  # share of a frame's duration by which frames may come early or late
 
 
@@ -28,16 +29,20 @@ def read_video(path: Path, request: Request) -> FileArray:
             raise RecordingError("it holds no video stream")
         stream.thread_type = "AUTO"
         pixels = stream.codec_context.format
+        if pixels is None:
+            raise RecordingError("cannot be read as video (its header does not say how frames are stored)")
         bits = max((component.bits for component in pixels.components), default=8)
         form, dtype, channels = _form(pixels.name, bits)
         size = (stream.codec_context.height, stream.codec_context.width, channels)
         expected = _expected_frames(av, container, stream)
         request.allow((expected, *size), dtype)
-        turn, aspect = 0, stream.sample_aspect_ratio
+        turn, aspect, matrix = 0, stream.sample_aspect_ratio, UPRIGHT
         for frame in container.decode(stream):
             request.allow((len(frames) + 1, frame.height, frame.width, channels), dtype)
             turn, damaged = frame.rotation, damaged + frame.is_corrupt
-            frames.append(np.rot90(frame.to_ndarray(format=form), round(turn / 90)))
+            if (shown := frame.side_data.get("DISPLAYMATRIX")) is not None:
+                matrix = np.frombuffer(shown, np.int32)[[0, 1, 3, 4]].astype(float)
+            frames.append(_turned(frame.to_ndarray(format=form), matrix))
             if frames[-1].shape != frames[0].shape:
                 raise RecordingError(f"its frames change their size: {frames[0].shape[:2]} to {frames[-1].shape[:2]}")
             if frame.time is not None:
@@ -46,10 +51,14 @@ def read_video(path: Path, request: Request) -> FileArray:
     if not frames:
         raise RecordingError("it holds no video frames")
     notes = []
-    if round(turn / 90) % 4:
+    if matrix[0] * matrix[3] < matrix[1] * matrix[2]:
+        notes.append("turned and mirrored as its metadata say")
+    elif round(turn / 90) % 4:
         notes.append(f"turned by {abs(round(turn))}° {'anti' * (turn > 0)}clockwise, as its metadata say")
     if len(frames) < (1 - UNEVEN) * expected - 1:
         notes.append(f"{len(frames)} of the {expected} frames that its header promises could be read")
+    if any(component.is_alpha for component in pixels.components):
+        notes.append("its alpha is left out")
     if damaged:
         notes.append(f"{damaged} of its frames are damaged")
     if 8 < bits < 16:
@@ -65,6 +74,14 @@ def read_video(path: Path, request: Request) -> FileArray:
     return FileArray(
         array, ("t", "h", "w"), array.ndim == 4, (Step(step, "s") if step else None, *pixel), False, (*notes,)
     )
+
+
+def _turned(frame: Array, matrix: Array) -> Array:
+    """Turn and mirror a frame by the matrix ``(a, b, c, d)`` that shows x at a x + c y and y at b x + d y."""
+    a, b, c, d = matrix
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        frame, a, d = frame.swapaxes(0, 1), c, b
+    return frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _form(pixels: str, bits: int) -> tuple[str, str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,36 @@ def test_a_large_dataset_that_was_never_written_is_refused(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("kind", ["hdf5", "zarr"])
+def test_numbers_of_netcdf_are_unpacked(tmp_path: Path, kind: str) -> None:
+    packed = RANDOM.integers(0, 99, (4, 5)).astype("i2")
+    packed[0, 0] = -32767
+    said = {"scale_factor": 0.5, "add_offset": 273.0, "_FillValue": -32767}
+    if kind == "hdf5":
+        with h5py.File(tmp_path / "a.nc", "w") as file:
+            file["x"], file["y"] = packed, np.where(packed < 0, 1e20, packed).astype("f4")
+            file["x"].attrs.update({name: np.array([value]) for name, value in said.items()})
+            file["y"].attrs.update({"missing_value": np.float32(1e20), "_FillValue": np.nan})
+    else:
+        group = zarr.create_group(str(tmp_path / "a.nc"), zarr_format=2)
+        for name, array, words in (
+            ("x", packed, said),
+            ("y", np.where(packed < 0, 1e20, packed).astype("f4"), {"missing_value": 1e20, "_FillValue": "NaN"}),
+        ):
+            made = group.create_array(name, shape=array.shape, dtype=array.dtype)
+            made[...] = array
+            made.attrs.update(words)
+    scaled, floats = load(tmp_path / "a.nc", key="x"), load(tmp_path / "a.nc", key="y")
+    assert scaled.array.dtype == floats.array.dtype == np.float32
+    np.testing.assert_array_equal(scaled.array.ravel()[1:], packed.ravel()[1:] * np.float32(0.5) + 273)
+    np.testing.assert_array_equal(floats.array.ravel()[1:], packed.ravel()[1:])
+    filled = "1 of 20 numbers are not finite and were filled with the mean"
+    assert scaled.notes == ("numbers rescaled as its attributes say", "-32767 marks what is missing", filled)
+    assert floats.notes == ("1e+20 marks what is missing", filled)
+    assert "4×5 of float32" in told(tmp_path / "a.nc", key="x", max_bytes=79)
+    assert told(tmp_path / "a.nc", key="x", max_bytes=79, sliced=True).endswith("and it cannot be read by slices")
+
+
 # ---- zarr ------------------------------------------------------------------------------------------------------
 
 
@@ -167,3 +198,51 @@ def test_ome_zarr_gives_axes_spacing_and_the_finest_resolution(tmp_path: Path) -
     assert recording.steps == (Step(2, "µm"), Step(0.5, "µm"), Step(0.25, "µm"))
     assert recording.notes == ("the finest of 2 resolutions",)
     np.testing.assert_array_equal(recording.array, np.moveaxis(array[0], 0, -1))
+
+
+def write_ome(
+    path: Path, array: np.ndarray, axes: Sequence[str], *scales: Any, whole: Any = None, **settings: Any
+) -> None:
+    """Write an array as every resolution of an OME-Zarr group, each with its scale."""
+    group = zarr.create_group(str(path))
+    levels = []
+    for number, scale in enumerate(scales):
+        group.create_array(str(number), shape=array.shape, dtype=array.dtype, **settings)[...] = array
+        levels.append({"path": str(number), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
+    named = [{"name": name, "type": "channel" if name == "c" else "space", "unit": None} for name in axes]
+    scale = {"axes": named, "datasets": levels}
+    if whole is not None:
+        scale["coordinateTransformations"] = [{"type": "scale", "scale": whole}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [scale]}
+
+
+def test_axes_that_ome_zarr_names_twice_are_ordered_once(tmp_path: Path) -> None:
+    array = RANDOM.integers(0, 9, (3, 2, 4, 5)).astype("u2")
+    write_ome(tmp_path / "a.zarr", array, "zcyx", [1, 1, 2, 3], dimension_names=("z", "c", "y", "x"))
+    recording = load(tmp_path / "a.zarr")
+    assert (str(recording.modes), recording.channels) == ("z h w", 2)
+    np.testing.assert_array_equal(recording.array, np.moveaxis(array, 1, -1))
+    assert recording.steps == (Step(1), Step(2), Step(3))
+
+
+@pytest.mark.parametrize("axes", [["x", "x", "y"], ["x y", "1", "x"], ["c", "c", "x"], ["z", "y"]])
+def test_axes_of_ome_zarr_that_are_no_names_are_left_out(tmp_path: Path, axes: list[str]) -> None:
+    write_ome(tmp_path / "a.zarr", RANDOM.random((3, 4, 5)), axes, [1, 2, 3])
+    recording = load(tmp_path / "a.zarr")
+    assert (str(recording.modes), recording.sizes, recording.steps) == ("0 1 2", (3, 4, 5), ())
+
+
+def test_scales_of_ome_zarr_follow_one_another_at_every_resolution(tmp_path: Path) -> None:
+    write_ome(tmp_path / "a.zarr", RANDOM.random((3, 4, 5)), "tyx", [1, 2, 3], [1, 4, 6], whole=[0.1, 1, 1])
+    assert load(tmp_path / "a.zarr").steps == (Step(0.1), Step(2), Step(3))
+    coarser = load(tmp_path / "a.zarr", key="1")
+    assert str(coarser.modes) == "t h w" and coarser.steps == (Step(0.1), Step(4), Step(6))
+    assert coarser.notes == ("a coarser of 2 resolutions",)
+
+
+@pytest.mark.parametrize("scale", [[0, -1, 2], [np.nan, np.inf, 2]])
+def test_scales_that_are_none(tmp_path: Path, scale: list[float]) -> None:
+    write_ome(tmp_path / "a.zarr", RANDOM.random((3, 4, 5)), "zyx", scale)
+    assert load(tmp_path / "a.zarr").steps == (None, None, Step(2))
+    write_ome(tmp_path / "b.zarr", RANDOM.random((3, 4, 5)), "zyx", scale[:2])
+    assert load(tmp_path / "b.zarr").steps == (None, None, None)

@@ -143,6 +143,17 @@ def test_without_positions_names_count_as_people_count(tmp_path: Path) -> None:
     assert load(tmp_path).array[:, 0, 0, 0].tolist() == [10, 8, 7]
 
 
+def test_what_a_folder_holds_beside_images_is_told(tmp_path: Path) -> None:
+    write_series(tmp_path, [0, 1, 2])
+    (tmp_path / "IM1").write_bytes((tmp_path / "IM1").read_bytes()[:300])  # a copy that was interrupted
+    (tmp_path / "report").write_bytes((DATA / "test-SR.dcm").read_bytes())
+    assert load(tmp_path).notes[0] == "DICOM files without an image left out: 2"
+
+
+def test_pixels_of_no_length_are_none(tmp_path: Path) -> None:
+    assert told(write(tmp_path / "a.dcm", image(3), PixelData=b"")) == "it holds no pixels"
+
+
 def test_slices_of_a_tilted_gantry_are_told(tmp_path: Path) -> None:
     for number in range(3):
         write(

@@ -25,6 +25,25 @@ def test_steps_and_directions_come_from_the_header(tmp_path: Path) -> None:
     assert recording.notes == ("axes in the order of the file: x towards left, y towards anterior, z towards superior",)
 
 
+@pytest.mark.parametrize("code", [4, 7, 56, 255])
+def test_a_code_of_units_without_a_meaning_is_not_stated(tmp_path: Path, code: int) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.stack([ARRAY, ARRAY], -1), np.eye(4)), tmp_path / "a.nii")
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    data[123] = code
+    (tmp_path / "a.nii").write_bytes(data)
+    recording = load(tmp_path / "a.nii")
+    assert recording.notes[0] == "the unit of its voxels is not stated, mm is assumed"
+    assert recording.steps == (*(Step(1, "mm"),) * 3, Step(1))
+
+
+@pytest.mark.parametrize("zoom", [np.nan, np.inf])
+def test_voxels_of_no_size(tmp_path: Path, zoom: float) -> None:
+    image = nibabel.Nifti1Image(ARRAY, None)
+    image.header["pixdim"][1] = zoom
+    nibabel.save(image, tmp_path / "a.nii")
+    assert load(tmp_path / "a.nii").steps == (None, Step(1, "mm"), Step(1, "mm"))
+
+
 def test_units_that_are_not_stated_are_told(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(np.stack([ARRAY, ARRAY], -1), np.eye(4)), tmp_path / "a.nii")
     recording = load(tmp_path / "a.nii")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,29 @@ def test_white_is_zero_and_what_is_missing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("words", ["1.#QNAN", "n/a", ""])
+def test_words_that_mark_nothing_as_missing(tmp_path: Path, words: str) -> None:
+    array = RANDOM.random((6, 7)).astype("f4")
+    recording = load(write(tmp_path / "a.tif", array, extratags=[(42113, "s", 0, words, True)]))
+    np.testing.assert_array_equal(recording.array[..., 0], array)
+
+
+def test_colours_of_a_palette_count(tmp_path: Path) -> None:
+    colours, array = RANDOM.integers(0, 2**16, (3, 256)).astype("u2"), RANDOM.integers(0, 255, (6, 7)).astype("u1")
+    path = write(tmp_path / "a.tif", array, photometric="palette", colormap=colours)
+    assert told(path, max_bytes=251) == "unpacked it takes 252 B (6×7×3 of uint16), but --max-bytes allows 251 B"
+    np.testing.assert_array_equal(load(path, max_bytes=252).array, colours.T[array])
+
+
+def test_sizes_of_pixels_that_are_none(tmp_path: Path) -> None:
+    said = {"axes": "TZYX", "PhysicalSizeX": float("inf"), "PhysicalSizeY": 0.5, "PhysicalSizeZ": -1}
+    recording = load(write(tmp_path / "a.ome.tif", RANDOM.random((2, 3, 4, 5)), metadata=said))
+    assert recording.steps == (None, None, Step(0.5, "µm"), None)
+    said = {"axes": "TYX", "unit": "um", "finterval": float("inf")}
+    recording = load(write(tmp_path / "b.tif", RANDOM.random((2, 4, 5)).astype("f4"), imagej=True, metadata=said))
+    assert recording.steps[0] is None
+
+
 def test_a_small_file_of_a_large_image_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", np.zeros((30, 1000, 1000), "u1"), compression="zlib")
     assert path.stat().st_size < 200_000
@@ -162,6 +187,44 @@ def test_a_photograph_is_turned_and_its_colours_are_told(tmp_path: Path) -> None
     np.testing.assert_array_equal(turned.array, np.rot90(straight.array, -1))
     assert turned.notes == ("turned as its metadata say",) and straight.notes == ()
     assert load(tmp_path / "c.jpg").notes == ("CMYK turned into RGB",)
+
+
+def test_colours_of_16_bits_are_turned(tmp_path: Path) -> None:
+    array, said = RANDOM.integers(0, 2**16, (6, 9, 3)).astype(np.uint16), Image.Exif()
+    said[274] = 6
+    data, words = imagecodecs.png_encode(array), b"eXIf" + said.tobytes()[6:]
+    chunk = struct.pack(">I", len(words) - 4) + words + struct.pack(">I", zlib.crc32(words))
+    (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
+    recording = load(tmp_path / "a.png")
+    np.testing.assert_array_equal(recording.array, np.rot90(array, -1))
+    assert recording.notes == ("turned as its metadata say",)
+
+
+@pytest.mark.parametrize("thin", [1, 2])
+def test_a_photograph_with_a_preview_is_no_film(tmp_path: Path, thin: int) -> None:
+    array = RANDOM.integers(0, 255, (8, 16, 3)).astype(np.uint8)
+    Image.fromarray(array).save(
+        tmp_path / "a.mpo", save_all=True, append_images=[Image.fromarray(array[::thin, ::-thin].copy())]
+    )
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+    recording = load(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as photograph:
+        np.testing.assert_array_equal(recording.array, np.asarray(photograph))
+    assert recording.notes == ("the first of its 2 pictures, of which others are previews, depths or the other eye",)
+
+
+def test_what_a_picture_becomes_counts(tmp_path: Path) -> None:
+    indexed = Image.fromarray(np.eye(4, 6, dtype=np.uint8))
+    indexed.putpalette([0, 0, 0, 255, 0, 10])
+    indexed.save(tmp_path / "a.png", transparency=0)
+    assert told(tmp_path / "a.png", max_bytes=95) == (
+        "unpacked it takes 96 B (1×4×6×4 of uint8), but --max-bytes allows 95 B"
+    )
+    assert load(tmp_path / "a.png", max_bytes=96).channels == 4
+    grey = [Image.fromarray(RANDOM.integers(0, 255, (4, 6)).astype(np.uint8)) for _ in range(3)]
+    grey[0].save(tmp_path / "b.png", save_all=True, append_images=grey[1:])
+    assert "3×4×6×3 of uint8" in told(tmp_path / "b.png", max_bytes=215)
+    assert load(tmp_path / "b.png", max_bytes=216).array.nbytes == 216
 
 
 def test_palettes_and_grey(tmp_path: Path) -> None:
@@ -205,7 +268,24 @@ def test_a_folder_of_frames_in_the_order_of_their_numbers(tmp_path: Path, suffix
     )
     assert "12×6×8" in told(tmp_path, max_bytes=500)
     Image.fromarray(np.zeros((5, 8), np.uint8)).save(tmp_path / f"f2{suffix}")
-    assert told(tmp_path) == f"its pictures differ: f0{suffix} is (6, 8) and f2{suffix} is (5, 8)"
+    assert told(tmp_path) == f"its pictures differ: f0{suffix} is 6×8 of uint8 and f2{suffix} is 5×8 of uint8"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("img", "img (1)", "img (2)", "img (10)"), ("scan", "scan1", "scan2", "scan10"), ("a1", "A2", "a3", "A10")],
+)
+def test_names_are_ordered_as_people_order_them(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for value, name in enumerate(names):
+        Image.fromarray(np.full((6, 8), value, np.uint8)).save(tmp_path / f"{name}.png")
+    assert load(tmp_path).array[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(bool, "bool"), (np.uint16, "uint16")])
+def test_frames_of_another_type_are_not_mixed(tmp_path: Path, dtype: type, word: str) -> None:
+    Image.fromarray(np.eye(6, 8, dtype=np.uint8)).save(tmp_path / "a1.png")
+    Image.fromarray(np.eye(6, 8).astype(dtype)).save(tmp_path / "a2.png")
+    assert told(tmp_path) == f"its pictures differ: a1.png is 6×8 of uint8 and a2.png is 6×8 of {word}"
 
 
 def test_a_folder_of_nothing_and_a_stack_in_a_folder(tmp_path: Path) -> None:

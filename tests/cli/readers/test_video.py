@@ -15,6 +15,12 @@ from tensorattn.cli.recordings import load
 
 FRAMES = np.zeros((5, 32, 48, 3), np.uint8)
 FRAMES[:, :16, :24] = np.arange(40, 240, 40)[:, None, None, None]  # a corner that grows brighter
+FLIPS = {  # a, b, c, d: x is shown at a x + c y, y at b x + d y
+    (-1, 0, 0, 1): lambda film: film[:, :, ::-1],
+    (1, 0, 0, -1): lambda film: film[:, ::-1],
+    (0, 1, 1, 0): lambda film: film.swapaxes(1, 2),
+    (0, -1, -1, 0): lambda film: film.swapaxes(1, 2)[:, ::-1, ::-1],
+}
 TURNS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), -90: (0, -1, 1, 0)}  # clockwise, as telephones write it
 
 
@@ -38,13 +44,36 @@ def test_containers(tmp_path: Path, suffix: str) -> None:
     assert np.abs(recording.array.astype(int) - FRAMES).mean() < 5
 
 
+def with_matrix(film: bytearray, matrix: tuple[int, ...]) -> bytearray:
+    a, b, c, d = (65536 * each for each in matrix)  # x' = a x + c y, y' = b x + d y, with y downwards
+    struct.pack_into(">9i", film, film.find(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return film
+
+
+@pytest.mark.parametrize("matrix", FLIPS)
+def test_a_film_is_mirrored_as_its_metadata_say(tmp_path: Path, matrix: tuple[int, ...]) -> None:
+    straight = write(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(with_matrix(bytearray(straight.read_bytes()), matrix))
+    mirrored = load(tmp_path / "b.mp4")
+    np.testing.assert_array_equal(mirrored.array, FLIPS[matrix](load(straight).array))
+    assert mirrored.notes == ("turned and mirrored as its metadata say",)
+
+
+def test_a_film_without_its_alpha_and_one_without_a_picture(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "a.mov", "png", "rgba")).notes == ("its alpha is left out",)
+    path = write(tmp_path / "b.mkv", "libx264")
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(RecordingError) as caught:
+        load(path)
+    told = "cannot be read as video (its header does not say how frames are stored)"
+    assert str(caught.value) == f"{path}: {told}"
+
+
 @pytest.mark.parametrize("degrees", TURNS)
 def test_a_film_is_turned_as_its_metadata_say(tmp_path: Path, degrees: int) -> None:
     straight = write(tmp_path / "a.mp4")
     film = bytearray(straight.read_bytes())
-    a, b, c, d = (65536 * each for each in TURNS[degrees])  # x' = a x + c y, y' = b x + d y, with y downwards
-    struct.pack_into(">9i", film, film.find(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    (tmp_path / "turned.mp4").write_bytes(film)
+    (tmp_path / "turned.mp4").write_bytes(with_matrix(film, TURNS[degrees]))
     turned = load(tmp_path / "turned.mp4")
     np.testing.assert_array_equal(turned.array, np.rot90(load(straight).array, -degrees // 90, axes=(1, 2)))
     way = "anticlockwise" if degrees == -90 else "clockwise"
