@@ -209,7 +209,8 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
             ta.attend_blockwise(layer, source, np.zeros_like(source), state=state, **{"chunks": {"t": 1}, **call})
         rule = f"attend_blockwise: state {str(state)!r} is that of a run with another {name}."
         assert str(error.value) == f"{rule}\n  Delete it to start anew."
-    other = make("additive", position_bias=ta.AlibiBias(2, modes="t h w", spacing=5.0))  # it has no weights
+    other = make("additive", position_bias=ta.AlibiBias(2, modes="t h w", spacing=5.0))
+    other.load_state_dict(layer.state_dict())  # a bias without weights
     with pytest.raises(ta.OptionError, match="another layer"):
         ta.attend_blockwise(other, source, np.zeros_like(source), chunks={"t": 1}, state=state)
     with torch.no_grad():
