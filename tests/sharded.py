@@ -319,6 +319,11 @@ def dtensor_case(world):
             assert tuple(own.grad.placements) == (placement,)
             if placement != Replicate():
                 torch.testing.assert_close(own.grad.full_tensor(), alone.grad, **CLOSE)
+    layer, x, weights = make("additive"), draw(2, *SIZES, 12), [draw(5, seed=3).abs(), None, None]
+    own, cut = (distribute_tensor(each, mesh, [Shard(dim)]) for each, dim in ((x, 1), (weights[0], 0)))
+    lengths = torch.tensor([3, 5])
+    y = layer(own, weights=[cut, None, None], lengths={"w": distribute_tensor(lengths, mesh, [Replicate()])})
+    torch.testing.assert_close(y.full_tensor(), layer(x, weights=weights, lengths={"w": lengths}), **CLOSE)
 
 
 def context_case(world):
@@ -590,6 +595,7 @@ def refusals_case(world):
         (lambda: half(own, sharding=cut({"h": (4,)})), "splits names mode 'h', which is not cut."),
         (lambda: half(own, sharding=cut({"t": (-1,) * world})), "splits of mode 't' must be at least 0, got -1."),
         (lambda: half(own, sharding=mesh), "sharding must be a Sharding, got DeviceMesh."),
+        (lambda: model_of()(own, sharding=mesh), "sharding must be a Sharding, got DeviceMesh."),
         (lambda: make("clustered", additive_control=True)(own, sharding=sharding), "sharding has no meaning for operator 'clustered': additive_control needs the cells of all positions at once."),
         (lambda: make("kao_qkv", dropout=0.1)(own, sharding=sharding), "sharding has no meaning with dropout in training for operator 'kao_qkv': each process would drop weights of its own from what all share."),
         (lambda: half(own, own, sharding=sharding), "context has no meaning with sharding, which is that of x."),
