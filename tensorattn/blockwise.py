@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tensorattn.errors import DtypeError, OptionError, ShapeError, check, is_integer, retells
 from tensorattn.functional.operator import get_operator
@@ -137,8 +138,11 @@ class _Run:
     def run(self) -> None:
         """Add up, attend, and take the mark off the sink."""
         self._load()
-        self.mark.set()
-        self.files.flush()  # before a row of the sink changes
+        try:
+            self.mark.set()
+            self.files.flush()  # before a row of the sink changes
+        except (OSError, KeyError, RuntimeError, ValueError) as cause:  # h5py and zarr have one each
+            raise OptionError(f"sink cannot be written to: {cause}.") from cause
         try:
             if not self.known:
                 for box, x, weights in self._chunks("summarise"):
@@ -198,11 +202,14 @@ class _Run:
         """What must be the same to go on."""
         files = self.files
         layer = [
-            part for name, tensor in files.layer.state_dict().items() for part in (name.encode(), _bytes_of(tensor))
+            part
+            for name, held in files.layer.state_dict().items()
+            for each in tree_leaves(held)  # quantised maps hold more than tensors
+            for part in (name.encode(), _bytes_of(each) if isinstance(each, Tensor) else repr(each).encode())
         ]
         masks = None if files.mask is None else (np.packbits(files.read_mask(box)).tobytes() for box in self.boxes)
         return {
-            "layer": f"{files.layer.extra_repr()}, weights {_digest(layer)}",
+            "layer": f"{files.layer!r}, weights {_digest(layer)}",
             "source": f"{tuple(files.source.shape)} {files.source.dtype}",
             "chunks": _digest([repr(self.boxes).encode()]),
             "mask": None if masks is None else _digest(masks),
@@ -267,6 +274,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor."""
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
@@ -302,10 +310,11 @@ class _Files:
     def read(self, box: Box) -> tuple[Tensor, Weights]:
         """Read a chunk and its mask; what takes no part becomes zero."""
         parameter = parameter_of(self.layer)
-        assert parameter is not None
-        kind = np.float64 if parameter.dtype == torch.float64 else np.float32
-        array = np.array(self.source[self._slices(box)], dtype=kind)
-        x = torch.from_numpy(array).to(parameter.device, parameter.dtype).unsqueeze(0)
+        like = torch.empty(0) if parameter is None else parameter  # of quantised maps there is none
+        kind = np.float64 if like.dtype == torch.float64 else np.float32
+        found = self.source[self._slices(box)]
+        found = found.detach() if isinstance(found, Tensor) else torch.from_numpy(np.array(found, dtype=kind))
+        x = found.to(like.device, like.dtype).unsqueeze(0)
         x = x.unsqueeze(-1) if self.channel_mode is None else x.movedim(1 + self.channel_mode % (len(box) + 1), -1)
         lengths, mask = tuple([length for _, length in box]), None
         if self.mask is not None:

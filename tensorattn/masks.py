@@ -291,7 +291,7 @@ class _Reader:
 
     def ask(self, tensor: Tensor, judge: Callable[[float, float], None]) -> None:
         """Have the least and the largest value of a tensor judged, where they can be read."""
-        if readable(tensor) and tensor.numel():
+        if readable(tensor) and not self.like.is_meta and tensor.numel():
             self.asked.append((tensor, judge))
 
     def vectors(self, given: Any, part_of: Collection[int]) -> Vectors:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tensorattn.errors import OptionError, ShapeError, check, retells
 from tensorattn.masks import Part, is_recorded
@@ -338,7 +338,7 @@ def call_shared_out(
     if sharding is not None:
         raise OptionError("sharding has no meaning with a DTensor, which tells its own.")
     found = Sharding.of(x, channels_first=channels_first)
-    y = call(x.to_local(), sharding=found, **{name: own_tensor(each) for name, each in spoken.items()})
+    y = call(x.to_local(), sharding=found, **tree_map(own_tensor, dict(spoken)))
     whole = torch.empty(x.shape if shape is None else tuple(shape), device="meta")
     return type(x).from_local(y, x.device_mesh, x.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 

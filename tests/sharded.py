@@ -205,6 +205,38 @@ def layer_case(world, name, cut, splits, kinds):
         )
 
 
+def few_modes_case(world):
+    """Where there is one mode the parts are all positions; where there are two a frame has one, and no other average."""
+    for modes, sizes, name, settings in (
+        ("h", (5,), "kronecker_product", {"rotary": ta.RotaryEmbedding(6, modes="h")}),
+        ("h", (5,), "kronecker_sum", {"qk_norm": True}),
+        ("h w", (5, 4), "kao_kv", {"causal": "h"}),
+        ("h w", (5, 4), "additive", {"causal": "h", "checkpoint": True}),  # of no frame too
+        ("h t w", (5, 4, 3), "truncated", {"causal": "h", "kept": (("t", "w"), ("h",))}),
+    ):
+        layer, x, mask = make(name, modes, **settings), draw(2, *sizes, 12, seed=1), draw(2, *sizes, seed=3) > -0.3
+        for splits in (None, {"h": (*(0,) * (world - 1), 5)}):
+            sharding = ta.Sharding(mesh_of(world, ("h",)), {"h": "of_h"}, sizes=sizes, splits=splits)
+            part = sharding.part(ta.ModeSpec.parse(modes))
+            for whole, own in (({}, {}), ({"mask": mask}, {"mask": part.box(mask, 1)})):
+                try:
+                    compare(layer, sharding, x, whole, own, modes)
+                except Exception as error:
+                    raise AssertionError(f"{name} over {modes}, {splits}, {[*whole]}") from error
+
+
+def single_precision_case(world, names=tuple(LAYERS), kinds=("mask of products", "weights", "lengths")):
+    """Parts with positions and without send numbers of one type in single precision too."""
+    sharding = ta.Sharding(mesh_of(world, ("t",)), {"t": "of_t"}, sizes=SIZES, splits={"t": (5, *(0,) * (world - 1))})
+    for name in names:
+        layer, x = make(name).float(), draw(2, *SIZES, 12, dtype=torch.float32)
+        for kind in kinds:
+            whole, own = spoken(kind, sharding)
+            found = layer(sharding.own(x, modes="t h w"), sharding=sharding, **own)
+            expected = sharding.own(layer(x, **whole), modes="t h w")
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=f"{name}, {kind}")
+
+
 def future_case(world):
     """What a later frame holds on another process, and be it NaN, no frame before it sees."""
     sharding = ta.Sharding(mesh_of(world, ("h",)), {"h": "of_h"}, sizes=SIZES)
@@ -287,6 +319,11 @@ def dtensor_case(world):
             assert tuple(own.grad.placements) == (placement,)
             if placement != Replicate():
                 torch.testing.assert_close(own.grad.full_tensor(), alone.grad, **CLOSE)
+    layer, x, weights = make("additive"), draw(2, *SIZES, 12), [draw(5, seed=3).abs(), None, None]
+    own, cut = (distribute_tensor(each, mesh, [Shard(dim)]) for each, dim in ((x, 1), (weights[0], 0)))
+    lengths = torch.tensor([3, 5])
+    y = layer(own, weights=[cut, None, None], lengths={"w": distribute_tensor(lengths, mesh, [Replicate()])})
+    torch.testing.assert_close(y.full_tensor(), layer(x, weights=weights, lengths={"w": lengths}), **CLOSE)
 
 
 def context_case(world):
@@ -558,6 +595,7 @@ def refusals_case(world):
         (lambda: half(own, sharding=cut({"h": (4,)})), "splits names mode 'h', which is not cut."),
         (lambda: half(own, sharding=cut({"t": (-1,) * world})), "splits of mode 't' must be at least 0, got -1."),
         (lambda: half(own, sharding=mesh), "sharding must be a Sharding, got DeviceMesh."),
+        (lambda: model_of()(own, sharding=mesh), "sharding must be a Sharding, got DeviceMesh."),
         (lambda: make("clustered", additive_control=True)(own, sharding=sharding), "sharding has no meaning for operator 'clustered': additive_control needs the cells of all positions at once."),
         (lambda: make("kao_qkv", dropout=0.1)(own, sharding=sharding), "sharding has no meaning with dropout in training for operator 'kao_qkv': each process would drop weights of its own from what all share."),
         (lambda: half(own, own, sharding=sharding), "context has no meaning with sharding, which is that of x."),

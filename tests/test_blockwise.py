@@ -106,12 +106,26 @@ def test_layouts_and_types():
         sink = np.zeros(source.shape, ">f8")
         ta.attend_blockwise(layer, source, sink, chunks={"h": 2}, channel_mode=place)
         np.testing.assert_allclose(np.moveaxis(sink, place, -1), whole, rtol=1e-9, atol=1e-9)  # logits of thousands
+    half = torch.tensor(numbers / 100).bfloat16().requires_grad_()
+    sink = np.zeros(half.shape)
+    ta.attend_blockwise(layer, half, sink, chunks={"h": 2})
+    np.testing.assert_allclose(sink, of_whole(layer, half.detach().double().numpy()), rtol=1e-11, atol=1e-12)
     torch.manual_seed(0)
     one = ta.TensorAttention(1, 1, modes="t h w", channels_first=True)
     source, sink = numbers[..., 0] // 50, np.zeros(SIZES, np.float32)
     ta.attend_blockwise(one, source, sink, chunks=2, channel_mode=None)
     with torch.no_grad():
         np.testing.assert_allclose(sink, one(torch.tensor(source)[None, None].float())[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no engine for maps of eight bits here")
+def test_quantised_maps_have_no_parameters(tmp_path):
+    layer = torch.ao.quantization.quantize_dynamic(make("additive").float().eval(), {torch.nn.Linear})
+    source = draw(*SIZES, 12).numpy()
+    sink = np.zeros_like(source)
+    ta.attend_blockwise(layer, source, sink, chunks=9, state=tmp_path / "state")
+    np.testing.assert_allclose(sink, of_whole(layer, source.astype(np.float32)), rtol=1e-4, atol=1e-4)
 
 
 def test_sums_of_many_chunks_are_accurate():
@@ -195,6 +209,10 @@ def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
             ta.attend_blockwise(layer, source, np.zeros_like(source), state=state, **{"chunks": {"t": 1}, **call})
         rule = f"attend_blockwise: state {str(state)!r} is that of a run with another {name}."
         assert str(error.value) == f"{rule}\n  Delete it to start anew."
+    other = make("additive", position_bias=ta.AlibiBias(2, modes="t h w", spacing=5.0))
+    other.load_state_dict(layer.state_dict())  # a bias without weights
+    with pytest.raises(ta.OptionError, match="another layer"):
+        ta.attend_blockwise(other, source, np.zeros_like(source), chunks={"t": 1}, state=state)
     with torch.no_grad():
         layer.q_proj.bias += 1
     with pytest.raises(ta.OptionError, match="another layer"):
@@ -280,7 +298,7 @@ def test_what_is_no_state_is_refused_before_any_work(tmp_path):
 SAME = "attend_blockwise: sink is the source, which is read after parts of the output are written."
 
 
-def test_two_handles_of_one_array_are_refused(tmp_path):
+def test_arrays_of_files_that_are_refused(tmp_path):
     h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
     layer, numbers = make("additive"), draw(*SIZES, 12).numpy()
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -289,8 +307,14 @@ def test_two_handles_of_one_array_are_refused(tmp_path):
         np.testing.assert_array_equal(file["x"], numbers)
         ta.attend_blockwise(layer, file["x"], file["y"])
         np.testing.assert_allclose(file["y"], of_whole(layer, numbers), rtol=1e-11, atol=1e-12)
+    cannot = "attend_blockwise: sink cannot be written to:"
+    with h5py.File(tmp_path / "x.h5", "r") as file:
+        rule = "Unable to synchronously create attribute (no write intent on file)."
+        assert refusal(layer, numbers, file["y"]) == f"{cannot} {rule}"
     zarr.save_array(tmp_path / "x.zarr", numbers)
     assert refusal(layer, *(zarr.open_array(tmp_path / "x.zarr", mode="r+") for _ in range(2))) == SAME
+    rule = "store was opened in read-only mode and does not support writing."
+    assert refusal(layer, numbers, zarr.open_array(tmp_path / "x.zarr", mode="r")) == f"{cannot} {rule}"
     np.save(tmp_path / "x.npy", numbers)
     os.link(tmp_path / "x.npy", tmp_path / "link.npy")
     source, sink = np.load(tmp_path / "x.npy", mmap_mode="r"), np.load(tmp_path / "link.npy", mmap_mode="r+")

@@ -32,7 +32,8 @@ def layer_cases(world):
 
 def other_cases(world):
     """Cases of everything else."""
-    names = ["traffic", "cost", "future", "block", "context", "fsdp", "dtensor", "refusals", "one_refuses"]
+    names = ["traffic", "cost", "few_modes", "single_precision", "future", "block", "context", "fsdp", "dtensor"]
+    names += ["refusals", "one_refuses"]
     names += ["compile", "unchecked"] if world == 2 else ["bytes"]
     found = [(name, getattr(sharded, f"{name}_case")) for name in names]
     return [*found, *((f"model {settings}", sharded.model_case, settings) for settings in MODELS)]
@@ -51,6 +52,8 @@ def check(world, cases, folder):
 def test_two_processes(tmp_path):
     cases = [(name, getattr(sharded, f"{name}_case")) for name in ("refusals", "one_refuses", "traffic")]
     cases += [(name, sharded.layer_case, name, ("t",), None, kinds) for name, kinds in QUICK.items()]
+    cases += [("few_modes", sharded.few_modes_case)]
+    cases += [("single_precision", sharded.single_precision_case, ("additive", "kronecker_sum"), ("weights",))]
     check(2, cases, tmp_path)
 
 

@@ -277,11 +277,29 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in FIELDS.items()):
             raise OptionError(f"{told} is no result of this command")
         try:
-            parse_task(record["task"])
+            task = parse_task(record["task"])
         except OptionError as cause:
             raise OptionError(f"{told}: {cause.rule}") from None
+        if not _has_numbers(record, task):
+            raise OptionError(f"{told} has not the numbers that the task has")
         found.append(record)
     return found
+
+
+def _has_numbers(record: Mapping[str, Any], task: Task) -> bool:
+    """Tell whether a record holds each metric of its splits, two counts, and pairs of a curve."""
+    metrics, constant = record["metrics"], record["constant"]
+    rows = [(row, len(task.metrics)) for row in (*metrics.values(), *constant.values())]
+    rows += [(row, 2) for row in (record["flops"], *record["curve"])]
+    return (
+        metrics.keys() == constant.keys()
+        and bool(metrics)
+        and metrics.keys() <= task.splits.keys()
+        and all(
+            isinstance(row, list) and len(row) == count and all(isinstance(each, (int, float)) for each in row)
+            for row, count in rows
+        )
+    )
 
 
 def _parsed(line: bytes) -> Any:

@@ -77,7 +77,8 @@ def _process(rank: int, world: int, folder: str, work: Work, layers: Sequence[La
             y.sum().backward()
         meeting = forward.sent.pop("meeting")
         found[name] = [tuple(forward.total), tuple(backward.total)]
-    found["a call of any, to refuse together"] = [tuple(meeting), (0, 0)]
+    if meeting.calls:  # all were refused where there was none
+        found["a call of any, to refuse together"] = [tuple(meeting), (0, 0)]
     if rank == 0:
         torch.save(found, Path(folder) / "found")
     torch.distributed.barrier()  # nobody goes while another still talks

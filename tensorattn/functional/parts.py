@@ -8,7 +8,6 @@ the chunks of a file by a running sum (`tensorattn.blockwise`). The summary that
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from tensorattn.averages.means import marginal_means, position_counts
 from tensorattn.functional.summary import Means, Needs, Summary, Sums, make_summary
-from tensorattn.masks import Part, Vectors, Weights, accumulation_dtype, beside_others, counting_dtype
+from tensorattn.masks import Part, Vectors, Weights, accumulation_dtype, counting_dtype
 from tensorattn.modes import Family, Kept, positions_behind
 
 __all__ = ["means_of_parts", "summary_of_parts"]
@@ -79,7 +78,9 @@ def summary_of_parts(key: Tensor, value: Tensor, needs: Needs, weights: Weights)
 
 
 def means_of_parts(tensor: Tensor, family: Family, weights: Weights) -> tuple[Tensor, ...]:
-    """Compute the marginal means of the whole of which a tensor is a part, unchecked; the part itself for all modes.
+    """Compute the marginal means of the whole of which a tensor is a part, unchecked.
+
+    For all modes they are the part itself; at order 1, where they are the mode averages too, all positions.
 
     Args:
         tensor: Values of the part ``(*batch, l_1, …, l_N, D)``.
@@ -95,7 +96,8 @@ def means_of_parts(tensor: Tensor, family: Family, weights: Weights) -> tuple[Te
     behind, _ = sums.behind(added[len(smaller) :])
     dtype = accumulation_dtype(tensor.dtype)
     found = {kept: behind.mean(total, kept).to(dtype) for kept, total in zip(smaller, added, strict=False)}
-    return tuple([found.get(kept, tensor) for kept in family])
+    positions = part.every(tensor, 0, batch) if weights.order == 1 else tensor
+    return tuple([found.get(kept, positions) for kept in family])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +138,8 @@ class _Sums:
         """Add up a tensor for each kept subset; without weights divide by the number of positions of the whole."""
         batch, sizes = tensor.shape[: self.batch], self.part.sizes
         if 0 in self.lengths:
-            nothing = tensor.sum(dtype=accumulation_dtype(tensor.dtype))  # zero, with its place in the graph
+            dtype = accumulation_dtype(tensor.dtype) if self.weights.plain else self.wide  # as other parts have it
+            nothing = tensor.sum(dtype=dtype)  # zero, with its place in the graph
             return [nothing.expand(*batch, *[sizes[m] for m in kept], tensor.shape[-1]) for kept in family]
         found = []
         counts = None if self.weights.grid is None else position_counts(self.own, self.lengths, family)
@@ -221,13 +224,9 @@ def _outside(vectors: Vectors, sizes: Sequence[int], kept: Kept) -> Tensor:
 
 def _gathered(weights: Weights, part: Part) -> Weights:
     """Return the weights of all positions of the whole."""
-    order = weights.order
-    if weights.plain:
-        return dataclasses.replace(weights, part=None)
-    grid = weights.grid
-    if grid is None:
-        grid = functools.reduce(torch.mul, beside_others(weights.vectors))
-    batch = grid.dim() - order
-    whole = part.whole(grid.expand(*grid.shape[:batch], *part.lengths).unsqueeze(-1), batch).squeeze(-1)
-    vectors = (whole,) if order == 1 else (None,) * order
-    return Weights(vectors, whole if order > 1 else None, None, weights.binary, weights.indices)
+    vectors = tuple([None if v is None else part.every(v, mode, -1) for mode, v in enumerate(weights.vectors)])
+    grid, order = weights.grid, weights.order
+    if grid is not None:
+        batch = grid.dim() - order
+        grid = part.whole(grid.expand(*grid.shape[:batch], *part.lengths).unsqueeze(-1), batch).squeeze(-1)
+    return Weights(vectors, grid, None, weights.binary, weights.indices)

@@ -20,7 +20,7 @@ from tensorattn.nn.layout import channels_last, check_input
 from tensorattn.nn.parameters import draw_linear, parameter_of, reset_parts
 from tensorattn.nn.patches import Patch, grid_of
 from tensorattn.processes import meet
-from tensorattn.sharding import call_shared_out, in_common, is_shared_out
+from tensorattn.sharding import Sharding, call_shared_out, in_common, is_shared_out
 
 __all__ = ["TensorTransformer", "TensorTransformerConfig"]
 
@@ -317,6 +317,8 @@ class TensorTransformer(nn.Module):
         """Return where the patches of this process stand, and what attention is told of how they are shared out."""
         if attention.get("sharding") is None:
             return None, attention
+        if not isinstance(attention["sharding"], Sharding):
+            raise OptionError(f"sharding must be a Sharding, got {type(attention['sharding']).__name__}.")
         sharding = attention["sharding"].patched(self.modes, self.embedding.patch, self.config.pad)
         return sharding.part(self.modes), {**attention, "sharding": sharding}
 
@@ -332,7 +334,8 @@ class TensorTransformer(nn.Module):
         patches = GridShape(grid.batch, grid_of(grid.sizes, patch), grid.dim)
         told = (None, spoken.get("mask"), spoken.get("lengths"), patches, last, self.modes)
         present = read_weights(*told, of="the grid of patches", part=part).present
-        assert present is not None
+        if present is None:  # lengths may be None for every mode
+            return x
         for mode, (size, side) in enumerate(zip(grid.sizes, patch, strict=True)):
             dim = present.dim() - self.modes.order + mode
             if present.shape[dim] != 1 or patches.sizes[mode] == 1:

@@ -241,7 +241,7 @@ class MeanMixer(_Mixer):
         """Add the mean of one half to the other."""
         own, shared = hidden.chunk(2, -1)
         (mean,) = marginal_means(shared, ((),), weights)
-        return own + mean.to(own.dtype).reshape(mean.shape[0], *(1,) * self.modes.order, -1)
+        return own + mean.to(own.dtype).reshape(mean.shape[0], *(1,) * self.modes.order, mean.shape[-1])
 
 
 class LocalMixer(_Mixer):

@@ -367,7 +367,7 @@ class AttentionPipeline(nn.Module):
         first = flat.tensors[0]
         length, width = first.shape[-2], math.prod(first.shape[:batch]) * self.num_heads * self.head_dim
         if attend_again is not attend:
-            step = max(1, CHUNK // width)
+            step = max(1, CHUNK // max(1, width))  # there may be no sample, and no frame
             parts = [attend_again(slice(start, start + step))[0] for start in range(0, max(1, length), step)]
             return AttentionResult((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).unflatten(-2, positions))
         held = [*self.parameters(), *_tensors_of(summary), *(tokens or ())]
@@ -414,7 +414,7 @@ class AttentionPipeline(nn.Module):
         queries = sources.project_queries(summary, needs.queries or (), weights)
         if record.pools and (self.q_norm is not None or self.rotary is not None):
             settings.update(query_norm=self._prepared(self.q_norm), key_norm=self._prepared(self.k_norm))
-        if part is not None and tuple(range(order)) in (needs.queries or ()):
+        if part is not None and not record.gathers and tuple(range(order)) in (needs.queries or ()):
             settings["part"] = part
         result = record.attend(queries, sources.project(summary), **settings)
         if isinstance(result.output, Tensor):

@@ -169,6 +169,12 @@ def test_what_processes_send_is_counted(capsys, tmp_path):
     ]
 
 
+@pytest.mark.thorough
+def test_processes_that_all_refuse_do_not_meet():
+    rows = traffic.traffic(PLANE, [("control", "clustered", {"additive_control": True})], 2)
+    assert [row[0].strip() for row in rows if "by" not in row[0]][1:] == ["control"]
+
+
 def test_what_processes_send_is_counted_before_anything_is_timed(capsys, tmp_path, monkeypatch):
     """So that nothing measured is lost where processes do not meet."""
     measured: list[Any] = []

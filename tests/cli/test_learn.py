@@ -325,6 +325,13 @@ def test_records_that_cannot_be_shown_are_told_before_any_work(capsys: Any, tmp_
         ({**record, "task": "old"}, f": {kinds}"),
         ({**record, "seed": [0]}, " is no result of this command"),
         (nothing, " is no result of this command"),
+        *(
+            ({**record, name: value}, " has not the numbers that the task has")
+            for name, value in (
+                *(("metrics", value) for value in ({}, {"unseen": []}, {"unseen": ["1"]}, {"seen": [1.0]})),
+                *(("constant", {}), ("flops", [1]), ("curve", [[1]])),
+            )
+        ),
     ):
         path.write_text(json.dumps(changed))
         refused(capsys, told + rule, *SMALL, "mean", "--out", tmp_path)

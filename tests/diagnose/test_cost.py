@@ -100,6 +100,7 @@ def test_masks_causality_and_operators_of_your_own_are_counted() -> None:
     layer, shape = ta.TensorAttention(8, 2, modes="t h"), (2, 5, 6, 8)
     plain = ta.cost(layer, shape).flops
     assert ta.cost(layer, shape, mask=torch.ones(5, 6, dtype=torch.bool)).flops > plain
+    assert ta.cost(layer, shape, lengths={"t": 3}).flops > plain  # a number, which lies on no device
     assert ta.cost(layer, shape, weights=[torch.ones(5), None]).flops > plain
     assert ta.cost(layer, shape, (2, 9, 6, 8)).flops != plain  # a context
     assert ta.cost("additive", (5, 6), dim=8, batch=2, num_heads=2, modes="t h", causal="t").flops != plain

@@ -156,6 +156,11 @@ class TestPooling:
         mask[0, 3:], mask[1, :, 2:] = False, False
         torch.testing.assert_close(model(x, mask=mask), y, **CLOSE)
 
+    def test_lengths_of_no_mode(self):
+        model, x = make(), draw(2, 5, 8, 3)
+        for lengths in ([None, None], {}):
+            assert torch.equal(model(x, lengths=lengths), model(x))
+
     def test_weights_count_in_the_mean(self):
         model, x = make(num_classes=5, positions=None), draw(1, 3, 2, 3)
         twice = torch.cat([x, x[:, 2:]], 1)

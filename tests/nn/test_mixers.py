@@ -61,7 +61,8 @@ class TestMixers:
     @pytest.mark.parametrize("name", MIXERS)
     @pytest.mark.parametrize("order", [1, 2, 3, 4])
     def test_every_order(self, name, order):
-        assert make(name, order)(draw(2, *SIZES[:order], 8)).shape == (2, *SIZES[:order], 8)
+        for batch in (2, 0):
+            assert make(name, order)(draw(batch, *SIZES[:order], 8)).shape == (batch, *SIZES[:order], 8)
 
     @pytest.mark.parametrize(("name", "reach"), [("identity", 0), ("pointwise", 0), ("local", 1), ("mean", 5)])
     def test_how_far_positions_see(self, name, reach):
