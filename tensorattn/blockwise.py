@@ -28,7 +28,15 @@ from torch.utils._pytree import tree_leaves
 
 from tensorattn.errors import DtypeError, OptionError, ShapeError, check, is_integer, retells
 from tensorattn.functional.operator import get_operator
-from tensorattn.masks import Part, Weights, accumulation_dtype, counting_dtype, one_a_mode, read_weights
+from tensorattn.masks import (
+    Part,
+    Weights,
+    accumulation_dtype,
+    counting_dtype,
+    one_a_mode,
+    read_weights,
+    without_absent,
+)
 from tensorattn.modes import GridShape
 from tensorattn.nn.attention import TensorAttention
 from tensorattn.nn.checks import check_parts
@@ -107,7 +115,7 @@ def attend_blockwise(
     _check_layer(layer)
     sizes, channels = _sizes_of(layer, source, sink, channel_mode)
     if mask is not None:
-        _check_mask(layer, mask, sizes)
+        _check_mask(mask, sizes)
     lengths = _chunk_lengths(layer, chunks, sizes, channels)
     if state is not None:
         _check_state(state, sink)
@@ -321,7 +329,7 @@ class _Files:
             mask = torch.from_numpy(self.read_mask(box))
         grid = GridShape((1,), lengths, x.shape[-1])
         weights = read_weights(None, mask, None, grid, x, self.layer.modes, of="source", part_of=range(len(box)))
-        return x if mask is None else torch.where(weights.present.unsqueeze(-1), x, 0.0), weights  # type: ignore[union-attr]
+        return without_absent(x, weights.present), weights
 
     def read_mask(self, box: Box) -> Any:
         """Read the mask of a chunk."""
@@ -460,7 +468,7 @@ def _check_state(state: Any, sink: Any) -> None:
         raise OptionError(f"sink has no __getitem__, which a state needs, got {type(sink).__name__}.")
 
 
-def _check_mask(layer: TensorAttention, mask: Any, sizes: tuple[int, ...]) -> None:
+def _check_mask(mask: Any, sizes: tuple[int, ...]) -> None:
     """Check what is known of a mask before it is read."""
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype") or not hasattr(mask, "__getitem__"):
         raise OptionError(f"mask must be an array, got {type(mask).__name__}.")

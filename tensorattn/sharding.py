@@ -418,6 +418,11 @@ def _exchanged(
     (peers, split), place = cuts[mode], places[mode]
     moved = tensor.movedim((dim, dim + 1), (0, 1))
     columns = moved.shape[1] if back is None else back
+    if is_recorded() and columns < peers.size:  # a graph leaves out what is empty, and the others would wait
+        raise OptionError(
+            f"mode {mode} has {columns} columns for {peers.size} processes, which compiled code cannot exchange.",
+            hint="Call it without torch.compile.",
+        )
     shares = [len(range(first, columns, peers.size)) for first in range(peers.size)]  # as even as can be
     if back is None:
         sent, shapes = moved.split(shares, 1), [(length, shares[place]) for length in split]

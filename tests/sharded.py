@@ -468,6 +468,16 @@ def compile_case(world):
         found = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)(x, sharding=sharding)
         torch.testing.assert_close(found, y, **CLOSE)
         torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad, **CLOSE)
+    line = ta.TensorAttention(12, 2, modes="t", operator="axial").double()  # one column, of which one process has none
+    own = ta.Sharding(sharding.mesh, {"t": "of_t"}, sizes=(5,))
+    x = own.own(draw(2, 5, 12), modes="t")
+    try:
+        with torch.no_grad():
+            torch.compile(line, backend="aot_eager", dynamic=False)(x, sharding=own)
+    except ta.TensorAttentionError as error:
+        assert error.rule == "mode 0 has 1 columns for 2 processes, which compiled code cannot exchange."
+        return
+    raise AssertionError("it was compiled")
 
 
 def one_refuses_case(world):

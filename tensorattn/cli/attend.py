@@ -529,7 +529,6 @@ def means_of_cells(sizes: Sequence[int]) -> dict[str, Callable[..., Tensor]]:
         key: Tensor,
         value: Tensor,
         *,
-        order: int,
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:

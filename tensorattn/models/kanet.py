@@ -159,9 +159,7 @@ class KANet(nn.Module):
     def _check(self, x: Tensor) -> None:
         """Check the input."""
         check_input(x, self.modes, self.in_channels, channels_first=self.channels_first, called="in_channels")
-        parameter = parameter_of(self)
-        if parameter is not None:
-            check_parameters(x, parameter)
+        check_parameters(x, parameter_of(self))
 
 
 def check_widths(given: Sequence[int], called: str) -> tuple[int, ...]:

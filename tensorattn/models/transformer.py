@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensorattn.averages.means import marginal_means
 from tensorattn.errors import OptionError, check, retells
-from tensorattn.masks import Part, read_weights
+from tensorattn.masks import Part, read_weights, without_absent
 from tensorattn.modes import GridShape, ModeSpec
 from tensorattn.nn import LearnedPositions, PatchEmbedding, PatchUnembedding, SinCosPositions, TensorTransformerBlock
 from tensorattn.nn.coordinates import Coordinates, Periodic, Spacing
@@ -340,7 +340,7 @@ class TensorTransformer(nn.Module):
             dim = present.dim() - self.modes.order + mode
             if present.shape[dim] != 1 or patches.sizes[mode] == 1:
                 present = present.repeat_interleave(side, dim).narrow(dim, 0, size)
-        last = torch.where(present.unsqueeze(-1), last, 0)
+        last = without_absent(last, present)
         return last.movedim(-1, 1) if first else last
 
 

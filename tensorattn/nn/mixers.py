@@ -166,9 +166,7 @@ class _Mixer(nn.Module):
         """
         grid = check_input(x, self.modes, self.embed_dim, channels_first=False)
         read = read_weights(weights, mask, lengths, grid, x, self.modes, of="x")
-        x = x if read.present is None else without_absent(x, read.present)
-        y = self._mix(x, read)
-        return y if read.present is None else without_absent(y, read.present)
+        return without_absent(self._mix(without_absent(x, read.present), read), read.present)
 
     def _mix(self, x: Tensor, weights: Weights) -> Tensor:
         """Mix checked input."""
@@ -265,7 +263,7 @@ class LocalMixer(_Mixer):
         """Filter what is present."""
         if not weights.binary:
             raise OptionError("weights has no meaning for mixer 'local': a filter counts each neighbour once.")
-        return self.filter(hidden if weights.present is None else without_absent(hidden, weights.present))
+        return self.filter(without_absent(hidden, weights.present))
 
 
 MIXERS: dict[str, type[_Mixer]] = {
