@@ -472,6 +472,17 @@ def test_the_table_of_networks_is_what_was_measured():
     for place, mixer in enumerate(("local", "mean")):
         for (task, steps, unit, digits), cell in zip(columns, rows["`local`; `mean`"], strict=False):
             assert cell.split("; ")[place] == f"{unit * mean(lines[task, steps, mixer].values('unseen', 0)):.{digits}f}"
+    told = " ".join(section("Networks").split())
+    for name, mixer in (
+        ("full attention reaches", "flattened"),
+        ("centred `kao_qkv`", "kao_qkv:centered=True"),
+        ("`kronecker_product`", "kronecker_product"),
+        ("64 blocks", "clustered:cells=blocks:tokens=64"),
+    ):
+        line = lines["gps:size=26", 300, mixer]
+        assert len(line.values("unseen", 0)) == 3
+        assert f"{name} {mean(line.values('unseen', 0)):.1f} in {line.seconds():,.0f} s" in told
+    assert f"the mean {mean(lines['gps:size=26', 300, 'mean'].values('unseen', 0)):.1f}" in told
 
 
 # ---- the rooms -----------------------------------------------------------------------------------------------
