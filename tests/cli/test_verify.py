@@ -200,10 +200,11 @@ def test_bad_arguments_are_told_in_one_line(capsys, words, line):
     assert printed.err == f"{PROGRAM}: {line}\n" and printed.out == ""
 
 
-def test_a_device_that_is_not_there_is_told_in_one_line(capsys):
-    assert verify("--device", "nowhere") == 2
+@pytest.mark.parametrize("device", ["nowhere", "hpu", "meta"])
+def test_a_device_that_is_not_there_is_told_in_one_line(capsys, device):
+    assert verify("--device", device) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith(f"{PROGRAM}: --device 'nowhere' cannot be used: ") and printed.count("\n") == 1
+    assert printed.startswith(f"{PROGRAM}: --device {device!r} cannot be used: ") and printed.count("\n") == 1
 
 
 def test_an_order_must_be_a_number(capsys):
